@@ -1,0 +1,537 @@
+"""The relevance chapter against a slow rule-by-rule reference in NumPy and against finite differences."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from timm.layers import RmsNorm
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from torch import nn
+from torch.func import functional_call
+
+import cft.relevance as r
+
+FAMILIES = {
+    "plain": {},
+    "deit3": {"init_values": 0.5, "no_embed_class": True},
+    "dinov2": {"init_values": 0.5, "reg_tokens": 3, "no_embed_class": True},
+    "qk_norm": {"qk_norm": True, "global_pool": "avg", "class_token": False},
+    "avg_prefix": {"global_pool": "avg", "pool_include_prefix": True, "fc_norm": False, "act_layer": "quick_gelu"},
+    "clip": {"pre_norm": True, "act_layer": "gelu_tanh"},
+    "scaled": {"scale_attn_norm": True, "scale_mlp_norm": True, "act_layer": "silu"},
+    "bare": {"qkv_bias": False, "proj_bias": False, "act_layer": "relu"},
+    "rms": {"norm_layer": RmsNorm, "qk_norm": True},
+}
+
+
+def make(family: str = "plain", dtype=torch.float64, seed: int = 0, **changes) -> VisionTransformer:
+    torch.manual_seed(seed)
+    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3, "num_classes": 5}
+    model = VisionTransformer(**(settings | {"mlp_ratio": 2} | FAMILIES[family] | changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)
+    return model.to(dtype).eval()
+
+
+def pictures(batch: int = 2, size=(16, 16), dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(dtype)
+
+
+# --- slow reference: one picture, the rules as the paper writes them, on relevances and not on gradients ----------
+
+
+def ratio(part, whole):
+    return np.divide(part, whole, out=np.zeros(np.broadcast_shapes(part.shape, whole.shape)), where=whole != 0)
+
+
+def epsilon_rule(x, weight, z, R):
+    """R_i = Σ_j x_i w_ji / z_j R_j for one vector x, z including the bias."""
+    out = np.zeros(len(x))
+    for j in range(len(z)):
+        out += x * weight[j] / z[j] * R[j]
+    return out
+
+
+class Slow:
+    """A ViT in NumPy whose `run` returns logits and the relevance of the tokens x0, with the ledger as a total."""
+
+    def __init__(self, model: VisionTransformer, rule: str):
+        self.model, self.rule = model, rule
+        self.weights = {name: p.detach().double().numpy() for name, p in model.state_dict().items()}
+
+    def linear(self, name, x):
+        w, b = self.weights[name + ".weight"], self.weights.get(name + ".bias", 0)
+        z = np.array([w @ row + b for row in x])
+        return z, lambda R: np.array([epsilon_rule(x[t], w, z[t], R[t]) for t in range(len(x))])
+
+    def norm(self, name, x):
+        module = self.model.get_submodule(name)
+        if isinstance(module, nn.Identity):
+            return x, lambda R: R
+        w, width = self.weights[name + ".weight"], x.shape[-1]
+        rms = isinstance(module, RmsNorm)
+        centre = np.eye(width) - (0 if rms else np.ones((width, width)) / width)
+        z, matrices = np.zeros_like(x), []
+        for t, row in enumerate(x):  # a linear layer of its own for every token, 1/σ a constant in it
+            sigma = math.sqrt(np.mean((centre @ row) ** 2) + module.eps)
+            matrices.append(np.diag(w) @ centre / sigma)
+            z[t] = matrices[t] @ row + self.weights.get(name + ".bias", 0)
+        return z, lambda R: np.array([epsilon_rule(x[t], matrices[t], z[t], R[t]) for t in range(len(x))])
+
+    def act(self, module, h):
+        return module(torch.from_numpy(h)).numpy(), lambda R: R
+
+    def scale(self, name, x):
+        return x * self.weights.get(name + ".gamma", 1.0), lambda R: R
+
+    def head(self, q, k, v, scale):
+        scores = np.array([[scale * np.dot(q[i], k[j]) for j in range(len(k))] for i in range(len(q))])
+        a = np.exp(scores - scores.max(1, keepdims=True))
+        a /= a.sum(1, keepdims=True)
+        o = a @ v
+
+        def back(R):
+            if self.rule == "cp":
+                return 0 * q, 0 * k, np.array([sum(a[i, j] * v[j] / o[i] * R[i] for i in range(len(q))) for j in range(len(v))])
+            Ra, Rv, Rq, Rk = np.zeros_like(a), np.zeros_like(v), np.zeros_like(q), np.zeros_like(k)
+            for i in range(len(q)):
+                for j in range(len(k)):
+                    shared = a[i, j] * v[j] / o[i] * R[i]
+                    Ra[i, j] += shared.sum() / 2
+                    Rv[j] += shared / 2
+            for i in range(len(q)):
+                Rs = scores[i] * (Ra[i] - a[i] * Ra[i].sum())  # softmax Taylor rule
+                for j in range(len(k)):
+                    shared = scale * q[i] * k[j] / scores[i, j] * Rs[j]
+                    Rq[i] += shared / 2
+                    Rk[j] += shared / 2
+            return Rq, Rk, Rv
+
+        return o, back
+
+    def attention(self, name, x):
+        module = self.model.get_submodule(name)
+        heads, dim = module.num_heads, module.head_dim
+        qkv, back_qkv = self.linear(name + ".qkv", x)
+        outs, backs = [], []
+        for h in range(heads):
+            q, k, v = (qkv[:, (part * heads + h) * dim : (part * heads + h + 1) * dim] for part in range(3))
+            q, back_q = self.norm(name + ".q_norm", q)
+            k, back_k = self.norm(name + ".k_norm", k)
+            o, back = self.head(q, k, v, module.scale)
+            outs.append(o)
+            backs.append((back, back_q, back_k))
+        merged = np.concatenate(outs, 1)
+        normed, back_norm = self.norm(name + ".norm", merged)
+        y, back_y = self.linear(name + ".proj", normed)
+
+        def back(R):
+            R, out = back_norm(back_y(R)), np.zeros_like(qkv)
+            for h in range(heads):
+                mixed, back_q, back_k = backs[h]
+                Rq, Rk, Rv = mixed(R[:, h * dim : (h + 1) * dim])
+                for part, value in enumerate((back_q(Rq), back_k(Rk), Rv)):
+                    out[:, (part * heads + h) * dim : (part * heads + h + 1) * dim] = value
+            return back_qkv(out)
+
+        return y, back
+
+    def mlp(self, name, x):
+        h, back1 = self.linear(name + ".fc1", x)
+        z, back_act = self.act(self.model.get_submodule(name + ".act"), h)
+        z, back_norm = self.norm(name + ".norm", z)
+        y, back2 = self.linear(name + ".fc2", z)
+        return y, lambda R: back1(back_act(back_norm(back2(R))))
+
+    def residual(self, x, norm, body, scale):
+        n, back_n = self.norm(norm, x)
+        f, back_f = (self.attention if body.endswith("attn") else self.mlp)(body, n)
+        f, _ = self.scale(scale, f)
+        y = x + f
+        return y, lambda R: ratio(x, y) * R + back_n(back_f(ratio(f, y) * R))
+
+    def run(self, x0, target):
+        model, x, backs = self.model, x0, []
+        for i in range(len(model.blocks)):
+            for norm, body, scale in (("norm1", "attn", "ls1"), ("norm2", "mlp", "ls2")):
+                x, back = self.residual(x, *(f"blocks.{i}.{part}" for part in (norm, body, scale)))
+                backs.append(back)
+        x, back_norm = self.norm("norm", x)
+        first = 0 if model.global_pool == "token" or model.pool_include_prefix else model.num_prefix_tokens
+        pooled_tokens = x[:1] if model.global_pool == "token" else x[first:]
+        pooled = pooled_tokens.mean(0, keepdims=True)
+        f, back_fc = self.norm("fc_norm", pooled)
+        z, back_head = self.linear("head", f)
+        R = np.zeros_like(z)
+        R[0, target] = z[0, target]
+        R = back_fc(back_head(R))
+        shared = np.zeros_like(x)
+        shared[first : first + len(pooled_tokens)] = pooled_tokens / len(pooled_tokens) * ratio(R, pooled)
+        R = back_norm(shared)
+        for back in reversed(backs):
+            R = back(R)
+        return z[0], R.sum(1)
+
+
+@pytest.mark.parametrize("rule", r.RULES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matches_slow_reference(family, rule):
+    model, images = make(family), pictures()
+    target = torch.tensor([1, 3])
+    fast = r.relevance(model, images, target, rule)
+    with torch.no_grad():
+        tokens, _ = r.embed(model, images)
+    for i in range(2):
+        logits, signed = Slow(model, rule).run(tokens[i].numpy(), int(target[i]))
+        np.testing.assert_allclose(fast.logits[i].detach(), logits, rtol=1e-9)
+        np.testing.assert_allclose(fast.tokens[i].detach(), signed, rtol=1e-7, atol=1e-9 * np.abs(signed).max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rule", r.RULES)
+def test_conserves_with_the_ledger(family, rule):
+    model, images = make(family), pictures(3)
+    result = r.relevance(model, images, method=rule, with_ledger=True)
+    logit = result.logits.gather(1, result.target[:, None])[:, 0]
+    total = result.tokens.sum(1) + sum(result.ledger.values())
+    assert ((total - logit) / logit).abs().max() < 1e-10
+    assert result.ledger.keys() <= {"linear_bias", "norm_bias", "softmax"}
+    assert ("softmax" in result.ledger) == (rule == "attnlrp")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cp_conserves_alone_without_biases(family):
+    model = make(family)
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            if getattr(module, "bias", None) is not None and path.split(".")[0] not in ("patch_embed", "norm_pre"):
+                module.bias.zero_()
+    result = r.relevance(model, pictures(), method="cp")
+    torch.testing.assert_close(result.tokens.sum(1), result.logits.gather(1, result.target[:, None])[:, 0], rtol=1e-10, atol=0)
+    taylor = r.relevance(model, pictures(), method="attnlrp")
+    assert (taylor.tokens.sum(1) / taylor.logits.gather(1, taylor.target[:, None])[:, 0] - 1).abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_models(family, dtype):
+    model, images = make(family, dtype), pictures(dtype=dtype)
+    result = r.relevance(model, images)
+    torch.testing.assert_close(result.logits, model(images))
+    assert result.target.tolist() == model(images).argmax(1).tolist()
+    reference = r.relevance(make(family), pictures())
+    torch.testing.assert_close(result.tokens.double(), reference.tokens, rtol=1e-3, atol=1e-3 * reference.tokens.abs().max().item())
+
+
+# --- the derivative -----------------------------------------------------------------------------------------------
+
+WEIGHTS = ["patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight", "blocks.0.attn.qkv.weight", "blocks.1.norm2.bias",
+           "blocks.1.attn.proj.weight", "blocks.1.mlp.fc1.weight", "blocks.0.mlp.fc2.bias", "head.weight"]
+
+
+def scalar(model, images, normalize, method="attnlrp"):
+    """A scalar that depends on every entry of the map."""
+    target = torch.tensor([1, 3])
+    phi = r.relevance(model, images, target, method, differentiable=True).map(normalize)
+    slope = torch.linspace(-1, 1, phi[0].numel(), dtype=phi.dtype).view_as(phi[0])
+    return (slope * phi.log() + (1 - phi).log() / 3).mean()
+
+
+def directional_error(f, parameters, direction, h=1e-5):
+    """Relative error of ⟨∂f, direction⟩ against a fourth-order central difference."""
+    gradients = torch.autograd.grad(f(), parameters)
+    expected = sum((g * d).sum() for g, d in zip(gradients, direction))
+    values = []
+    with torch.no_grad():
+        for step in (-2, -1, 1, 2):
+            for p, d in zip(parameters, direction):
+                p += step * h * d
+            values.append(f())
+            for p, d in zip(parameters, direction):
+                p -= step * h * d
+    measured = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)
+    return abs(measured - expected) / expected.abs()
+
+
+@pytest.mark.parametrize("normalize", r.NORMALIZATIONS)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_gradient_of_the_map(name, normalize):
+    model, images = make("plain"), pictures()
+    p = dict(model.named_parameters())[name]
+    direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(3), dtype=p.dtype)
+    assert directional_error(lambda: scalar(model, images, normalize), [p], [direction]) < 1e-6
+
+
+@pytest.mark.parametrize("method", r.RULES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_of_every_family(family, method):
+    model, images = make(family), pictures()
+    parameters = list(model.parameters())
+    if family == "bare":  # the gate of ReLU jumps at 0: small steps, no kink crossed
+        parameters = [p for name, p in model.named_parameters() if "head" in name or name.startswith("blocks.1.mlp.fc2")]
+    generator = torch.Generator().manual_seed(3)
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    if method == "cp":  # head bias moves no map under a fixed target, and neither q nor k of a constant attention rule vanish
+        assert all(torch.isfinite(g).all() for g in torch.autograd.grad(scalar(model, images, "saturating", "cp"), parameters, allow_unused=True) if g is not None)
+    f = lambda: scalar(model, images, "saturating", method) + 0 * sum(p.sum() for p in parameters)
+    assert directional_error(f, parameters, direction, h=1e-5) < 1e-6
+
+
+def test_gradcheck():
+    model, images = make("plain", embed_dim=6, depth=1, num_heads=2, img_size=8), pictures(2, (8, 8))
+    names = ["blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "norm.weight", "head.weight"]
+    start = [p.detach().clone().requires_grad_() for p in (dict(model.named_parameters())[name] for name in names)]
+
+    class Scalar(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return scalar(self.model, images, "saturating")
+
+    loss = Scalar()
+    assert torch.autograd.gradcheck(
+        lambda *values: functional_call(loss, {f"model.{n}": v for n, v in zip(names, values)}, (images,)), start, eps=1e-6, atol=1e-8, rtol=1e-5
+    )
+
+
+def test_last_block_and_head_learn_from_the_map():
+    model = make("dinov2")
+    scalar(model, pictures(), "saturating").backward()
+    for name in ("attn.proj.weight", "attn.qkv.weight", "mlp.fc1.weight", "mlp.fc2.weight", "ls2.gamma"):
+        assert model.blocks[-1].get_parameter(name).grad.norm() > 1e-8, name
+    assert model.head.weight.grad.norm() > 1e-8
+    assert model.patch_embed.proj.weight.grad.norm() > 1e-8
+
+
+# --- the call -----------------------------------------------------------------------------------------------------
+
+
+def test_graph_is_kept_only_when_asked():
+    model, images = make(), pictures()
+    assert r.relevance(model, images).tokens.requires_grad
+    with torch.no_grad():
+        assert not r.relevance(model, images).tokens.requires_grad
+        assert r.relevance(model, images, differentiable=True).tokens.requires_grad
+    quiet = r.relevance(model, images, differentiable=False)
+    assert not quiet.tokens.requires_grad and not quiet.logits.requires_grad
+    torch.testing.assert_close(quiet.tokens, r.relevance(model, images).tokens.detach(), rtol=1e-12, atol=1e-14)
+    with torch.inference_mode():
+        torch.testing.assert_close(r.relevance(model, images).tokens, quiet.tokens)
+        with pytest.raises(ValueError, match="inference_mode"):
+            r.relevance(model, images, differentiable=True)
+
+
+def test_nothing_is_left_behind():
+    model, images = make(), pictures()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    attributes = {path: dict(vars(module)) for path, module in model.named_modules()}
+    r.relevance(model, images, with_ledger=True)
+    with pytest.raises(ValueError):
+        r.relevance(model, images, torch.tensor([0, 99]))
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    for path, module in model.named_modules():
+        assert vars(module).keys() == attributes[path].keys()
+        assert not (module._forward_hooks or module._backward_hooks or module._forward_pre_hooks)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("settings,size,grid", [
+    ({"img_size": (16, 24)}, (16, 24), (4, 6)),
+    ({"dynamic_img_size": True}, (24, 12), (6, 3)),
+    ({"dynamic_img_size": True, "dynamic_img_pad": True}, (18, 16), (5, 4)),
+])
+def test_other_shapes(settings, size, grid):
+    model, images = make(**settings), pictures(2, size)
+    result = r.relevance(model, images, with_ledger=True)
+    assert result.grid == grid and result.patches.shape == (2, *grid) and result.prefix == 1
+    torch.testing.assert_close(result.logits, model(images))
+    logit = result.logits.gather(1, result.target[:, None])[:, 0]
+    torch.testing.assert_close(result.tokens.sum(1) + sum(result.ledger.values()), logit, rtol=1e-10, atol=0)
+
+
+class Stem(nn.Module):
+    """A custom convolutional patch embedding, as small models need it."""
+
+    def __init__(self, img_size, patch_size, in_chans, embed_dim, **_):
+        super().__init__()
+        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.num_patches = self.grid_size[0] ** 2
+        self.layers = nn.Sequential(nn.Conv2d(in_chans, 4, 3, 2, 1), nn.GELU(), nn.Conv2d(4, embed_dim, patch_size // 2, patch_size // 2))
+
+    def forward(self, x):
+        return self.layers(x).flatten(2).transpose(1, 2)
+
+
+def test_custom_stem():
+    model, images = make(embed_layer=Stem), pictures()
+    result = r.relevance(model, images)
+    assert result.grid == (4, 4)
+    torch.testing.assert_close(result.logits, model(images))
+    p = model.patch_embed.layers[0].weight
+    assert directional_error(lambda: scalar(model, images, "saturating"), [p], [torch.ones_like(p)]) < 1e-6
+
+
+def test_autocast():
+    model, images = make(dtype=torch.float32), pictures(dtype=torch.float32)
+    exact = r.relevance(model, images, torch.tensor([1, 3]))
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = r.relevance(model, images, torch.tensor([1, 3]), with_ledger=True)
+        reference = model(images)
+    assert rough.tokens.dtype == torch.float32
+    torch.testing.assert_close(rough.logits.float(), reference.float(), rtol=0.05, atol=0.05)
+    assert torch.corrcoef(torch.stack((rough.tokens.flatten(), exact.tokens.flatten())))[0, 1] > 0.99
+    rough.map().log().mean().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+    halved = make().bfloat16()
+    assert torch.isfinite(r.relevance(halved, pictures().bfloat16()).tokens).all()
+
+
+def test_isolated_patch_has_no_relevance():
+    model = make(depth=1)
+    with torch.no_grad():  # one head reads only the class token: keys blow up on a feature that only it has
+        model.blocks[0].attn.qkv.weight[12:24] = 0
+        model.blocks[0].attn.qkv.bias[12:24] = 0
+        model.blocks[0].attn.qkv.weight[24:] = 0
+        model.blocks[0].attn.qkv.bias[24:] = 0
+    result = r.relevance(model, pictures())
+    assert result.patches.abs().max() == 0 and result.tokens[:, 0].abs().min() > 0
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes,message", [
+    ({"block_fn": ResPostBlock}, r"^blocks\.0 is a ResPostBlock: supported"),
+    ({"block_fn": ParallelScalingBlock}, r"^blocks\.0 is a ParallelScalingBlock: supported"),
+    ({"attn_layer": "diff"}, r"^blocks\.0\.attn is a DiffAttention: supported"),
+    ({"global_pool": "map"}, r"^attn_pool is a AttentionPoolLatent: supported"),
+    ({"global_pool": "max"}, r"'token' or 'avg', not 'max'"),
+    ({"act_layer": "mish"}, r"^blocks\.0\.mlp\.act is a \w*: supported here: GELU"),
+    ({"num_classes": 0}, r"^head is a Identity: supported here: Linear"),
+])
+def test_unsupported(changes, message):
+    with pytest.raises(r.UnsupportedModule, match=message):
+        r.relevance(make(**changes), pictures())
+
+
+def test_unsupported_gate_and_subclass():
+    model = make()
+    model.blocks[1].attn.gate = nn.Linear(12, 12).double()
+    with pytest.raises(r.UnsupportedModule, match=r"^blocks\.1\.attn\.gate is a Linear"):
+        r.relevance(model, pictures())
+
+    class Odd(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = make()
+    model.blocks[1].norm2 = Odd(12).double()
+    with pytest.raises(r.UnsupportedModule, match=r"^blocks\.1\.norm2 is a Odd"):
+        r.relevance(model, pictures())
+    with pytest.raises(r.UnsupportedModule, match="^the model is a Sequential: supported here: timm VisionTransformer"):
+        r.relevance(nn.Sequential(nn.Flatten()), pictures())
+
+
+@pytest.mark.parametrize("rate,path", [
+    ("drop_path_rate", "blocks.1.drop_path1"), ("proj_drop_rate", "blocks.0.attn.proj_drop"), ("attn_drop_rate", "blocks.0.attn.attn_drop"),
+    ("pos_drop_rate", "pos_drop"), ("patch_drop_rate", "patch_drop"), ("drop_rate", "head_drop"),
+])
+def test_active_dropout(rate, path):
+    model = make(**{rate: 0.2})
+    r.relevance(model, pictures())
+    model.train()
+    with pytest.raises(r.UnsupportedModule, match=f"^{path} is a .*not 0.2"):
+        r.relevance(model, pictures())
+    assert r.relevance(make().train(), pictures()).tokens.shape == (2, 17)
+
+
+@pytest.mark.parametrize("target,message", [
+    (torch.tensor([0, 5]), r"0…4, got 0…5"), (torch.tensor([-1, 0]), r"got -1…0"), (torch.tensor([0]), r"shape \(2,\), got torch.int64 \(1,\)"),
+    (torch.tensor([0.0, 1.0]), "got torch.float32"), (torch.tensor([[0], [1]]), r"\(2, 1\)"),
+])
+def test_bad_target(target, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        r.relevance(make(), pictures(), target)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_pictures():
+    model = make()
+    for images, message in [
+        (pictures(2, (16, 20)), "16×16 pixels.*got 16×20"), (pictures()[0], r"\(3, 16, 16\)"), (pictures()[:, :2], "3 channels, got 2"),
+        (pictures() * float("nan"), "images must be finite"), (pictures().long(), "float"), (pictures()[:0], "float"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            r.relevance(model, images)
+    with pytest.raises(ValueError, match="multiples of 4×4, got 18×16"):
+        r.relevance(make(dynamic_img_size=True), pictures(2, (18, 16)))
+    with torch.no_grad():
+        model.head.bias[1] = float("nan")
+    with pytest.raises(ValueError, match=r"logits must be finite.*\[0, 1\]"):
+        r.relevance(model, pictures())
+    with pytest.raises(ValueError, match="method must be one of attnlrp, cp.*got 'lrp'"):
+        r.relevance(make(), pictures(), method="lrp")
+
+
+# --- maps ---------------------------------------------------------------------------------------------------------
+
+
+def slow_normalize(name, values):
+    """The definitions, one patch at a time, for a list of rows."""
+    flat = [v for row in values for v in row]
+    mean, low, high = sum(map(abs, flat)) / len(flat), min(flat), max(flat)
+    centre = sum(flat) / len(flat)
+    std = math.sqrt(sum((v - centre) ** 2 for v in flat) / (len(flat) - 1))
+    rule = {
+        "saturating": lambda v: max(v, 0) / (max(v, 0) + 0.5 * mean),
+        "softsign": lambda v: max(v, 0) / (max(v, 0) + 3 * mean),
+        "minmax": lambda v: (v - low) / (high - low),
+        "relu_max": lambda v: max(v, 0) / max(high, 0),
+        "sigmoid": lambda v: 1 / (1 + math.exp(2 - 4 * v / std)),
+    }[name]
+    return [[rule(v) for v in row] for row in values]
+
+
+@pytest.mark.parametrize("name", r.NORMALIZATIONS)
+def test_normalizations(name):
+    values = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    fast = r.NORMALIZATIONS[name](values)
+    np.testing.assert_allclose(fast, [slow_normalize(name, picture) for picture in values.tolist()], rtol=1e-12)
+    np.testing.assert_allclose(r.NORMALIZATIONS[name](1000 * values), fast, rtol=1e-9)  # a scale of r changes nothing
+    flat = torch.zeros(1, 4, 5, requires_grad=True)
+    constant = r.NORMALIZATIONS[name](flat)
+    constant.sum().backward()
+    assert torch.isfinite(constant).all() and torch.isfinite(flat.grad).all()
+
+
+def test_map_sizes_and_bounds():
+    result = r.relevance(make(), pictures())
+    for name in r.NORMALIZATIONS:
+        phi = result.map(name)
+        assert phi.shape == (2, 4, 4) and phi.min() >= 0.02 and phi.max() <= 0.98
+    assert result.map("minmax").amin((1, 2)).tolist() == pytest.approx([0.02] * 2)
+    assert result.map("minmax").amax((1, 2)).tolist() == pytest.approx([0.98] * 2)
+    large = result.map(lambda patches: patches, size=(16, 16), epsilon=0)
+    assert large.shape == (2, 16, 16)
+    # pixel (5, 6) lies a quarter of the way between patch centres: the weights by hand
+    p, y, x = result.patches, (5 + 0.5) / 4 - 0.5, (6 + 0.5) / 4 - 0.5
+    i, j = int(y), int(x)
+    by_hand = sum(w * p[:, i + a, j + b] for a, b, w in [
+        (0, 0, (1 - y + i) * (1 - x + j)), (1, 0, (y - i) * (1 - x + j)), (0, 1, (1 - y + i) * (x - j)), (1, 1, (y - i) * (x - j))])
+    torch.testing.assert_close(large[:, 5, 6], by_hand)
+    assert r.bound(torch.tensor([0.0, 0.5, 1.0]), 0.1).tolist() == pytest.approx([0.1, 0.5, 0.9])
+    for bad in (dict(normalize="max"), dict(epsilon=0.5), dict(epsilon=-0.1)):
+        with pytest.raises(ValueError, match="must"):
+            result.map(**bad)
+
+
+def test_repr():
+    result = r.relevance(make("dinov2"), pictures(), torch.tensor([4, 0]))
+    assert repr(result) == "Relevance(2 pictures, 20 tokens, grid 4×4, target [4, 0])"
+    html = result._repr_html_()
+    assert "data:image/png;base64" in html and len(html) < 4000
+    assert r.thumbnail(torch.zeros(1, 2, 3)).startswith(b"\x89PNG")
