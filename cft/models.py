@@ -113,7 +113,6 @@ def load_model(name: str, weights: str | Path | None = None, num_classes: int | 
     if weights is None:
         return timm.create_model(name, pretrained=pretrained, **({"num_classes": num_classes} if num_classes else {})).eval(), None
     state, classes = read_weights(weights)
-    head = timm.get_pretrained_cfg_value(name, "classifier") or "head"
     head = getattr(timm.get_pretrained_cfg(name), "classifier", None) or "head"
     found = len(state[f"{head}.weight"]) if f"{head}.weight" in state else None
     if found is None or num_classes not in (None, found):

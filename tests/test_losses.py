@@ -412,10 +412,10 @@ def test_bad_logits_and_labels():
     for bad in (float("nan"), float("inf")):
         spoiled = logits.clone()
         spoiled[0, 0] = bad
-        for call in (lambda: classification_loss(spoiled), lambda: distillation_loss(logits, spoiled),
-                     lambda: distillation_loss(spoiled, logits)):
+        for loss, arguments in ((classification_loss, (spoiled,)), (distillation_loss, (logits, spoiled)),
+                                (distillation_loss, (spoiled, logits))):
             with pytest.raises(ValueError, match="must be finite"):
-                call()
+                loss(*arguments)
     for call in (lambda: classification_loss(logits[0]), lambda: classification_loss(logits[:0]),
                  lambda: classification_loss(logits.long())):
         with pytest.raises(ValueError, match="floating point"):
