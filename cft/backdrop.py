@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import shutil
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -534,7 +535,7 @@ def _save_set(root: Path, name: str, pictures: Pictures, digest) -> list[dict]:
         file = f"{name}/{cls}/{cls}_{counter[cls]:04d}.png"
         counter[cls] += 1
         for folder, layer in layers.items():
-            Image.fromarray(layer[i]).save(root / folder / file, compress_level=1)
+            Image.fromarray(layer[i]).save(root / folder / file, compress_type=zlib.Z_HUFFMAN_ONLY)
         present = [CLASSES[cls][k - 1].name for k in np.unique(pictures.parts[i]) if k]
         rows.append({"file": file, "set": name, "class": cls, "label": int(label),
                      "background": BACKGROUNDS[pictures.backgrounds[i]] if SETS[name].style == "photo" else "",

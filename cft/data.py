@@ -150,12 +150,12 @@ def scan(root: str | Path, masks: str | Path | None = None, objects: str | Path 
     """
     root = Path(root)
     names = _class_folders(root, classes)
-    paths, set_aside = [], []
+    paths, sizes, set_aside = [], [], []
     present = [name for name in names if (root / name).is_dir()]
     for path in tqdm([p for name in present for p in sorted((root / name).rglob("*"))], desc="reading", disable=not progress):
         if path.suffix.lower() in EXTENSIONS:
             try:
-                open_image(path)
+                sizes.append(open_image(path).size)
                 paths.append(path)
             except UnreadableImage as error:
                 set_aside.append(str(error).replace(f"{root}/", ""))
@@ -165,9 +165,9 @@ def scan(root: str | Path, masks: str | Path | None = None, objects: str | Path 
             raise ValueError(f"class folder {root / name} has no readable picture ({aside} could not be read); expected at least one")
     samples = [Sample(path, names.index(path.relative_to(root).parts[0]), mask, obj) for path, mask, obj in
                zip(paths, _sidecars(root, masks, paths, "mask"), _sidecars(root, objects, paths, "object mask"), strict=True)]
-    for sample in samples:
+    for sample, size in zip(samples, sizes, strict=True):
         for file in filter(None, (sample.mask, sample.object)):
-            open_mask(file, open_image(sample.path).size)
+            open_mask(file, size)
     return Folder(root, names, tuple(samples), tuple(set_aside))
 
 # %% ../nbs/01_data.ipynb #f1abd670

@@ -77,7 +77,8 @@ class Tape:
     rule: str = "attnlrp"  # one of RULES
     gamma: float = 0.0  # γ of linear and convolution layers; 0 is the ε-rule with ε → 0
     ledger: dict[str, Tensor] | None = None  # absorbed relevance per kind, each (batch,)
-    maps: list[Tensor] | None = None  # attention weights (batch, heads, tokens, tokens) in order, if wanted
+    maps: list[Tensor] | None = None  # attention weights (batch, heads, tokens, tokens) of every block, if wanted
+    reads: list[Tensor] | None = None  # what every attention layer reads, (batch, tokens, features), if wanted
     factor: float = 1.0  # multiplies attention weights; only interpolating methods change it
     output: bool = True  # whether a block's output is wanted, or its pullback alone
 
@@ -274,6 +275,8 @@ def attention(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullbac
         raise UnsupportedModule(module, "Attention")
     if getattr(module, "gate", None) is not None:
         raise UnsupportedModule(module.gate, "Attention without a gate")
+    if tape.reads is not None:
+        tape.reads.append(x)
     heads = (module.num_heads, module.head_dim)
     qkv, pull_qkv = linear(module.qkv, x, tape)
     q, k, v = qkv.unflatten(-1, (3, *heads)).permute(2, 0, 3, 1, 4)

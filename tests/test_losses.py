@@ -169,6 +169,15 @@ def test_empty_region_is_zero_counts_in_the_mean_and_has_finite_gradient():
     assert background_loss(phi, mask).item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_tiny_fraction_is_a_region_too():
+    """An object that covers a hundredth of one patch: divided by its own area, however small."""
+    phi, mask = batch(15, (1, 3, 3))
+    mask[:] = 0
+    mask[0, 1, 1] = 0.01
+    assert concept_loss(phi, mask).item() == pytest.approx(-math.log(phi[0, 1, 1].item()), rel=1e-12)
+    assert background_loss(phi, 1 - mask).item() == pytest.approx(-math.log1p(-phi[0, 1, 1].item()), rel=1e-9)
+
+
 def test_region_ignores_size_of_object_and_image_does_not():
     """Doubling both sides of every pixel changes nothing; adding background pixels scales only `image`."""
     phi, mask = batch(4, (2, 3, 3), "binary")

@@ -1,0 +1,51 @@
+# Every target sets up what it needs: a virtual environment in .venv, made by uv (fetched if missing).
+PY := .venv/bin/python
+UV = $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+export OMP_NUM_THREADS := 1
+export UV_PYTHON_DOWNLOADS := never
+
+.PHONY: help demo test export lint lab bench figures clean
+help:
+	@echo "make demo     repair a spurious classifier; about 4 minutes on two cores"
+	@echo "make test     export, notebooks, tests and lint"
+	@echo "make export   write cft/ from nbs/ and clean the notebooks"
+	@echo "make lint     ruff over notebooks and tests"
+	@echo "make lab      read the book in JupyterLab"
+	@echo "make bench    measure speed into figures/bench.csv"
+	@echo "make figures  draw the pages again from saved results"
+
+.venv/.ready: settings.ini setup.py constraints.txt pyproject.toml
+	@command -v uv >/dev/null || test -x .uv/bin/uv || { python3 -m venv .uv && .uv/bin/python -m pip install --quiet uv; }
+	@$(UV) venv --quiet --allow-existing --python '>=3.11' .venv
+	$(UV) pip install --quiet --python $(PY) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/.ready
+	$(PY) -m cft.cli demo --out figures/demo --work runs/demo
+	@$(MAKE) --no-print-directory figures
+
+figures: .venv/.ready
+	@mkdir -p runs
+	$(PY) -m papermill --no-progress-bar nbs/07_demo.ipynb runs/07_demo.ipynb 2>&1 | grep -v '^Executing\|^Input\|^Output' || true
+	@test -s runs/07_demo.ipynb && echo "The page, executed: runs/07_demo.ipynb"
+
+test: .venv/.ready
+	$(PY) -m pytest -n 2
+
+export: .venv/.ready
+	.venv/bin/nbdev_export
+	.venv/bin/nbdev_clean
+
+lint: .venv/.ready
+	$(PY) -m ruff check nbs tests setup.py
+
+lab: .venv/.ready
+	.venv/bin/jupyter lab nbs/index.ipynb
+
+bench: .venv/.ready
+	@mkdir -p runs
+	$(PY) -m papermill nbs/08_bench.ipynb runs/08_bench.ipynb -p full True -p out figures/bench.csv
+	@cat figures/bench.csv
+
+clean:
+	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache
