@@ -21,7 +21,7 @@ help:
 	@touch $@
 
 demo: .venv/.ready
-	$(PY) -m cft.cli demo --out figures/demo --work runs/demo
+	.venv/bin/cft demo --out figures/demo --work runs/demo
 	@$(MAKE) --no-print-directory figures
 
 figures: .venv/.ready

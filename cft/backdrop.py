@@ -389,7 +389,7 @@ def render_object(label: int, view: View, n: int, rng: np.random.Generator) -> t
         if part.name not in ("body", "head"):
             cover *= rng.random((n, 1, 1)) >= view.hidden
         owner[cover > 0.5] = k
-        np.maximum(coverage, cover, out=coverage)
+        coverage += cover * (1 - coverage)
         touched = np.nonzero(cover)  # a part covers few pixels: paint only those
         paint = np.minimum(palette[part.paint][:, touched[0]] * shade[touched], 1)
         colour[:, *touched] += cover[touched] * (paint - colour[:, *touched])

@@ -9,6 +9,7 @@ __all__ = ['ORIGINAL', 'TESTS', 'TRAIN_PER_CLASS', 'TEST_PER_CLASS', 'SEGMENTATI
            'relevance_figure', 'headline', 'results_table', 'claims_table', 'sentences', 'results_figure', 'run_demo']
 
 # %% ../nbs/07_demo.ipynb #da4b9237
+import copy
 import json
 import random
 import shutil
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -26,9 +28,9 @@ from torch.utils.data import DataLoader
 from . import backdrop
 from .backdrop import CLASSES, SHIFTED
 from .data import MaskedImages, Preprocess, scan, swap_background, without_object
-from .evaluation import evaluate, over_seeds, paired_difference, predict, segmentation_table
+from .evaluation import evaluate, over_seeds, paired_difference, predict, relevance_scores
 from .finetuning import METHODS, FineTuned, Recipe, fine_tune, provenance
-from .models import SEEDS, base_model, make_bases, on_every_core
+from .models import SEEDS, base_model, make_bases, on_every_core, read_weights
 from .relevance import relevance
 
 # %% ../nbs/07_demo.ipynb #c1dfd96e
@@ -41,9 +43,9 @@ EPOCHS = 8
 SETTINGS: dict[str, dict] = {
     "plain": {"rate": 2.5e-5},
     "self": {"rate": 2.5e-5},
-    "swap": {"rate": 5e-5},
-    "last-layer": {"rate": 3e-3},
-    "cft-paper": {"rate": 2e-4},
+    "swap": {"rate": 1e-4},
+    "last-layer": {"rate": 1e-3},
+    "cft-paper": {"rate": 3e-5},
     "cft": {"rate": 1e-4},
     "cft+": {"rate": 2e-4, "average": 0.7},
     "cft+ without alignment": {"rate": 2e-4, "average": 0.7},
@@ -92,12 +94,8 @@ def batches(images: MaskedImages, size: int = 120) -> list[dict]:
 def measure(model: nn.Module, tests: dict[str, list[dict]], tuned: Sequence[int]) -> pd.DataFrame:
     """All metrics of the demo for one model: columns set, split, metric, value, low, high, n (percent)."""
     accuracy = evaluate(model, {name: [(b["image"], b["label"]) for b in tests[name]] for name in tests if name != "segmentation"}, tuned)
-    maps, objects = [], []
-    for batch in tests["segmentation"]:
-        result = relevance(model, batch["image"], differentiable=False)
-        maps.append(result.map("minmax", tuple(batch["object"].shape[-2:]), epsilon=0.0))
-        objects.append(batch["object"])
-    return pd.concat([accuracy, segmentation_table(torch.cat(maps), torch.cat(objects), "segmentation")], ignore_index=True)
+    maps = relevance_scores(model, [(b["image"], b["object"]) for b in tests["segmentation"]], "segmentation")
+    return pd.concat([accuracy, maps], ignore_index=True)
 
 
 def _run_methods(job: tuple[int, tuple[str, ...], Path, Path | None]) -> pd.DataFrame:
@@ -149,7 +147,7 @@ def experiment(root: str | Path, seeds: Sequence[int] = SEEDS, methods: Sequence
 TRIALS: dict[str, list[dict]] = {
     **{m: [{"rate": r} for r in (2.5e-5, 5e-5, 1e-4, 2e-4)] for m in ("plain", "self")},
     "swap": [{"rate": r} for r in (5e-5, 1e-4, 1.4e-4, 2e-4)],
-    "last-layer": [{"rate": r} for r in (3e-4, 1e-3, 3e-3, 1e-2)],
+    "last-layer": [{"rate": r} for r in (3e-4, 1e-3, 2e-3, 3e-3)],
     "cft-paper": [{"rate": r} for r in (1e-5, 3e-5, 1e-4, 2e-4)],
     "cft": [{"rate": r} for r in (5e-5, 1e-4, 2e-4, 4e-4)],
     **{m: [{"rate": r, "average": a} for r, a in ((1e-4, 1.0), (1.4e-4, 1.0), (2e-4, 1.0), (2e-4, 0.7))]
@@ -215,8 +213,6 @@ def draw_pictures(world: Path, sets: Sequence[str], each: int, seed: int, model:
 
 def relevance_figure(models: dict[str, nn.Module], items: list[dict]):
     """A matplotlib figure: pictures in columns; rows are the picture and the signed relevance under each model."""
-    import matplotlib.pyplot as plt
-
     names = list(CLASSES)
     fig, axes = plt.subplots(1 + len(models), len(items), figsize=(1.15 * len(items), 1.3 * (1 + len(models))), squeeze=False)
     for column, item in zip(axes.T, items, strict=True):
@@ -316,8 +312,6 @@ def sentences(claims: pd.DataFrame) -> str:
 # %% ../nbs/07_demo.ipynb #22d200f8
 def results_figure(scores: pd.DataFrame, columns: Sequence[str] = ("val", "adversarial", "OOD-7")):
     """A matplotlib figure: top-1 of every method and seed, with means, one panel per column."""
-    import matplotlib.pyplot as plt
-
     values = headline(scores)
     methods = list(dict.fromkeys(scores["method"]))
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, scores["seed"].nunique()))
@@ -364,10 +358,6 @@ def run_demo(out: str | Path, seeds: Sequence[int] = SEEDS, methods: Sequence[st
 
 
 def _tuned_model(run: Path, base: nn.Module) -> nn.Module:
-    import copy
-
-    from cft.models import read_weights
-
     model = copy.deepcopy(base)
     model.load_state_dict(read_weights(run / "model.safetensors")[0])
     return model.eval()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLITS', 'CONFIDENCE', 'COUNTS', 'top_k', 'predict', 'prediction_table', 'wilson_interval', 'summarize',
            'accuracy_table', 'evaluate', 'foreground', 'image_scores', 'segmentation_scores', 'segmentation_table',
-           'Difference', 'paired_difference', 'over_seeds']
+           'relevance_scores', 'Difference', 'paired_difference', 'over_seeds']
 
 # %% ../nbs/06_evaluation.ipynb #da4b9237
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +18,8 @@ from scipy import stats
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_average_precision
 from tqdm.auto import tqdm
+
+from .relevance import relevance
 
 # %% ../nbs/06_evaluation.ipynb #c1dfd96e
 COLUMNS = ("set", "split", "metric", "value", "low", "high", "n")
@@ -300,6 +302,26 @@ def segmentation_table(
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 # %% ../nbs/06_evaluation.ipynb #a9334987
+def relevance_scores(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], name: str, method: str = "attnlrp",
+) -> pd.DataFrame:
+    """How well a model's relevance segments the objects: `segmentation_table` of its maps.
+
+    batches: pairs of images (batch, channels, height, width) and object masks, bool (batch, height, width). The map is
+    the relevance by `method` for the predicted class, enlarged to the picture and stretched by min–max. name: the set.
+    Raises ValueError for an empty set, and as `cft.relevance.relevance` and `segmentation_table` do.
+    """
+    device = next(model.parameters()).device
+    maps, masks = [], []
+    for images, objects in batches:
+        result = relevance(model, images.to(device), method=method, differentiable=False)
+        maps.append(result.map("minmax", tuple(objects.shape[-2:]), epsilon=0.0).cpu())
+        masks.append(objects.cpu())
+    if not maps:
+        raise ValueError(f"set {name!r}: expected at least one batch, got an empty set")
+    return segmentation_table(torch.cat(maps), torch.cat(masks), name)
+
+# %% ../nbs/06_evaluation.ipynb #54ceb912
 class Difference(NamedTuple):
     """Mean difference of paired runs with its 95 % interval, in the unit of the runs; n pairs."""
 
@@ -333,7 +355,7 @@ def paired_difference(a: pd.Series, b: pd.Series) -> Difference:
         raise ValueError(f"expected the same seeds in both, at least two, got {list(a.index)} and {list(b.index)}")
     return Difference(*_t_interval((a - b.loc[a.index]).to_numpy(float)), len(a))
 
-# %% ../nbs/06_evaluation.ipynb #54ceb912
+# %% ../nbs/06_evaluation.ipynb #e6c3dd63
 def over_seeds(results: pd.DataFrame, by: Sequence[str] = ("set", "split", "metric")) -> pd.DataFrame:
     """Mean, sample standard deviation (ddof = 1) and 95 % t interval of `value` over seeds, per group.
 

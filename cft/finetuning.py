@@ -20,15 +20,14 @@ from typing import Literal, NamedTuple, Protocol
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 import cft
 from .data import MaskedImages, swap_background, without_object
-from .losses import LossWeights, Norm, cft_loss, classification_loss, patch_mask
-from .models import save_model
+from .losses import LossWeights, Norm, cft_loss, classification_loss, distillation_loss, patch_mask
+from .models import read_weights, save_model
 from .relevance import relevance
 
 # %% ../nbs/05_finetuning.ipynb #ac3478d6
@@ -141,8 +140,6 @@ class Align:
         return cft_loss(phi, guide, result.logits, weights=self.weights, norm=self.norm, **kept)
 
     def _classify(self, logits: Tensor, target: Tensor | None = None, original_logits: Tensor | None = None):
-        from cft.losses import distillation_loss
-
         loss = classification_loss(logits, target) if original_logits is None else distillation_loss(logits, original_logits)
         return self.weights.classify * loss, {"classify": loss.detach()}
 
@@ -279,6 +276,7 @@ def _resume(run: Path, job: dict, model: nn.Module, optimizer: torch.optim.Optim
 def _save_state(run: Path, job: dict, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, log: list[dict]) -> None:
     state = {"job": json.dumps(job, sort_keys=True), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
              "step": step, "log": log}
+    run.mkdir(parents=True, exist_ok=True)
     torch.save(state, run / "state.tmp")
     os.replace(run / "state.tmp", run / "state.pt")
 
@@ -327,12 +325,10 @@ def fine_tune(model: nn.Module, images: MaskedImages, recipe: Recipe, run: str |
            "set_aside": list(images.folder.set_aside)}, "preprocess": asdict(images.preprocess)}
     job = json.loads(json.dumps(job))
     start, log, run = 0, [], Path(run) if run else None
-    if run:
-        run.mkdir(parents=True, exist_ok=True)
-        if (run / "record.json").is_file():
-            return _finished(run, job, tuned)
-        if (run / "state.pt").is_file():
-            start, log = _resume(run, job, tuned, optimizer)
+    if run and (run / "record.json").is_file():
+        return _finished(run, job, tuned)
+    if run and (run / "state.pt").is_file():
+        start, log = _resume(run, job, tuned, optimizer)
     began = time.perf_counter()
     bar = tqdm(range(start, sampler.steps), initial=start, total=sampler.steps, desc="fine-tuning", disable=not progress, leave=False)
     for step in bar:
@@ -357,8 +353,6 @@ def fine_tune(model: nn.Module, images: MaskedImages, recipe: Recipe, run: str |
 
 def _finished(run: Path, job: dict, model: nn.Module) -> FineTuned:
     """The result that a completed run left in its folder."""
-    from cft.models import read_weights
-
     record = json.loads((run / "record.json").read_text(encoding="utf-8"))
     if {k: record[k] for k in job} != job:
         raise ValueError(f"{run} holds the finished run of another job; choose another folder or remove it")

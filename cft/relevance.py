@@ -245,25 +245,27 @@ def attribute(model: nn.Module, parts: Parts, target: Tensor | None, method: Met
         "eq2": [], "input_x_gradient": [leaf], "gradcam": tape.maps[-1:], "gradcam_tokens": tape.reads[-1:] or [leaf],
     }.get(method.name, tape.maps)
     slopes = _slopes(logits, target, sources, keep, method.true_gradient) if sources else None
-    if method.name in ("input_x_gradient", "gradcam_tokens"):
-        values, slope = parts.per_token(wide(sources[0])), parts.per_token(wide(slopes[0]))
-        if method.name == "gradcam_tokens":
-            tokens = attributions.gradcam_tokens(values, slope, parts.prefix)
-        else:
-            tokens = attributions.input_x_gradient(values, slope)
-    else:
-        maps, slopes = [wide(t) for t in tape.maps], [wide(t) for t in slopes or ()]
-        start = attributions.seed(leaf.shape[1], *pooled_tokens(model, leaf.shape[1]), maps[0])
-        tokens = {
-            "eq2": lambda: attributions.eq2(maps, start),
-            "eq2_grad": lambda: attributions.eq2(maps, start, slopes),
-            "gae": lambda: attributions.gae(maps, slopes, start),
-            "gradient_rollout": lambda: attributions.gradient_rollout(maps, slopes, start),
-            "gradcam": lambda: attributions.gradcam(maps[-1], slopes[0], start, parts.prefix),
-        }[method.name]()
+    with torch.autocast(leaf.device.type, enabled=False):
+        tokens = _map_of(method.name, model, parts, sources, slopes, tape.maps)
     if not keep:
         logits, tokens = logits.detach(), tokens.detach()
     return Relevance(logits, tokens, parts.grid, parts.prefix, target)
+
+
+def _map_of(name: str, model: nn.Module, parts: Parts, sources: list[Tensor], slopes: list[Tensor] | None,
+            maps: list[Tensor]) -> Tensor:
+    if name in ("input_x_gradient", "gradcam_tokens"):
+        values, slope = parts.per_token(wide(sources[0])), parts.per_token(wide(slopes[0]))
+        if name == "gradcam_tokens":
+            return attributions.gradcam_tokens(values, slope, parts.prefix)
+        return attributions.input_x_gradient(values, slope)
+    maps, slopes = [wide(t) for t in maps], [wide(t) for t in slopes or ()]
+    start = attributions.seed(parts.x.shape[1], *pooled_tokens(model, parts.x.shape[1]), maps[0])
+    if name in ("eq2", "eq2_grad"):
+        return attributions.eq2(maps, start, slopes or None)
+    if name == "gradcam":
+        return attributions.gradcam(maps[-1], slopes[0], start, parts.prefix)
+    return {"gae": attributions.gae, "gradient_rollout": attributions.gradient_rollout}[name](maps, slopes, start)
 
 
 def _slopes(logits: Tensor, target: Tensor, sources: list[Tensor], keep: bool, true: bool, again: bool = False) -> list[Tensor]:
@@ -291,7 +293,8 @@ def integrate(model: VisionTransformer, images: Tensor, target: Tensor | None, m
             found = found if keep else [t.detach() for t in found]
             totals = found if totals is None else [t + f for t, f in zip(totals, found)]
     start = attributions.seed(x.shape[1], *pooled_tokens(model, x.shape[1]), totals[0])
-    tokens = attributions.integrated_rollout(totals, (n + 1) ** 2, start)
+    with torch.autocast(x.device.type, enabled=False):
+        tokens = attributions.integrated_rollout(totals, (n + 1) ** 2, start)
     return Relevance(logits if keep else logits.detach(), tokens, parts.grid, parts.prefix, target)
 
 # %% ../nbs/03_relevance.ipynb #91032ad7

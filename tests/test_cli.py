@@ -1,0 +1,193 @@
+"""The command line as its users meet it: strange folders, kills, mistakes."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image, ImageFilter
+from safetensors.torch import load_file
+
+from cft import backdrop
+from cft.cli import main
+from cft.data import MaskedImages, Preprocess, scan
+from cft.models import ASSETS, TINY, save_model
+
+VIT = "vit_tiny_patch16_224"
+CFT = Path(sys.executable).with_name("cft")
+
+
+def photograph(size, seed):
+    noise = np.random.default_rng(seed).integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size).filter(ImageFilter.GaussianBlur(2))
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory):
+    """Three classes of photograph-like JPEGs of odd sizes: grey, CMYK, turned by EXIF, one truncated; and masks."""
+    root = tmp_path_factory.mktemp("album")
+    sizes = [(301, 203), (97, 411), (224, 224)]
+    for c, name in enumerate(("café", "dog house", "zebra")):
+        (root / "photos" / name).mkdir(parents=True)
+        (root / "masks" / name).mkdir(parents=True)
+        for k, size in enumerate(sizes):
+            image, options = photograph(size, 10 * c + k), {}
+            if k == 0:
+                image = image.convert(("L", "CMYK", "RGB")[c])
+            if k == 1 and c == 2:
+                options["exif"] = Image.Exif()
+                options["exif"][0x0112] = 8
+                size = size[::-1]
+            image.save(root / "photos" / name / f"{k}.JPG", "JPEG", **options)
+            mask = np.zeros(size[::-1], np.uint8)
+            mask[size[1] // 4: size[1] // 2, size[0] // 4: size[0] // 2] = 255
+            Image.fromarray(mask).save(root / "masks" / name / f"{k}.png")
+    whole = (root / "photos/zebra/0.JPG").read_bytes()
+    (root / "photos/zebra/cut.jpg").write_bytes(whole[: len(whole) // 2])
+    torch.manual_seed(0)
+    save_model(root / "start.safetensors", timm.create_model(VIT, num_classes=3))
+    return root
+
+
+def run(*words):
+    """The command in this process: exit code, and what was written to standard error is read by capsys."""
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    return end.value.code
+
+
+def arguments(album, out, **changes):
+    options = {"model": VIT, "weights": album / "start.safetensors", "masks": album / "masks", "out": out, "rate": 1e-4,
+               "epochs": 1, "batch": 3, "threads": 1, **changes}
+    return [album / "photos", *(w for k, v in options.items() if v is not None for w in (f"--{k.replace('_', '-')}", v))]
+
+
+def test_fit_on_a_folder_written_by_something_else(album, tmp_path, capsys):
+    assert run("fit", *arguments(album, tmp_path / "run")) == 0
+    printed = capsys.readouterr().out
+    assert "9 pictures of 3 classes" in printed and "1 set aside: zebra/cut.jpg" in printed
+    record = json.loads((tmp_path / "run/record.json").read_text(encoding="utf-8"))
+    assert record["data"]["pictures"] == 9 and record["steps"] == 3
+    path = tmp_path / "run/model.safetensors"
+    ours = timm.create_model(VIT, num_classes=3).eval()
+    ours.load_state_dict(load_file(path))
+    theirs = timm.create_model(VIT, num_classes=3, checkpoint_path=str(path)).eval()
+    x = torch.randn(2, 3, 224, 224)
+    assert torch.equal(ours(x), theirs(x))
+    start = load_file(album / "start.safetensors")
+    assert any(not torch.equal(start[k], v) for k, v in ours.state_dict().items())
+    assert run("evaluate", album / "photos", "--model", VIT, "--weights", path, "--objects", album / "masks", "--out",
+               tmp_path / "t.csv", "--threads", 1) == 0
+    table = (tmp_path / "t.csv").read_text()
+    assert "top1" in table and "mean_iou" in table and "photos" in capsys.readouterr().out
+
+
+def test_killed_fit_resumes_and_ends_equal(tmp_path):
+    root = backdrop.write(tmp_path / "b", {"train": 4}, seed=1)
+    base = ["fit", root / "images/train", "--masks", root / "masks/train", "--objects", root / "objects/train", "--model", TINY,
+            "--weights", ASSETS / "base_0.safetensors", "--method", "cft+", "--rate", 1e-4, "--epochs", 6, "--threads", 1]
+    command = lambda out: [str(CFT), *map(str, [*base, "--out", tmp_path / out, "--save-every", 2])]
+    process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / "killed/state.pt").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "killed/state.pt").exists() and not (tmp_path / "killed/model.safetensors").exists()
+    for out in ("killed", "whole"):
+        subprocess.run(command(out), check=True, capture_output=True)
+    killed, whole = (load_file(tmp_path / out / "model.safetensors") for out in ("killed", "whole"))
+    assert all(torch.equal(killed[k], whole[k]) for k in whole)
+    record = json.loads((tmp_path / "killed/record.json").read_text(encoding="utf-8"))
+    assert 0 < record["resumed_at"] < record["steps"] == 36
+
+
+def _nan_image(album, tmp_path):
+    import shutil
+
+    shutil.copytree(album, tmp_path / "a")
+    (tmp_path / "a/photos/zebra/2.JPG").unlink()
+    Image.fromarray(np.full((224, 224), np.nan, np.float32)).save(tmp_path / "a/photos/zebra/2.tif")
+    return arguments(tmp_path / "a", tmp_path / "run")
+
+
+def _changed(change):
+    def build(album, tmp_path):
+        import shutil
+
+        shutil.copytree(album, tmp_path / "a")
+        change(tmp_path / "a")
+        return arguments(tmp_path / "a", tmp_path / "run")
+
+    return build
+
+
+def _with(**changes):
+    return lambda album, tmp_path: arguments(album, tmp_path / "run", **changes)
+
+
+MISTAKES = {
+    "empty class": (_changed(lambda a: (a / "photos/empty").mkdir()), "empty has no readable picture"),
+    "mask of another size": (_changed(lambda a: Image.new("L", (9, 9)).save(a / "masks/zebra/2.png")), "9 × 9 pixels; its picture is 224 × 224"),
+    "missing mask": (_changed(lambda a: (a / "masks/zebra/2.png").unlink()), "misses 1 of 9 pictures, first zebra/2.png"),
+    "class count": (_changed(lambda a: save_model(a / "start.safetensors", timm.create_model(VIT, num_classes=7))), "the model has 7 classes but"),
+    "NaN image": (_nan_image, "NaN or infinite pixels; expected 8- or 16-bit"),
+    "corrupt checkpoint": (_changed(lambda a: (a / "start.safetensors").write_bytes(b"junk" * 99)), "cannot read"),
+    "truncated checkpoint": (_changed(lambda a: (a / "start.safetensors").write_bytes((a / "start.safetensors").read_bytes()[:9999])), "cannot read"),
+    "no masks": (_with(masks=None), "needs mask masks"),
+    "no weights": (_with(weights=None), "give either --weights FILE or --pretrained"),
+    "unknown method": (_with(method="magic"), "method must be one of plain"),
+    "unknown model": (_with(model="vit_giant_patch3"), "timm knows no model named"),
+    "other architecture": (_with(model="vit_small_patch16_224"), "does not fit vit_small_patch16_224"),
+    "negative rate": (_with(rate=-1), "expected rate > 0"),
+    "rate in words": (_with(rate="fast"), "not a valid float"),
+    "unknown option": (_with(concepts="x"), "No such option: --concepts"),
+    "no cuda": (_with(device="cuda"), "no CUDA device"),
+    "class list": (_with(classes="nowhere.txt"), "no class list at nowhere.txt"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_line(album, tmp_path, capsys, mistake):
+    if mistake == "no cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    build, words = MISTAKES[mistake]
+    words_in = build(album, tmp_path)
+    assert run("fit", *words_in) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cft:")]
+    assert len(lines) == 1 and words in lines[0], lines
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_shell_sees_exit_code_2_and_no_traceback(tmp_path):
+    done = subprocess.run([str(CFT), "fit", "--frobnicate"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_help_teaches(capsys):
+    for words in (["--help"], ["fit", "--help"], ["evaluate", "--help"], ["demo", "--help"]):
+        assert run(*words) == 0
+        assert "Usage: cft" in capsys.readouterr().out
+
+
+def test_evaluate_is_right(tmp_path, capsys):
+    root = backdrop.write(tmp_path / "b", {"val": 2, "adversarial": 2}, seed=3)
+    sets = [root / "images/val", root / "images/adversarial"]
+    assert run("evaluate", *sets, "--model", TINY, "--weights", ASSETS / "base_1.safetensors", "--out", tmp_path / "t.csv", "--threads", 1) == 0
+    import pandas as pd
+
+    from cft.models import base_model
+
+    table = pd.read_csv(tmp_path / "t.csv")
+    model = base_model(1)
+    for root in sets:
+        data = MaskedImages(scan(root, classes=list(backdrop.CLASSES)), Preprocess.of(model))
+        hits = sum(int(model(data[i]["image"][None]).argmax()) == data[i]["label"] for i in range(len(data)))
+        value = table[(table["set"] == root.name) & (table["metric"] == "top1")]["value"].item()
+        assert value == pytest.approx(100 * hits / len(data))

@@ -1,0 +1,101 @@
+"""The demo: its rule, its statistics, and a small run from end to end."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cft import backdrop, demo
+from cft.demo import CLAIMS, LABELS, SETTINGS, SHIFTED, TRIALS, claims_table, headline, results_table, select, sentences, settings
+
+
+def made_up(values):
+    """Scores in which (method, seed) has the given adversarial value and 0 elsewhere."""
+    rows = []
+    for (method, seed), value in values.items():
+        for name in ("val", "v2", *SHIFTED):
+            for split in ("all", "fine-tuned", "other"):
+                rows.append((method, seed, name, split, "top1", value if name == "adversarial" else 0.0))
+        rows += [(method, seed, "segmentation", "all", m, 1.0) for m in ("pixel_accuracy", "mean_iou", "mean_average_precision")]
+    return pd.DataFrame(rows, columns=["method", "seed", "set", "split", "metric", "value"])
+
+
+def test_headline_and_verdicts():
+    scores = made_up({("plain", s): 10.0 + s for s in range(5)} | {("cft", s): 20.0 + s + (s % 2) for s in range(5)}
+                     | {("cft-paper", s): 10.0 + s * (-1) ** s for s in range(5)})
+    values = headline(scores).set_index(["method", "seed", "column"])["value"]
+    assert values["cft", 3, "OOD-7"] == pytest.approx(24 / 7) and values["plain", 2, "adversarial, other"] == 12
+    claims = claims_table(scores).set_index("claim")
+    row = claims.loc["CFT (saturating map, image means) beats plain fine-tuning there"]
+    d = np.array([10, 11, 10, 11, 10])
+    half = 2.7764451 * d.std(ddof=1) / np.sqrt(5)
+    assert (row["difference"], row["low"], row["high"]) == pytest.approx((d.mean(), d.mean() - half, d.mean() + half), abs=1e-6)
+    assert row["verdict"] == "holds"
+    assert claims.loc["The paper's form of CFT (min–max map, region means) beats plain fine-tuning there", "verdict"] == "open"
+    assert claims.loc["CFT beats the paper's form", "verdict"] == "holds"
+    assert "+10.4 points" in sentences(claims_table(scores)) and "Open" in sentences(claims_table(scores))
+    assert results_table(scores).loc["CFT", "adversarial"] == f"{22.4:.1f} ± {np.std([20, 22, 22, 24, 24], ddof=1):.1f}"
+
+
+def test_a_claim_can_be_contradicted():
+    scores = made_up({("plain", s): 50.0 for s in range(3)} | {("cft", s): 20.0 + s for s in range(3)})
+    assert set(claims_table(scores)["verdict"]) >= {"contradicted"}
+
+
+def test_selection_rule():
+    rows = [("original", np.nan, 90.0, 40.0), ("cft", 1e-5, 89.0, 50.0), ("cft", 1e-4, 87.5, 60.0), ("cft", 1e-3, 80.0, 90.0),
+            ("plain", 1e-5, 10.0, 99.0), ("plain", 1e-4, 20.0, 50.0)]
+    trials = pd.DataFrame([(m, s, r, v + d, w + d) for s, d in ((100, -1), (101, 1)) for m, r, v, w in rows],
+                          columns=["method", "seed", "rate", "val", "swapped"]).assign(average=np.nan)
+    chosen = select(trials).query("selected").set_index("method")["rate"]
+    assert chosen["cft"] == 1e-4  # the best swapped among those that lose at most three points
+    assert chosen["plain"] == 1e-4  # none qualifies: the best ordinary validation
+
+
+def test_settings_are_among_the_trials_and_all_methods_have_four():
+    for method, values in SETTINGS.items():
+        assert len(TRIALS[method]) == 4 and values in [{k: t[k] for k in values} for t in TRIALS[method]]
+        assert settings(method, 0).rate == values["rate"]
+    assert {m for _, m, a, _ in CLAIMS for m in (m, a)} <= set(LABELS)
+
+
+def test_published_settings_follow_from_the_published_trials():
+    from pathlib import Path
+
+    trials = pd.read_csv(Path(__file__).parents[1] / "figures/demo/tuning.csv")
+    assert set(trials["seed"]).isdisjoint(demo.SEEDS) and len(trials) == 2 * (4 * len(TRIALS) + 1)
+    chosen = select(trials).query("selected").set_index("method")
+    for method, values in SETTINGS.items():
+        assert all(chosen.loc[method, key] == value for key, value in values.items()), method
+
+
+def test_published_tables_follow_from_the_published_results():
+    from pathlib import Path
+
+    home = Path(__file__).parents[1] / "figures/demo"
+    scores = pd.read_csv(home / "results.csv")
+    assert set(scores["seed"]) == set(demo.SEEDS) and list(dict.fromkeys(scores["method"])) == list(LABELS)
+    pd.testing.assert_frame_equal(results_table(scores).reset_index(drop=True), pd.read_csv(home / "table.csv", index_col=0).reset_index(drop=True))
+    pd.testing.assert_frame_equal(claims_table(scores), pd.read_csv(home / "claims.csv"), atol=1e-3)
+
+
+def test_a_small_demo_end_to_end_and_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "TEST_PER_CLASS", 2)
+    monkeypatch.setattr(demo, "SEGMENTATION_PER_CLASS", 1)
+    monkeypatch.setattr(demo, "EPOCHS", 1)
+    monkeypatch.setattr(demo, "write_world", lambda root, seed: backdrop.write(
+        root, {"train": 4, **dict.fromkeys(demo.TESTS, 2), "segmentation": 1}, seed=60000 + seed))
+    methods = ("original", "plain", "cft")
+    tables = demo.run_demo(tmp_path / "out", [0, 1], methods, workers=1, work=tmp_path / "work")
+    written = {p.name for p in (tmp_path / "out").iterdir()}
+    assert written == {"results.csv", "table.csv", "claims.csv", "demo.json", "results.png", "relevance.png"}
+    scores = tables["results"]
+    assert scores.groupby(["method", "seed"]).size().nunique() == 1 and set(scores["method"]) == set(methods)
+    original = scores[(scores["method"] == "original") & (scores["metric"] == "top1") & (scores["split"] == "all")]
+    assert original.set_index(["set", "seed"])["value"]["val"].min() > 70
+    assert json.loads((tmp_path / "out/demo.json").read_text())["masks"] == "annotated"
+    (tmp_path / "work/complete").unlink()  # as if it had been killed at the very end: everything is read back
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("scores.csv")}
+    again = demo.experiment(tmp_path / "work", [0, 1], methods, 1)
+    pd.testing.assert_frame_equal(again, scores)
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("scores.csv")}

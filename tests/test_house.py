@@ -1,0 +1,136 @@
+"""The repository keeps its own rules."""
+import ast
+import configparser
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
+CHAPTERS = [n for n in NOTEBOOKS if n.parent == ROOT / "nbs" and n.stem[0].isdigit()]
+
+
+def cells(notebook):
+    return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The notebooks and the package in a place where they may be written."""
+    root = tmp_path_factory.mktemp("copy")
+    for folder in ("nbs", "cft"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for file in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, root)
+    return root
+
+
+def same(a, b, pattern):
+    left, right = ({p.relative_to(r): p.read_bytes() for p in sorted(r.rglob(pattern))} for r in (a, b))
+    return [str(k) for k in left.keys() | right.keys() if left.get(k) != right.get(k)]
+
+
+def test_the_package_is_what_the_notebooks_export(copy):
+    for file in (copy / "cft").glob("*.py"):
+        file.unlink()
+    subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True, capture_output=True)
+    assert same(ROOT / "cft", copy / "cft", "*.py") == []
+
+
+def test_notebooks_are_clean(copy):
+    subprocess.run([BIN / "nbdev_clean"], cwd=copy, check=True, capture_output=True)
+    assert same(ROOT / "nbs", copy / "nbs", "*.ipynb") == []
+
+
+def test_lint():
+    done = subprocess.run([BIN / "ruff", "check", "nbs", "tests", "setup.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_wheel_holds_the_package_and_its_assets(copy, tmp_path):
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, copy], check=True, capture_output=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"cft/cli.py", "cft/demo.py", "cft/assets/bases.json", "cft/assets/base_4.safetensors"} <= names
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import cft.cli, cft.models, cft.demo; "
+            "assert cft.__file__.startswith(sys.argv[1]); cft.models.base_model(0); "
+            "assert not {'nbdev', 'fastcore', 'execnb'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "site")], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda n: n.stem)
+def test_a_chapter_is_its_module_and_imports_only_earlier_ones(notebook):
+    order = [n.stem.split("_", 1)[1] for n in CHAPTERS]
+    name = notebook.stem.split("_", 1)[1]
+    code = "\n".join(source(c) for c in cells(notebook) if c["cell_type"] == "code")
+    assert f"#| default_exp {name}\n" in code + "\n" and (ROOT / "cft" / f"{name}.py").exists()
+    used = set(re.findall(r"(?:from|import) cft\.(\w+)", code)) | {w for line in re.findall(r"from cft import (.+)", code) for w in re.split(r"[ ,]+", line)}
+    later = order[order.index(name) + 1:]
+    assert not used & set(later), f"{name} uses later chapters"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
+def test_a_notebook_is_a_page(notebook):
+    assert notebook.stat().st_size < 300_000
+    content = cells(notebook)
+    first = source(content[0])
+    assert first.startswith("# ") and "\n> " in first, "a title and a promise"
+    pictures = json.dumps(content).count('"image/')
+    assert pictures <= 6
+    run = streak = 0
+    for cell in content:
+        streak = streak + 1 if cell["cell_type"] == "code" else 0
+        run = max(run, streak)
+        for output in cell.get("outputs", []):
+            assert output["output_type"] != "error"
+            assert output.get("name") != "stderr", f"a warning in {source(cell)[:60]!r}"
+    assert run <= 4, "prose between the code"
+
+
+def test_no_machine_is_named():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    private = re.compile(r"/wor" r"k/|/roo" r"t/|/hom" r"e/\w|file:/" r"/|pypi\.or" r"g|\.\./share" r"d")
+    for name in filter(None, tracked):
+        path = ROOT / name
+        if path.suffix not in (".png", ".safetensors") and path.is_file():
+            found = private.search(path.read_text(encoding="utf-8"))
+            assert not found, f"{name}: {found.group()}"
+
+
+def test_public_names_are_typed_and_documented():
+    for module in (ROOT / "cft").glob("*.py"):
+        if module.name.startswith("_"):
+            continue
+        for node in ast.parse(module.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{module.name}: {node.name} has no docstring"
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                bare = [a.arg for a in node.args.args + node.args.kwonlyargs if a.annotation is None]
+                assert not bare, f"{module.name}: {node.name} has untyped {bare}"
+
+
+def test_settings_pins_and_versions_agree():
+    parser = configparser.ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    settings = parser["DEFAULT"]
+    import cft
+
+    assert cft.__version__ == settings["version"] and f"version: {settings['version']}" in (ROOT / "CITATION.cff").read_text()
+    pins = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    wanted = {re.split(r"[<>=]", need)[0].lower() for key in settings if key.endswith("requirements") for need in settings[key].split()}
+    assert wanted <= pins
+    for name in ("jupyterlab", "nbdev", "torch", "timm", "segment-anything", "groundingdino-py", "openai", "ipywidgets", "seaborn", "papermill"):
+        assert name in wanted

@@ -1,0 +1,114 @@
+"""Loading, saving, the shipped bases and the two-stage training."""
+import hashlib
+import json
+
+import pytest
+import timm
+import torch
+
+from cft import backdrop
+from cft.models import (ASSETS, SEEDS, TINY, Layers, Stage, accuracy_on, base_model, load_model, make_base, make_bases,
+                        on_every_core, read_weights, save_model)
+
+
+def test_stem_is_three_strided_convolutions():
+    model = timm.create_model(TINY)
+    tokens = model.patch_embed(torch.randn(2, 3, 64, 64))
+    assert tokens.shape == (2, 64, 96)
+    x = torch.randn(1, 3, 64, 64)
+    far = x.clone()
+    far[..., 32:] = 0  # pixels far right do not reach the leftmost tokens
+    assert torch.allclose(model.patch_embed.net[0](x)[..., :10], model.patch_embed.net[0](far)[..., :10])
+
+
+def test_round_trip_and_timm(tmp_path):
+    model = timm.create_model(TINY, num_classes=5).eval()
+    path = save_model(tmp_path / "m.safetensors", model, list("abcde"))
+    loaded, classes = load_model(TINY, path)
+    by_timm = timm.create_model(TINY, num_classes=5, checkpoint_path=str(path)).eval()
+    x = torch.randn(3, 3, 64, 64)
+    assert classes == list("abcde") and torch.equal(loaded(x), model(x)) and torch.equal(by_timm(x), model(x))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_pickles_without_code_and_wrapped(tmp_path):
+    model = timm.create_model(TINY, num_classes=3)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "m.pth")
+    assert torch.equal(load_model(TINY, tmp_path / "m.pth")[0].head.weight, model.head.weight)
+    torch.save({"state_dict": model}, tmp_path / "code.pth")  # a whole module: needs code to load
+    with pytest.raises(ValueError, match="cannot read"):
+        read_weights(tmp_path / "code.pth")
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda p: None, "no checkpoint at"),
+    (lambda p: p.write_bytes(b""), "cannot read"),
+    (lambda p: p.write_bytes(b"\x10\0\0\0\0\0\0\0{}"), "cannot read"),
+    (lambda p: save_model(p, timm.create_model("vit_tiny_patch16_224", num_classes=3)), "does not fit"),
+    (lambda p: save_model(p, _with_nan()), "not finite, first in head.bias"),
+])
+def test_bad_checkpoints(tmp_path, make, words):
+    path = tmp_path / "m.safetensors"
+    make(path)
+    with pytest.raises(ValueError, match=words):
+        load_model(TINY, path)
+
+
+def _with_nan():
+    model = timm.create_model(TINY)
+    model.head.bias.data[2] = float("nan")
+    return model
+
+
+def test_unknown_model_and_class_count(tmp_path):
+    with pytest.raises(ValueError, match="timm knows no model named 'vit_huge_patch1'"):
+        load_model("vit_huge_patch1")
+    path = save_model(tmp_path / "m.safetensors", timm.create_model(TINY, num_classes=3))
+    with pytest.raises(ValueError, match="has 3 classes; expected 7"):
+        load_model(TINY, path, num_classes=7)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_shipped_bases_are_spurious(seed):
+    record = {r["seed"]: r for r in json.loads((ASSETS / "bases.json").read_text(encoding="utf-8"))}[seed]
+    file = ASSETS / f"base_{seed}.safetensors"
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == record["sha256"] and file.stat().st_size < 1_000_000
+    base = base_model(seed)
+    val, adversarial = (accuracy_on(base, backdrop.render(name, 10, 4242 + seed)) for name in ("val", "adversarial"))
+    assert val > 88 and adversarial < 60
+    assert abs(val - record["spurious_val"]) < 8
+
+
+def test_base_errors(tmp_path):
+    with pytest.raises(ValueError, match="no base with seed 9"):
+        base_model(9)
+    (tmp_path / "bases.json").write_text('[{"seed": 0, "sha256": "0"}]')
+    (tmp_path / "base_0.safetensors").write_bytes((ASSETS / "base_0.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="SHA-256"):
+        base_model(0, tmp_path)
+
+
+def test_layers_compose_what_they_say():
+    layers = Layers(0, objects=25, scenes=3)
+    images, labels, scenes = layers.batch(400, 0.97, torch.Generator().manual_seed(0))
+    assert images.shape == (400, 3, 64, 64) and 0 <= images.min() and images.max() <= 1
+    assert 0.93 < (layers.home[labels] == scenes).double().mean() <= 1
+    free = layers.batch(400, None, torch.Generator().manual_seed(0))
+    assert abs((layers.home[free[1]] == free[2]).double().mean() - 1 / 8) < 0.07
+
+
+def test_training_is_a_function_of_the_seed(tmp_path):
+    stages = Stage(3, 1e-3, None, 0.5, batch=8), Stage(2, 5e-4, 0.97, batch=8)
+    before = torch.random.get_rng_state()
+    a, record = make_base(3, *stages, progress=False)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    folder = make_bases(tmp_path / "bases", [3], 1, *stages)
+    b = base_model(3, folder)
+    assert all(torch.allclose(p, q, atol=2e-3) for p, q in zip(a.parameters(), b.parameters()))  # b went through float16
+    assert record["seed"] == 3
+
+
+def test_on_every_core_keeps_order_and_raises():
+    assert on_every_core(abs, [-3, 1, -2], 2) == [3, 1, 2]
+    with pytest.raises(TypeError):
+        on_every_core(abs, ["x", 1], 2)
