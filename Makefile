@@ -4,7 +4,7 @@ UV = $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 export OMP_NUM_THREADS := 1
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: help demo test export lint lab bench figures clean
+.PHONY: help demo page test export lint lab bench figures clean
 help:
 	@echo "make demo     repair a spurious classifier; about 4 minutes on two cores"
 	@echo "make test     export, notebooks, tests and lint"
@@ -12,7 +12,7 @@ help:
 	@echo "make lint     ruff over notebooks and tests"
 	@echo "make lab      read the book in JupyterLab"
 	@echo "make bench    measure speed into figures/bench.csv"
-	@echo "make figures  draw the pages again from saved results"
+	@echo "make figures  draw page and README again from saved results"
 
 .venv/.ready: settings.ini setup.py constraints.txt pyproject.toml
 	@command -v uv >/dev/null || test -x .uv/bin/uv || { python3 -m venv .uv && .uv/bin/python -m pip install --quiet uv; }
@@ -22,12 +22,15 @@ help:
 
 demo: .venv/.ready
 	.venv/bin/cft demo --out figures/demo --work runs/demo
-	@$(MAKE) --no-print-directory figures
+	@$(MAKE) --no-print-directory page
 
-figures: .venv/.ready
+page: .venv/.ready
 	@mkdir -p runs
-	$(PY) -m papermill --no-progress-bar nbs/07_demo.ipynb runs/07_demo.ipynb 2>&1 | grep -v '^Executing\|^Input\|^Output' || true
-	@test -s runs/07_demo.ipynb && echo "The page, executed: runs/07_demo.ipynb"
+	@$(PY) -m papermill --no-progress-bar nbs/07_demo.ipynb runs/demo.ipynb >runs/demo.log 2>&1 || { tail -30 runs/demo.log; exit 1; }
+	@echo "The page, executed: runs/demo.ipynb"
+
+figures: page
+	$(PY) -c "from cft.demo import write_readme; write_readme('README.md', 'figures/demo')"
 
 test: .venv/.ready
 	$(PY) -m pytest -n 2

@@ -99,3 +99,14 @@ def test_a_small_demo_end_to_end_and_again(tmp_path, monkeypatch):
     again = demo.experiment(tmp_path / "work", [0, 1], methods, 1)
     pd.testing.assert_frame_equal(again, scores)
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("scores.csv")}
+
+
+def test_the_readme_shows_the_published_results(tmp_path):
+    from pathlib import Path
+
+    root = Path(__file__).parents[1]
+    copy = tmp_path / "README.md"
+    copy.write_text((root / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    demo.write_readme(copy, root / "figures/demo")
+    assert copy.read_text(encoding="utf-8") == (root / "README.md").read_text(encoding="utf-8")
+    assert "| CFT+ |" in copy.read_text(encoding="utf-8")
