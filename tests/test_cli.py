@@ -133,7 +133,7 @@ def _with(**changes):
 
 
 MISTAKES = {
-    "empty class": (_changed(lambda a: (a / "photos/empty").mkdir()), "empty has no readable picture"),
+    "empty class": (_changed(lambda a: (a / "photos/empty").mkdir()), "empty has no picture"),
     "mask of another size": (_changed(lambda a: Image.new("L", (9, 9)).save(a / "masks/zebra/2.png")), "9 × 9 pixels; its picture is 224 × 224"),
     "missing mask": (_changed(lambda a: (a / "masks/zebra/2.png").unlink()), "misses 1 of 9 pictures, first zebra/2.png"),
     "class count": (_changed(lambda a: save_model(a / "start.safetensors", timm.create_model(VIT, num_classes=7))), "the model has 7 classes but"),

@@ -94,7 +94,7 @@ def test_set_aside_and_empty(folder):
     assert len(found) == 6 and len(found.set_aside) == 1 and found.set_aside[0].startswith("ant/bad.jpg")
     assert "1 set aside" in found._repr_html_()
     (folder / "i/cat").mkdir()
-    with pytest.raises(ValueError, match="cat has no readable picture"):
+    with pytest.raises(ValueError, match="cat has no picture"):
         scan(folder / "i")
 
 
@@ -162,3 +162,10 @@ def test_without_object_falls_back_to_the_mean():
     assert torch.equal(without_object(image, objects), torch.zeros_like(image))  # no background at all
     swapped = swap_background(image, objects, torch.zeros_like(image))
     assert torch.equal(swapped, image)
+
+
+def test_a_class_of_unreadable_pictures(folder):
+    for file in (folder / "i/ant").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="ant has no readable picture: 3 could not be read"):
+        scan(folder / "i")
