@@ -26,7 +26,7 @@ demo: .venv/.ready
 
 page: .venv/.ready
 	@mkdir -p runs
-	@$(PY) -m papermill --no-progress-bar nbs/07_demo.ipynb runs/demo.ipynb >runs/demo.log 2>&1 || { tail -30 runs/demo.log; exit 1; }
+	@$(PY) -m papermill --no-progress-bar nbs/12_demo.ipynb runs/demo.ipynb >runs/demo.log 2>&1 || { tail -30 runs/demo.log; exit 1; }
 	@echo "The page, executed: runs/demo.ipynb"
 
 figures: page
