@@ -47,7 +47,7 @@ lab: .venv/.ready
 
 bench: .venv/.ready
 	@mkdir -p runs
-	$(PY) -m papermill nbs/08_bench.ipynb runs/08_bench.ipynb -p full True -p out figures/bench.csv
+	$(PY) -m papermill nbs/13_bench.ipynb runs/13_bench.ipynb -p full True -p out figures/bench.csv
 	@cat figures/bench.csv
 
 clean:

@@ -194,7 +194,7 @@ def select(trials: pd.DataFrame) -> pd.DataFrame:
     floor = means.loc[means["method"] == ORIGINAL, "val"].item() - ALLOWED_LOSS
     means["eligible"] = means["val"] >= floor
     means["selected"] = False
-    for method, group in means[means["method"] != ORIGINAL].groupby("method"):
+    for _, group in means[means["method"] != ORIGINAL].groupby("method"):
         able = group[group["eligible"]]
         best = able["swapped"].round(1).idxmax() if len(able) else group["val"].idxmax()
         means.loc[best, "selected"] = True
@@ -267,16 +267,16 @@ def results_table(scores: pd.DataFrame, columns: Sequence[str] = COLUMNS) -> pd.
 # %% ../nbs/12_demo.ipynb #bc33ea4e
 CLAIMS: tuple[tuple[str, str, str, str], ...] = (  # sentence, method, against, column
     ("Plain fine-tuning on the same pictures helps on adversarial backgrounds", "plain", ORIGINAL, "adversarial"),
-    ("The paper's form of CFT (min–max map, region means) beats plain fine-tuning there", "cft-paper", "plain", "adversarial"),
-    ("CFT (saturating map, image means) beats plain fine-tuning there", "cft", "plain", "adversarial"),
+    ("The paper's form of CFT (min–max map, region means) beats plain fine-tuning on adversarial backgrounds", "cft-paper", "plain", "adversarial"),
+    ("CFT (saturating map, image means) beats plain fine-tuning on adversarial backgrounds", "cft", "plain", "adversarial"),
     ("CFT beats plain fine-tuning over the seven shifted sets", "cft", "plain", "OOD-7"),
-    ("CFT beats the paper's form", "cft", "cft-paper", "adversarial"),
-    ("CFT beats RRDA", "cft", "swap", "adversarial"),
-    ("CFT beats RRDA on classes that were never fine-tuned", "cft", "swap", "adversarial, other"),
-    ("CFT beats a last layer retrained on swapped pictures", "cft", "last-layer", "adversarial"),
+    ("CFT beats the paper's form on adversarial backgrounds", "cft", "cft-paper", "adversarial"),
+    ("CFT beats RRDA on adversarial backgrounds", "cft", "swap", "adversarial"),
+    ("CFT beats RRDA on adversarial backgrounds, classes that were never fine-tuned", "cft", "swap", "adversarial, other"),
+    ("CFT beats a last layer retrained on swapped pictures on adversarial backgrounds", "cft", "last-layer", "adversarial"),
     ("CFT keeps the accuracy of the original at home", "cft", ORIGINAL, "val"),
-    ("CFT+ beats RRDA", "cft+", "swap", "adversarial"),
-    ("CFT+ beats a last layer retrained on swapped pictures", "cft+", "last-layer", "adversarial"),
+    ("CFT+ beats RRDA on adversarial backgrounds", "cft+", "swap", "adversarial"),
+    ("CFT+ beats a last layer retrained on swapped pictures on adversarial backgrounds", "cft+", "last-layer", "adversarial"),
     ("Alignment adds to CFT+ on adversarial backgrounds", "cft+", "cft+ without alignment", "adversarial"),
     ("Alignment adds to CFT+ over the seven shifted sets", "cft+", "cft+ without alignment", "OOD-7"),
     ("CFT+ keeps the accuracy of the original at home", "cft+", ORIGINAL, "val"),
@@ -287,7 +287,7 @@ CLAIMS: tuple[tuple[str, str, str, str], ...] = (  # sentence, method, against, 
 
 def claims_table(scores: pd.DataFrame) -> pd.DataFrame:
     """Every claim whose methods were run: difference in points, interval over seeds, verdict."""
-    values = headline(scores).set_index(["method", "column", "seed"])["value"]
+    values = headline(scores).set_index(["method", "column", "seed"])["value"].sort_index()
     rows = []
     for sentence, method, against, column in CLAIMS:
         if not {method, against} <= set(scores["method"]) or scores["seed"].nunique() < 2:

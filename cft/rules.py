@@ -151,7 +151,12 @@ def norm(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
     axis, shape = (1, (-1, 1, 1)) if planes else (-1, (-1,))
     weight, bias = (None if p is None else p.view(shape) for p in (module.weight, getattr(module, "bias", None)))
     values = wide(x)
-    moment = values.var(axis, unbiased=False, keepdim=True) if centred else values.square().mean(axis, keepdim=True)
+
+    def spread(values: Tensor) -> Tensor:  # in two passes: several times faster than var on a CPU
+        values = values - values.mean(axis, keepdim=True) if centred else values
+        return values.square().mean(axis, keepdim=True)
+
+    moment = thrifty(spread, values)
     inverse_sigma = (moment + (torch.finfo(values.dtype).eps if module.eps is None else module.eps)).rsqrt()
 
     def rule(g: Tensor, inverse_sigma: Tensor) -> Tensor:
@@ -243,12 +248,12 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, tape: Tape) -> tuple[Tens
     `attnlrp`: both products split their relevance in halves, the softmax follows its Jacobian (Taylor rule) and
     absorbs the rest. `cp`: the attention is a constant, all relevance goes to v.
     """
-    weights = ((q * scale) @ k.transpose(-2, -1)).softmax(-1)
+    weights = (q @ k.transpose(-2, -1)).mul_(scale).softmax(-1)
     if tape.factor != 1:
         weights = weights * tape.factor
     if tape.maps is not None:
         tape.maps.append(weights)
-    mixed = weights @ v
+    mixed = (weights @ v).transpose(1, 2).contiguous().transpose(1, 2)  # laid out as the projection reads it
 
     def score_gradient(weights: Tensor, v: Tensor, mixed: Tensor, g: Tensor) -> Tensor:
         total = (g * mixed).sum(-1, keepdim=True)  # = Σ_j A_ij gA_ij, without forming gA
@@ -280,14 +285,14 @@ def attention(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullbac
         tape.reads.append(x)
     heads = (module.num_heads, module.head_dim)
     qkv, pull_qkv = linear(module.qkv, x, tape)
-    q, k, v = qkv.unflatten(-1, (3, *heads)).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unflatten(-1, (3, *heads)).permute(2, 0, 3, 1, 4).contiguous()
     q, pull_q = norm(module.q_norm, q, tape)
     k, pull_k = norm(module.k_norm, k, tape)
     mixed, pull_mix = mix(q, k, v, module.scale, tape)
     y, pull_y = chain(mixed.transpose(1, 2).flatten(2), tape, (norm, module.norm), (linear, module.proj))
 
     def pullback(g: Tensor) -> Tensor:
-        gq, gk, gv = pull_mix(pull_y(g).unflatten(-1, heads).transpose(1, 2))
+        gq, gk, gv = pull_mix(pull_y(g).unflatten(-1, heads).transpose(1, 2).contiguous())
         return pull_qkv(torch.stack((pull_q(gq), pull_k(gk), gv)).permute(1, 3, 0, 2, 4).flatten(2))
 
     return y, pullback

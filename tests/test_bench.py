@@ -121,8 +121,7 @@ def test_a_checkpointed_step_is_the_same_step(tiny):
 
 def test_official_rollout_is_gae(tiny):
     """The official algorithm's map is `gae`, min–max scaled at pixels; its graph misses the last block's projection."""
-    labels, grid = tiny.batch.labels, (8, 8)
-    seen = {}
+    labels, seen = tiny.batch.labels, {}
 
     def spy(phi, mask, logits, **_):
         seen["phi"] = phi
@@ -132,7 +131,7 @@ def test_official_rollout_is_gae(tiny):
         patch.setattr(bench, "cft_loss", spy)
         loss = bench.official_objective(tiny.model, tiny.model, tiny.batch)[0]
     map_ = bench.relevance(tiny.model, tiny.batch.images, labels, "gae", differentiable=False).map("minmax", tuple(tiny.batch.masks.shape[1:]))
-    assert seen["phi"].shape[1:] == (64, 64) and grid == (8, 8)
+    assert seen["phi"].shape[1:] == (64, 64)
     torch.testing.assert_close(seen["phi"], map_, rtol=1e-4, atol=1e-4)
     last = tiny.model.blocks[-1]
     grads = torch.autograd.grad(loss, [last.attn.proj.weight, last.mlp.fc1.weight, last.attn.qkv.weight], allow_unused=True)

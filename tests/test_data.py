@@ -4,7 +4,16 @@ import pytest
 import torch
 from PIL import Image
 
-from cft.data import MaskedImages, Preprocess, UnreadableImage, open_image, open_mask, scan, swap_background, without_object
+from cft.data import (
+    MaskedImages,
+    Preprocess,
+    UnreadableImage,
+    open_image,
+    open_mask,
+    scan,
+    swap_background,
+    without_object,
+)
 
 
 def picture(seed=0, size=(20, 12)):
@@ -25,7 +34,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "LA", "RGBA", "1", "I;16"])
 def test_modes_become_rgb(tmp_path, mode):
     if mode == "I;16":
-        Image.fromarray((np.arange(240, dtype=np.uint16).reshape(12, 20) * 257)).save(tmp_path / "x.png")
+        Image.fromarray(np.arange(240, dtype=np.uint16).reshape(12, 20) * 257).save(tmp_path / "x.png")
     else:
         picture().convert("RGB").convert("L" if mode in ("LA", "1") else "RGB").convert(mode).save(
             tmp_path / ("x.tif" if mode == "CMYK" else "x.png"))

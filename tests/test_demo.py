@@ -6,7 +6,19 @@ import pandas as pd
 import pytest
 
 from cft import backdrop, demo
-from cft.demo import CLAIMS, LABELS, SETTINGS, SHIFTED, TRIALS, claims_table, headline, results_table, select, sentences, settings
+from cft.demo import (
+    CLAIMS,
+    LABELS,
+    SETTINGS,
+    SHIFTED,
+    TRIALS,
+    claims_table,
+    headline,
+    results_table,
+    select,
+    sentences,
+    settings,
+)
 
 
 def made_up(values):
@@ -26,13 +38,13 @@ def test_headline_and_verdicts():
     values = headline(scores).set_index(["method", "seed", "column"])["value"]
     assert values["cft", 3, "OOD-7"] == pytest.approx(24 / 7) and values["plain", 2, "adversarial, other"] == 12
     claims = claims_table(scores).set_index("claim")
-    row = claims.loc["CFT (saturating map, image means) beats plain fine-tuning there"]
+    row = claims.loc["CFT (saturating map, image means) beats plain fine-tuning on adversarial backgrounds"]
     d = np.array([10, 11, 10, 11, 10])
     half = 2.7764451 * d.std(ddof=1) / np.sqrt(5)
     assert (row["difference"], row["low"], row["high"]) == pytest.approx((d.mean(), d.mean() - half, d.mean() + half), abs=1e-6)
     assert row["verdict"] == "holds"
-    assert claims.loc["The paper's form of CFT (min–max map, region means) beats plain fine-tuning there", "verdict"] == "open"
-    assert claims.loc["CFT beats the paper's form", "verdict"] == "holds"
+    assert claims.loc["The paper's form of CFT (min–max map, region means) beats plain fine-tuning on adversarial backgrounds", "verdict"] == "open"
+    assert claims.loc["CFT beats the paper's form on adversarial backgrounds", "verdict"] == "holds"
     assert "+10.4 points" in sentences(claims_table(scores)) and "Open" in sentences(claims_table(scores))
     assert results_table(scores).loc["CFT", "adversarial"] == f"{22.4:.1f} ± {np.std([20, 22, 22, 24, 24], ddof=1):.1f}"
 

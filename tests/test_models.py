@@ -7,8 +7,21 @@ import timm
 import torch
 
 from cft import backdrop
-from cft.models import (ASSETS, SEEDS, TINY, Layers, Stage, accuracy_on, base_model, load_model, make_base, make_bases,
-                        on_every_core, read_weights, save_model)
+from cft.models import (
+    ASSETS,
+    SEEDS,
+    TINY,
+    Layers,
+    Stage,
+    accuracy_on,
+    base_model,
+    load_model,
+    make_base,
+    make_bases,
+    on_every_core,
+    read_weights,
+    save_model,
+)
 
 
 def test_stem_is_three_strided_convolutions():
