@@ -150,7 +150,7 @@ def demo(
     workers: Annotated[int, typer.Option(help="Processes, one core each.")] = 2,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Train the biased bases first (20 minutes).")] = False,
 ) -> None:
-    """Repair a spurious classifier on the procedural benchmark: no GPU, no key, no download; about four minutes."""
+    """Repair a spurious classifier on the procedural benchmark: no GPU, no key, no download; under five minutes on two cores."""
     from cft.demo import run_demo, sentences
 
     try:
