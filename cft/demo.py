@@ -341,10 +341,11 @@ def run_demo(out: str | Path, seeds: Sequence[int] = SEEDS, methods: Sequence[st
     work = Path(work) if work else out.with_name(out.name + "_work")
     out.mkdir(parents=True, exist_ok=True)
     bases = make_bases(work.with_name(work.name + "_bases"), seeds, workers) if from_scratch else None
-    scores = experiment(work, seeds, methods, workers, bases)
+    experiment(work, seeds, methods, workers, bases).to_csv(out / "results.csv", index=False, float_format="%.4f")
+    scores = pd.read_csv(out / "results.csv")  # tables follow from what is published, digit for digit
     tables = {"results": scores, "table": results_table(scores), "claims": claims_table(scores)}
-    for name, content in tables.items():
-        content.to_csv(out / f"{name}.csv", index=name == "table", float_format="%.4f")
+    tables["table"].to_csv(out / "table.csv")
+    tables["claims"].to_csv(out / "claims.csv", index=False, float_format="%.4f")
     results_figure(scores).savefig(out / "results.png", dpi=150)
     seed, tuned = seeds[0], [m for m in ("cft", "cft+") if m in methods]
     base = base_model(seed, bases)
