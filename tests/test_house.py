@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
+NOTEBOOKS = sorted(n for n in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in n.parts)
 CHAPTERS = [n for n in NOTEBOOKS if n.parent == ROOT / "nbs" and n.stem[0].isdigit()]
 
 
@@ -37,7 +37,8 @@ def copy(tmp_path_factory):
 
 
 def same(a, b, pattern):
-    left, right = ({p.relative_to(r): p.read_bytes() for p in sorted(r.rglob(pattern))} for r in (a, b))
+    left, right = ({p.relative_to(r): p.read_bytes() for p in sorted(r.rglob(pattern))
+                    if ".ipynb_checkpoints" not in p.parts} for r in (a, b))
     return [str(k) for k in left.keys() | right.keys() if left.get(k) != right.get(k)]
 
 
