@@ -11,7 +11,7 @@ parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
 extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in ("grounding", "llm", "lab", "batch")}
-extras["dev"] = shlex.split(cfg["dev_requirements"]) + extras["lab"] + extras["batch"]
+extras["dev"] = shlex.split(cfg["dev_requirements"]) + extras["lab"] + extras["batch"] + extras["grounding"] + extras["llm"]
 extras["all"] = sorted({need for needs in extras.values() for need in needs})
 
 setup(
