@@ -162,19 +162,22 @@ def norm(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
         values = values - values.mean(axis, keepdim=True) if centred else values
         return values.square().mean(axis, keepdim=True)
 
-    moment = thrifty(spread, values)
-    inverse_sigma = (moment + (torch.finfo(values.dtype).eps if module.eps is None else module.eps)).rsqrt()
+    if is_plain(module, *LAYER_NORMS) and values is x and not torch.is_grad_enabled():  # the kernel knows 1/σ
+        y, _, inverse_sigma = torch.native_layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+    else:
+        y, moment = module(x), thrifty(spread, values)
+        inverse_sigma = (moment + (torch.finfo(values.dtype).eps if module.eps is None else module.eps)).rsqrt()
 
     def rule(g: Tensor, inverse_sigma: Tensor) -> Tensor:
-        u = wide(g) if weight is None else wide(g) * weight
+        u = wide(g) * (1 if weight is None else weight)
         u = u - u.mean(axis, keepdim=True) if centred else u
-        return (u * inverse_sigma).to(x.dtype)
+        return (u * inverse_sigma if torch.is_grad_enabled() else u.mul_(inverse_sigma)).to(x.dtype)
 
     def pullback(g: Tensor) -> Tensor:
         tape.absorb("norm_bias", g, bias)
         return thrifty(rule, g, inverse_sigma)
 
-    return module(x), pullback
+    return y, pullback
 
 
 def _same(g: Tensor) -> Tensor:
@@ -182,7 +185,8 @@ def _same(g: Tensor) -> Tensor:
 
 # %% ../nbs/08_rules.ipynb #1574bddb
 def _normal_cdf(h: Tensor) -> Tensor:
-    return torch.erf(h * math.sqrt(0.5)).add_(1).mul_(0.5)  # in place is safe: erf remembers its input only
+    scaled = h * math.sqrt(0.5)
+    return (scaled.erf() if torch.is_grad_enabled() else scaled.erf_()).add_(1).mul_(0.5)  # erf remembers its input only
 
 
 def _tanh_cdf(h: Tensor) -> Tensor:
@@ -210,6 +214,9 @@ def activation(module: nn.Module, h: Tensor, tape: Tape) -> tuple[Tensor, Pullba
         raise UnsupportedModule(module, ", ".join(sorted({kind.__name__ for kind in GATES})))
     tanh = kind is nn.GELU and module.approximate == "tanh"
     gate = _tanh_cdf if tanh else GATES[kind]
+    if not torch.is_grad_enabled():  # act(h) is h times its gate, so the gate alone needs to be computed and kept
+        kept = gate(h)
+        return h * kept, lambda g: g * kept
     y = module(h.clone() if getattr(module, "inplace", False) else h)
     return y, lambda g: thrifty(lambda g, h: g * gate(h), g, h)
 
@@ -254,6 +261,10 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, tape: Tape) -> tuple[Tens
     `attnlrp`: both products split their relevance in halves, the softmax follows its Jacobian (Taylor rule) and
     absorbs the rest. `cp`: the attention is a constant, all relevance goes to v.
     """
+    plain = tape.ledger is None and tape.maps is None and tape.factor == 1
+    if plain and not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
+        return _fused_mix(q, k, v, scale, tape)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     weights = (q @ k.transpose(-2, -1)).mul_(scale).softmax(-1)
     if tape.factor != 1:
         weights = weights * tape.factor
@@ -270,6 +281,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, tape: Tape) -> tuple[Tens
         return quarter * (gs @ k), quarter * (gs.transpose(-2, -1) @ q)
 
     def pullback(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        g = g.contiguous()
         gv = weights.transpose(-2, -1) @ g
         if tape.rule == "cp":
             return torch.zeros_like(q), torch.zeros_like(k), gv
@@ -279,6 +291,21 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, tape: Tape) -> tuple[Tens
         return *thrifty(rule, q, k, v, weights, mixed, g), 0.5 * gv
 
     return mixed, pullback
+
+
+def _fused_mix(q: Tensor, k: Tensor, v: Tensor, scale: float, tape: Tape) -> tuple[Tensor, Callable]:
+    """`mix` where nothing is trained: the fused kernel, and its own backward pass times ¼, ¼ and ½."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        mixed = F.scaled_dot_product_attention(*leaves, scale=scale)
+
+    def pullback(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if tape.rule == "cp":
+            return torch.zeros_like(q), torch.zeros_like(k), torch.autograd.grad(mixed, leaves[2:], g)[0]
+        gq, gk, gv = torch.autograd.grad(mixed, leaves, g)
+        return gq.mul_(0.25), gk.mul_(0.25), gv.mul_(0.5)
+
+    return mixed.detach(), pullback
 
 # %% ../nbs/08_rules.ipynb #0a57cb53
 def attention(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
@@ -291,15 +318,15 @@ def attention(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullbac
         tape.reads.append(x)
     heads = (module.num_heads, module.head_dim)
     qkv, pull_qkv = linear(module.qkv, x, tape)
-    q, k, v = qkv.unflatten(-1, (3, *heads)).permute(2, 0, 3, 1, 4).contiguous()
+    q, k, v = qkv.unflatten(-1, (3, *heads)).permute(2, 0, 3, 1, 4)
     q, pull_q = norm(module.q_norm, q, tape)
     k, pull_k = norm(module.k_norm, k, tape)
     mixed, pull_mix = mix(q, k, v, module.scale, tape)
     y, pull_y = chain(mixed.transpose(1, 2).flatten(2), tape, (norm, module.norm), (linear, module.proj))
 
     def pullback(g: Tensor) -> Tensor:
-        gq, gk, gv = pull_mix(pull_y(g).unflatten(-1, heads).transpose(1, 2).contiguous())
-        return pull_qkv(torch.stack((pull_q(gq), pull_k(gk), gv)).permute(1, 3, 0, 2, 4).flatten(2))
+        gq, gk, gv = pull_mix(pull_y(g).unflatten(-1, heads).transpose(1, 2))
+        return pull_qkv(torch.stack([t.transpose(1, 2) for t in (pull_q(gq), pull_k(gk), gv)], 2).flatten(2))
 
     return y, pullback
 

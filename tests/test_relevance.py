@@ -303,6 +303,26 @@ def test_gradient_of_every_family(family, method):
     assert directional_error(f, parameters, direction, h=1e-5) < 1e-6
 
 
+@pytest.mark.parametrize("method", r.RULES)
+@pytest.mark.parametrize("family", [*FAMILIES, "convnext"])
+def test_fused_inference_is_the_same(family, method):
+    model, images = (make_convnext(), pictures(2, (64, 64))) if family == "convnext" else (make(family), pictures())
+    explicit = r.relevance(model, images, method=method)
+    fused = r.relevance(model, images, method=method, differentiable=False)
+    assert explicit.tokens.requires_grad and not fused.tokens.requires_grad
+    torch.testing.assert_close(fused.tokens, explicit.tokens.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(fused.logits, explicit.logits.detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["plain", "dinov2", "giant", "convnext"])
+def test_gradient_with_gamma(family):
+    model, images = (make_convnext(), pictures(2, (64, 64))) if family == "convnext" else (make(family), pictures())
+    p = dict(model.named_parameters())["stages.3.blocks.0.mlp.fc2.weight" if family == "convnext" else "blocks.1.attn.proj.weight"]
+    direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(3), dtype=p.dtype)
+    f = lambda: scalar(model, images, "sigmoid", r.Method(gamma=0.25))
+    assert directional_error(f, [p], [direction], h=1e-8) < 1e-5  # small steps: the rule jumps where a value changes sign
+
+
 def test_gradcheck():
     model, images = make("plain", embed_dim=6, depth=1, num_heads=2, img_size=8), pictures(2, (8, 8))
     names = ["blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "norm.weight", "head.weight"]
