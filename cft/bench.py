@@ -35,8 +35,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import backdrop
 from .anatomy import split
 from .attributions import contribution
-from .finetuning import METHODS, Batch
 from .losses import cft_loss, patch_mask
+from .objectives import METHODS, Batch
 from .relevance import bound, minmax, relevance, run
 from .rules import Tape
 

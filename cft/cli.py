@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 from typer.exceptions import TyperException
 
 from .data import Folder, MaskedImages, Preprocess, class_folders, scan
-from .finetuning import METHODS, Diverged, fine_tune
+from .finetuning import Diverged, fine_tune
 from .models import SEEDS, load_model
+from .objectives import METHODS
 
 # %% ../nbs/22_cli.ipynb #1b645389
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True,

@@ -30,8 +30,9 @@ from . import backdrop
 from .backdrop import CLASSES, SHIFTED
 from .data import MaskedImages, Preprocess, scan, swap_background, without_object
 from .evaluation import evaluate, over_seeds, paired_difference, predict, relevance_scores
-from .finetuning import METHODS, FineTuned, Recipe, fine_tune, provenance
+from .finetuning import FineTuned, fine_tune, provenance
 from .models import SEEDS, base_model, make_bases, on_every_core, read_weights
+from .objectives import METHODS, Recipe
 from .relevance import relevance
 
 # %% ../nbs/20_demo.ipynb #c1dfd96e

@@ -19,8 +19,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .anatomy import check_model, check_target, split
-from .finetuning import METHODS, Align, Batch
 from .losses import alignment_loss, patch_mask
+from .objectives import METHODS, Align, Batch
 from .relevance import Method, Relevance, relevance, run
 from .rules import GATES, LAYER_NORMS, Tape, UnsupportedModule, is_plain
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cft.models  # noqa: F401  (registers cft_vit_tiny64)
 from cft import bench
-from cft.finetuning import METHODS
+from cft.objectives import METHODS
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import cft.exactness as e
 from cft import attributions
 from cft.anatomy import pooled_tokens, split
-from cft.finetuning import METHODS, Batch
+from cft.objectives import METHODS, Batch
 from cft.relevance import Relevance, run
 from cft.rules import Tape, UnsupportedModule, activation, attention, norm
 

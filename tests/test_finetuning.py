@@ -1,20 +1,21 @@
-"""Objectives against their definitions, the loop's schedule, resuming, divergence."""
+"""The loop: schedule, resuming, parts of batches, several processes, divergence."""
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 
 from cft import backdrop
 from cft.data import MaskedImages, Preprocess, scan
-from cft.finetuning import METHODS, Align, Batch, CrossEntropy, Diverged, Recipe, Sampler, averaged, fine_tune
-from cft.losses import LossWeights
+from cft.finetuning import Diverged, Sampler, averaged, draw, fine_tune, model_card, pieces, rehearse
 from cft.models import TINY, base_model
-from cft.relevance import relevance
+from cft.objectives import METHODS, CrossEntropy
 
 
 @pytest.fixture(scope="module")
@@ -22,95 +23,6 @@ def images(tmp_path_factory):
     root = backdrop.write(tmp_path_factory.mktemp("w") / "b", {"train": 2}, seed=1)
     folder = scan(root / "images/train", root / "masks/train", root / "objects/train", list(backdrop.CLASSES)).only([0, 2, 4])
     return MaskedImages(folder, Preprocess.of(timm.create_model(TINY), margin=1.0), train=True, keep=True)
-
-
-@pytest.fixture(scope="module")
-def batch(images):
-    torch.manual_seed(0)
-    return Sampler(images, Recipe(METHODS["cft+"].objective, batch=6)).batch(0)
-
-
-def loss_of(name, batch, model=None):
-    model = model or base_model(0)
-    torch.manual_seed(0)
-    return METHODS[name].objective(model, copy.deepcopy(model), batch)
-
-
-def test_controls(batch):
-    model = base_model(0)
-    logits = model(batch.images)
-    assert torch.allclose(loss_of("plain", batch)[0], F.cross_entropy(logits, batch.labels))
-    assert torch.allclose(loss_of("self", batch)[0], F.cross_entropy(logits, logits.argmax(1)))
-
-
-def test_swap_is_half_and_half(batch):
-    model = base_model(0)
-    front = batch.objects[:, None].float()
-    swapped = model(batch.images * front + batch.contexts * (1 - front))
-    expected = (F.cross_entropy(model(batch.images), batch.labels) + F.cross_entropy(swapped, batch.labels)) / 2
-    assert torch.allclose(loss_of("swap", batch)[0], expected)
-
-
-@pytest.mark.parametrize(("name", "norm"), [("cft-paper", "region"), ("cft", "image")])
-def test_cft_is_equation_7(batch, name, norm):
-    model = base_model(0)
-    result = relevance(model, batch.images, batch.labels, differentiable=False)
-    r = result.patches.double()
-    if name == "cft":
-        phi = r.clamp(min=0) / (r.clamp(min=0) + 0.5 * r.abs().mean((1, 2), keepdim=True))
-    else:
-        phi = (r - r.amin((1, 2), keepdim=True)) / (r.amax((1, 2), keepdim=True) - r.amin((1, 2), keepdim=True))
-    phi = 0.02 + 0.96 * phi
-    total = 0.0
-    for p, m, z in zip(phi, batch.masks, result.logits.double()):
-        share = [[m[8 * i:8 * i + 8, 8 * j:8 * j + 8].double().mean().item() for j in range(8)] for i in range(8)]
-        cells = [(p[i, j].item(), share[i][j]) for i in range(8) for j in range(8)]
-        inside, outside = (sum(s for _, s in cells), sum(1 - s for _, s in cells)) if norm == "region" else (64, 64)
-        concept = sum(-s * math.log(q) for q, s in cells) / inside
-        background = sum(-(1 - s) * math.log(1 - q) for q, s in cells) / outside
-        total += 0.8 * (0.5 * concept + 1.2 * background) + 0.2 * (z.logsumexp(0) - z.max()).item()
-    assert loss_of(name, batch)[0].item() == pytest.approx(total / len(phi), rel=1e-4)
-
-
-def test_keep_original_ignores_the_swap(batch):
-    objective = replace(METHODS["cft+ without alignment"].objective, swap=0.0)
-    model, other = base_model(0), base_model(1)
-    loss, _ = objective(model, other, batch)
-    p, q = other(batch.images).softmax(1), model(batch.images).softmax(1)
-    assert loss.item() == pytest.approx((p * (p.log() - q.log())).sum(1).mean().item(), rel=1e-4)
-    torch.manual_seed(0)
-    swapped, _ = replace(objective, swap=1.0)(model, other, batch)
-    front = batch.objects[:, None].float()
-    q = model(batch.images * front + batch.contexts * (1 - front)).softmax(1)
-    assert swapped.item() == pytest.approx((p * (p.log() - q.log())).sum(1).mean().item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("grid", ["patch", "pixel"])
-def test_alignment_gradient_against_finite_differences(batch, grid):
-    model = base_model(0).double()
-    small = Batch(*(t[:2].double() if t.is_floating_point() else t[:2] for t in batch))
-    objective = Align(grid=grid, normalize="saturating", norm="image", keep="labels")
-    loss = lambda: objective(model, model, small)[0]
-    loss().backward()
-    for name in ("blocks.1.attn.qkv.weight", "blocks.2.mlp.fc1.weight", "head.weight", "patch_embed.net.0.weight"):
-        weight = model.get_parameter(name)
-        direction = torch.randn_like(weight)
-        ends = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                weight += sign * 1e-6 * direction
-                ends.append(loss().item())
-                weight -= sign * 1e-6 * direction
-        numeric = (ends[0] - ends[1]) / 2e-6
-        assert numeric == pytest.approx((weight.grad * direction).sum().item(), rel=1e-5, abs=1e-9)
-
-
-def test_every_alignment_trains_every_layer(batch):
-    for name in ("cft-paper", "cft", "cft-object", "cft+"):
-        model = base_model(0)
-        loss_of(name, batch, model)[0].backward()
-        # a key's bias shifts all attention logits of a query alike: its gradient is zero up to rounding
-        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters()), name
 
 
 def test_schedule_and_order(images):
@@ -149,7 +61,7 @@ def test_contexts_come_from_other_classes(images):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_runs_and_head_only_means_head_only(images, name):
     model = base_model(0)
-    tuned, record = fine_tune(model, images, replace(METHODS[name], rate=1e-4, epochs=1), progress=False)
+    tuned, record = fine_tune(model, images, replace(METHODS[name], rate=1e-4, epochs=1), progress=False, validation=images)
     changed = {n for (n, a), b in zip(model.named_parameters(), tuned.parameters()) if not torch.equal(a, b)}
     assert changed == {"head.weight", "head.bias"} if name == "last-layer" else len(changed) > 20
     assert math.isfinite(record["epochs"][0]["loss"]) and json.dumps(record)
@@ -216,11 +128,119 @@ def test_missing_masks_and_bad_settings(images):
     bare = MaskedImages(replace(images.folder, samples=tuple(replace(s, mask=None) for s in images.folder.samples)), images.preprocess)
     with pytest.raises(ValueError, match="needs mask masks"):
         fine_tune(base_model(0), bare, METHODS["cft"])
-    for bad in (dict(rate=0), dict(epochs=0), dict(batch=0), dict(average=0)):
-        with pytest.raises(ValueError, match="expected rate > 0"):
-            replace(METHODS["cft"], **bad)
-    for bad in (dict(grid="hex"), dict(keep="?"), dict(guide="?"), dict(swap=2)):
-        with pytest.raises(ValueError, match="must be"):
-            replace(METHODS["cft"].objective, **bad)
-    with pytest.raises(ValueError):
-        LossWeights(align=-1)
+
+
+def same_up_to_rounding(one, other):
+    """Weights that have a gradient agree; the keys' biases have none but rounding, of which AdamW makes full steps."""
+    for (name, a), b, start in zip(one.named_parameters(), other.parameters(), base_model(0).parameters()):
+        if name.endswith("qkv.bias"):
+            a, b, start = (torch.cat([t[:96], t[192:]]) for t in (a, b, start))
+        assert (a - b).norm() < 0.01 * (a - start).norm(), name
+
+
+def test_a_batch_in_chunks_is_the_batch(images):
+    for name in ("cft", "cft+", "rrr"):
+        recipe = replace(METHODS[name], rate=1e-4, epochs=2, batch=5)
+        whole, parts = (fine_tune(base_model(0), images, replace(recipe, chunk=chunk), progress=False) for chunk in (0, 2))
+        same_up_to_rounding(whole.model, parts.model)
+        assert whole.record["epochs"][-1]["loss"] == pytest.approx(parts.record["epochs"][-1]["loss"], rel=1e-3)
+
+
+def test_pieces_cover_the_batch_once():
+    for size, chunk, world in ((8, 0, 1), (8, 3, 2), (5, 2, 3), (1, 0, 2), (7, 1, 4)):
+        dealt = [list(range(*p.indices(size))) for rank in range(world) for p in pieces(size, chunk, rank, world)]
+        assert [i for part in dealt for i in part] == list(range(size))
+        assert all(0 < len(part) <= (chunk or size) for part in dealt)
+
+
+WORKER = """
+import sys
+import torch
+from dataclasses import replace
+from pathlib import Path
+torch.set_num_threads(1)
+from cft import backdrop
+from cft.data import MaskedImages, Preprocess, scan
+from cft.finetuning import Diverged, fine_tune
+from cft.models import base_model
+from cft.objectives import METHODS
+root, out = Path(sys.argv[1]), Path(sys.argv[2])
+folder = scan(root / "images/train", root / "masks/train", root / "objects/train", list(backdrop.CLASSES)).only([0, 2, 4])
+images = MaskedImages(folder, Preprocess.of(base_model(0), margin=1.0), train=True, keep=True)
+recipe = replace(METHODS["cft+"], rate=1e-4, epochs=3, batch=5)
+tuned, record = fine_tune(base_model(0), images, recipe, out / "run", progress=False)
+print(f"processes {record['processes']}\\n", end="", flush=True)
+try:
+    fine_tune(base_model(0), images, replace(METHODS["plain"], rate=1e20, epochs=9, batch=5), progress=False)
+except Diverged as error:
+    print(f"stopped {str(error)[:6]}\\n", end="", flush=True)
+"""
+
+
+def test_two_processes_are_one(images, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    root = images.folder.root.parents[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = subprocess.run([*torchrun, tmp_path / "worker.py", root, tmp_path], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("processes 2") == 2 and done.stdout.count("stopped step ") == 2, done.stdout + done.stderr[-2000:]
+    alone = fine_tune(base_model(0), images, replace(METHODS["cft+"], rate=1e-4, epochs=3, batch=5), progress=False)
+    together = fine_tune(base_model(0), images, replace(METHODS["cft+"], rate=1e-4, epochs=3, batch=5), tmp_path / "run", progress=False)
+    assert together.record["processes"] == 2
+    same_up_to_rounding(alone.model, together.model)
+    assert alone.record["epochs"][-1]["loss"] == pytest.approx(together.record["epochs"][-1]["loss"], rel=1e-4)
+
+
+def test_the_best_epoch_is_kept(images, tmp_path):
+    recipe = replace(METHODS["plain"], rate=3e-2, epochs=4, batch=3, best=True, decays=0)  # such a rate does harm
+    with pytest.raises(ValueError, match="needs validation pictures"):
+        fine_tune(base_model(0), images, recipe)
+
+    def loss(model):
+        model.eval()
+        return sum(torch.nn.functional.cross_entropy(model(b["image"][None]), torch.tensor([b["label"]])).item()
+                   for b in (validation[i] for i in range(len(validation)))) / len(validation)
+
+    validation = MaskedImages(images.folder, images.preprocess)
+    kept, record = fine_tune(base_model(0), images, recipe, progress=False, validation=validation)
+    ends = [fine_tune(base_model(0), images, replace(recipe, best=False, epochs=n), progress=False).model for n in (1, 2, 3, 4)]
+    losses = [loss(model) for model in ends]
+    assert record["best_step"] == 2 * (1 + losses.index(min(losses))) and loss(kept) == pytest.approx(min(losses), rel=1e-5)
+
+    def cut(step, _):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(base_model(0), images, recipe, tmp_path, progress=False, validation=validation, save_every=2, on_step=cut)
+    resumed, again = fine_tune(base_model(0), images, recipe, tmp_path, progress=False, validation=validation)
+    assert again["best_step"] == record["best_step"]
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), resumed.parameters()))
+
+
+def test_half_precision_is_close(images):
+    recipe = replace(METHODS["cft"], rate=1e-5, epochs=1)
+    full, half = (fine_tune(base_model(0), images, replace(recipe, precision=p), progress=False) for p in ("no", "bf16"))
+    assert half.record["epochs"][0]["loss"] == pytest.approx(full.record["epochs"][0]["loss"], rel=0.03)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in half.model.parameters())
+
+
+def test_draw(images):
+    drawn = draw(images.folder, 3, classes=2, per_class=1)
+    assert len(drawn) == 2 == len(drawn.labels) and draw(images.folder, 3, 2, 1).samples == drawn.samples
+    shuffled = replace(images.folder, samples=images.folder.samples[::-1])
+    assert draw(shuffled, 3, 2, 1).samples == drawn.samples
+    assert len({draw(images.folder, seed, 1, 1).samples for seed in range(20)}) > 3
+    with pytest.raises(ValueError, match="at least 500 classes.*got 3"):
+        draw(images.folder, 0)
+    with pytest.raises(ValueError, match="at least 3 pictures of bird, got 2|at least 3 pictures of .*, got 2"):
+        draw(images.folder, 0, classes=2)
+
+
+def test_card_and_rehearsal(images, tmp_path):
+    record = fine_tune(base_model(0), images, replace(METHODS["cft"], epochs=1), tmp_path, progress=False).record
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card == model_card(record, TINY) and record["data"]["digest"] in card and "patented" in card
+    price = rehearse(base_model(0), images, METHODS["cft"])
+    assert price["steps"] == 50 and price["seconds"] == pytest.approx(50 * price["seconds_per_step"]) and price["seconds"] > 0
