@@ -6,7 +6,7 @@
 __all__ = ['BENCH_COLUMNS', 'Objective', 'STEPS', 'GOALS', 'bench_row', 'Case', 'make_case', 'training_step', 'count_flops',
            'LiveBytes', 'peak_bytes', 'seconds', 'wall_ratio', 'bench_rendering', 'checkpointed_objective',
            'official_objective', 'bench_cost', 'step_row', 'bench_wall', 'lxt_copy', 'tokens_x_gradient', 'bench_peers',
-           'bench_compiled', 'bench_demo', 'write_bench']
+           'bench_compiled', 'paper_folder', 'bench_paper_run', 'bench_demo', 'write_bench']
 
 # %% ../nbs/21_bench.ipynb #da4b9237
 import copy
@@ -21,9 +21,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -35,6 +38,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import backdrop
 from .anatomy import split
 from .attributions import contribution
+from .data import Folder, MaskedImages, Preprocess, scan
+from .finetuning import draw, rehearse
 from .losses import cft_loss, patch_mask
 from .objectives import METHODS, Batch
 from .relevance import bound, minmax, relevance, run
@@ -267,6 +272,35 @@ def bench_compiled(case: Case, rounds: int = 3) -> list[dict]:
                       f"median of {rounds} alternating pairs, compilation not counted; {blocks} block(s); {case.note}")]
 
 # %% ../nbs/21_bench.ipynb #cb4e5208
+def paper_folder(root: str | Path, classes: int = 500, per_class: int = 3) -> Folder:
+    """Pictures of noise with masks, as many as the paper fine-tunes on, written below `root`."""
+    root, rng = Path(root), np.random.default_rng(0)
+    for kind, channels in (("images", (3,)), ("masks", ())):
+        for label in range(classes):
+            folder = root / kind / f"n{label:08d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for k in range(per_class):
+                values = rng.integers(256, size=(16, 16, *channels), dtype=np.uint8)
+                picture = Image.fromarray(values if channels else (values > 128) * np.uint8(255))
+                picture.resize((256, 256), Image.Resampling.NEAREST).save(folder / f"{k}.png")
+    return draw(scan(root / "images", root / "masks"), 0, classes, per_class)
+
+
+def bench_paper_run(root: str | Path, name: str = "vit_base_patch16_224", steps: int = 2, precision: str = "no") -> list[dict]:
+    """Seconds and memory of a step of the paper's run, on random weights, and the hours of all of it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    model = timm.create_model(name, num_classes=1000).to(device)
+    images = MaskedImages(paper_folder(root), Preprocess.of(model), train=True)
+    price = rehearse(model, images, replace(METHODS["cft-paper"], precision=precision), steps)
+    note = f"{name}, {len(images)} pictures, {price['steps']} steps of 8, {precision} autocast, random weights, {steps} steps measured, {where}"
+    rows = [bench_row("paper_run_step_seconds", price["seconds_per_step"], "s", "", "", note),
+            bench_row("paper_run_hours", price["seconds"] / 3600, "h, extrapolated", "", "", note)]
+    if "memory" in price:
+        rows.append(bench_row("paper_run_memory", price["memory"] / 1e9, "GB", "", "", note))
+    return rows
+
+# %% ../nbs/21_bench.ipynb #972a67c4
 def bench_demo(record: str | Path) -> list[dict]:
     """Seconds of the last demo, from the record that it left; no row without one."""
     if not Path(record).is_file():
