@@ -1,0 +1,505 @@
+"""The suite against plain loops: sorting for ranks, lists drawn with replacement for intervals, single passes for shared ones."""
+
+import gc
+import hashlib
+import math
+import os
+import random
+import signal
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+
+from cft.datasets import EvalSet, folder_set, miniature, open_set
+from cft.evaluation import image_scores, segmentation_table, wilson_interval
+from cft.models import base_model, save_model
+from cft.relevance import relevance
+from cft.suite import (
+    BY,
+    ROWS,
+    Checkpoint,
+    Loop,
+    Results,
+    accuracy_rows,
+    answers,
+    checkpoint,
+    compare_methods,
+    evaluate_suite,
+    headline,
+    judge,
+    macro_accuracy,
+    paired_pictures,
+    reading_of,
+    run_pass,
+    segmentation_rows,
+    throughput_vs_timm,
+    timm_validation,
+    weights_digest,
+)
+
+
+class Colours(EvalSet):
+    """Pictures made on demand: one number a picture decides about everything. Counts what is read, and may fail."""
+
+    def __init__(self, key="colours", count=23, size=16, classes=4, fail_at=None, fail=None):
+        targets = [(i % classes, (i + 1) % classes) if i % 3 == 0 else (i % classes,) for i in range(count)]
+        super().__init__(key, [f"{i:04d}.png" for i in range(count)], targets, [f"g{i % 5}" for i in range(count)])
+        self.pixels, self.reads, self.fail_at, self.fail = size, [], fail_at, fail
+
+    def __getitem__(self, index):
+        if index == self.fail_at:
+            self.fail()
+        self.reads.append(index)
+        rng = np.random.default_rng(index)
+        return Image.fromarray(rng.integers(0, 256, (self.pixels, self.pixels, 3), dtype=np.uint8)), self.targets[index]
+
+    def digest(self, full=False):
+        return hashlib.sha256(f"{self.key} {len(self)} {self.pixels}".encode()).hexdigest()
+
+
+class Linear(nn.Module):
+    """A random linear classifier of 16 × 16 pictures."""
+
+    def __init__(self, seed=0, classes=4, size=16, mean=0.5):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.num_classes, self.size = classes, size
+        self.weight = nn.Parameter(torch.randn(3 * size * size, classes, generator=generator))
+        self.drop = nn.Dropout(0.5)
+        self.pretrained_cfg = {"architecture": "linear", "input_size": (3, size, size), "crop_pct": 1.0, "interpolation": "bilinear",
+                               "mean": (mean,) * 3, "std": (0.25,) * 3}
+
+    def forward(self, x):
+        return self.drop(x.flatten(1)) @ self.weight
+
+
+def linear(seed, name=None, **options):
+    return checkpoint(Linear(seed, **options), name or f"linear {seed}", method="linear", seed=seed)
+
+
+def slow_rank(scores, label):
+    return sorted(range(len(scores)), key=lambda c: (-scores[c], c)).index(label)
+
+
+def made_up(n=60, classes=5, seed=0):
+    """A table of pictures with random answers, several right classes for some."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(n):
+        accepted = (rng.randrange(classes),) if rng.random() < 0.6 else tuple(rng.sample(range(classes), 2))
+        row = {"id": f"{i:03d}", "group": f"g{rng.randrange(3)}", "targets": accepted}
+        for space in ("full", "subset"):
+            for k in (1, 5):
+                row[f"{space}_first{k}"] = rng.random() < (0.3 if k == 1 else 0.6)
+                row[f"{space}_top{k}"] = row[f"{space}_first{k}"] or (len(accepted) > 1 and rng.random() < 0.5)
+            row[f"{space}_predicted"] = rng.randrange(classes)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+# ---- when an answer is right ----
+
+
+def test_judge_against_sorting():
+    rng = random.Random(0)
+    for _ in range(30):
+        classes, n = rng.randrange(7, 12), 5
+        logits = [[float(rng.randrange(4)) for _ in range(classes)] for _ in range(n)]          # ties everywhere
+        targets = [tuple(rng.sample(range(classes), rng.randrange(1, 4))) for _ in range(n)]
+        present = sorted({c for accepted in targets for c in accepted} | {rng.randrange(classes)})
+        found = judge(torch.tensor(logits), targets, present)
+        for i in range(n):
+            shown = [logits[i][c] if c in present else -math.inf for c in range(classes)]
+            for space, scores in (("full", logits[i]), ("subset", shown)):
+                ranks = [slow_rank(scores, c) for c in targets[i]]
+                for k in (1, 5):
+                    assert found[f"{space}_top{k}"][i] == (min(ranks) < k)
+                    assert found[f"{space}_first{k}"][i] == (ranks[0] < k)
+                assert scores[found[f"{space}_predicted"][i]] == max(scores)
+            assert found["subset_predicted"][i] in present
+        for rule in ("top1", "top5", "first1", "first5"):
+            assert (found[f"full_{rule}"] <= found[f"subset_{rule}"]).all()
+
+
+def test_judge_refuses_what_cannot_be_judged():
+    with pytest.raises(ValueError, match="NaN"):
+        judge(torch.full((1, 4), float("nan")), [(0,)], (0,))
+    with pytest.raises(ValueError, match="class 4; the model has 4"):
+        judge(torch.zeros(1, 4), [(4,)], (4,))
+
+
+def test_full_is_never_above_subset_on_the_miniatures(tmp_path):
+    torch.manual_seed(0)
+    model = checkpoint(timm.create_model("test_vit"), "random")
+    for key in ("in-a", "in-v2", "objectnet"):
+        source = open_set(key, miniature(key, tmp_path, count=6), check_counts=False)
+        (found,) = run_pass(source, [model], reading_of(model.model))
+        table = accuracy_rows(found, 1000).set_index(["labels", "targets", "split", "metric"]).value
+        for (labels, *rest), value in table.items():
+            if labels == "full1000" and ("subset", *rest) in table:
+                assert value <= table["subset", *rest]
+        first_class = open_set(key, tmp_path, check_counts=False, first_mapping_only=True)      # the released code's way
+        (released,) = run_pass(first_class, [model], reading_of(model.model))
+        assert released.full_top1.equals(found.full_first1)
+
+
+# ---- numbers ----
+
+
+def test_accuracy_rows_against_counting():
+    pictures, tuned = made_up(), {0, 3}
+    rows = accuracy_rows(pictures, 1000, fine_tuned=sorted(tuned)).set_index(["labels", "targets", "split", "metric"])
+    assert rows.index.is_unique
+    seen = set()
+    for space, labels in (("full", "full1000"), ("subset", "subset")):
+        for rule, word in (("any", "top"), ("first", "first")):
+            for split in ("all", "fine-tuned", "other"):
+                for k in (1, 5):
+                    hits, per_class = [], {}
+                    for _, p in pictures.iterrows():
+                        if split == "all" or (split == "fine-tuned") == any(c in tuned for c in p.targets):
+                            hits.append(bool(p[f"{space}_{word}{k}"]))
+                            per_class.setdefault(p.targets, []).append(hits[-1])
+                    name = f"top{k}"
+                    row = rows.loc[labels, rule, split, name]
+                    assert row.n == len(hits) and row.value == pytest.approx(100 * sum(hits) / len(hits))
+                    assert (row.low, row.high) == pytest.approx(wilson_interval(sum(hits), len(hits)))
+                    macro = rows.loc[labels, rule, split, f"{name}_macro"]
+                    assert macro.value == pytest.approx(100 * sum(sum(v) / len(v) for v in per_class.values()) / len(per_class))
+                    seen |= {(labels, rule, split, name), (labels, rule, split, f"{name}_macro")}
+            for k in (1, 5):
+                groups = pictures.groupby("group")[f"{space}_{word}{k}"].mean()
+                assert rows.loc[labels, rule, "worst group", f"top{k}"].value == pytest.approx(100 * groups.min())
+                seen.add((labels, rule, "worst group", f"top{k}"))
+    assert seen == set(rows.index)
+
+
+def test_groups_of_the_caller_and_classes_that_are_groups():
+    pictures = made_up().assign(targets=[(i % 3,) for i in range(60)])
+    own = ["water" if hit else "land" for hit in pictures.full_top1]
+    rows = accuracy_rows(pictures, 1000, groups=own).set_index(["labels", "split", "metric"])
+    assert rows.loc[("full1000", "worst group", "top1"), "value"] == 0
+    assert set(rows.targets) == {"any"}
+    as_classes = accuracy_rows(pictures.assign(group=[f"class {i % 3}" for i in range(60)]), 1000)
+    assert "worst group" not in set(as_classes.split)
+    with pytest.raises(ValueError, match="one group for each of 60"):
+        accuracy_rows(pictures, 1000, groups=own[:-1])
+
+
+def test_top5_of_few_classes_is_called_what_it_is():
+    pictures = made_up(classes=3).assign(targets=[(i % 3,) for i in range(60)])
+    rows = accuracy_rows(pictures, 1000)
+    assert set(rows[rows.labels == "subset"].metric) == {"top1", "top3", "top1_macro", "top3_macro"}
+    assert set(rows[rows.labels == "full1000"].metric) == {"top1", "top5", "top1_macro", "top5_macro"}
+    single = accuracy_rows(pictures.assign(targets=[(0,)] * 60), 1000)
+    assert set(single[single.labels == "subset"].metric) == {"top1", "top1_macro"}
+
+
+def test_macro_interval_against_drawing_lists():
+    rng = random.Random(1)
+    classes = [0] * 30 + [1] * 8 + [2] * 3 + [3]
+    correct = [rng.random() < 0.6 for _ in classes]
+
+    def macro(indices):
+        seen = {}
+        for i in indices:
+            seen.setdefault(classes[i], []).append(correct[i])
+        return 100 * sum(sum(v) / len(v) for v in seen.values()) / len(seen)
+
+    value, low, high = macro_accuracy(np.array(correct), np.array(classes), draws=4000)
+    drawn = sorted(macro([rng.randrange(len(classes)) for _ in classes]) for _ in range(4000))
+    assert value == pytest.approx(macro(range(len(classes))))
+    assert low == pytest.approx(drawn[100], abs=1.5) and high == pytest.approx(drawn[3900], abs=1.5)
+    assert macro_accuracy(np.array([True, False]), np.array([7, 7])) == macro_accuracy(np.array([True, False]), np.array([7, 7]))
+
+
+def test_paired_interval_and_mcnemar_against_plain_python():
+    a, b = made_up(seed=1), made_up(seed=2).sample(frac=1, random_state=0)
+    found = paired_pictures(a, b)
+    left, right = a.set_index("id").full_top1, b.set_index("id").full_top1
+    differences = [int(left[i]) - int(right[i]) for i in left.index]
+    won, lost = differences.count(1), differences.count(-1)
+    assert won != lost and found.mean == pytest.approx(100 * sum(differences) / 60) and found.n == 60
+    tail = sum(math.comb(won + lost, k) for k in range(max(won, lost), won + lost + 1)) / 2 ** (won + lost)
+    assert found.p == pytest.approx(min(1, 2 * tail))
+    rng = random.Random(0)
+    drawn = sorted(100 * sum(rng.choices(differences, k=60)) / 60 for _ in range(4000))
+    assert found.low == pytest.approx(drawn[100], abs=3) and found.high == pytest.approx(drawn[3900], abs=3)
+    assert paired_pictures(b, a).mean == pytest.approx(-found.mean)
+    with pytest.raises(ValueError, match="same pictures"):
+        paired_pictures(a, b.assign(id="x" + b.id))
+
+
+def test_segmentation_rows_are_chapter_14s():
+    generator = torch.Generator().manual_seed(0)
+    maps, masks = torch.rand(9, 8, 8, generator=generator), torch.rand(9, 8, 8, generator=generator) > 0.6
+    ours, theirs = segmentation_rows(image_scores(maps, masks)), segmentation_table(maps, masks, "")
+    for column in ("value", "low", "high", "n"):
+        assert ours[column].tolist() == pytest.approx(theirs[column].tolist())
+    assert ours.metric.tolist() == theirs.metric.tolist()
+
+
+# ---- reading ----
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_224.augreg_in21k_ft_in1k", "convnextv2_tiny.fcmae_ft_in22k_in1k_384", "swin_tiny_patch4_window7_224.ms_in1k"])
+@pytest.mark.parametrize("size", [(400, 300), (231, 517)])
+def test_pictures_are_read_as_timm_reads_them(name, size):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    own, config = reading_of(model), resolve_model_data_config(model)
+    assert torch.equal(own.transform()(photo), create_transform(**config, use_prefetcher=True)(photo))
+    floats = create_transform(**config, use_prefetcher=False)(photo)
+    assert torch.allclose(own.normalise(own.transform()(photo)[None])[0], floats, atol=1e-5)
+
+
+def test_official_reading_and_squeezed_pictures():
+    model = timm.create_model("test_vit")
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 300, 3), dtype=np.uint8))
+    official = reading_of(model, "official")
+    by_hand = np.asarray(photo.resize((256, 341), Image.BILINEAR))[58:282, 16:240]
+    assert np.abs(np.asarray(official.transform()(photo)).transpose(1, 2, 0).astype(int) - by_hand).max() <= 1
+    assert official.preprocess.mean == official.preprocess.std == (0.5, 0.5, 0.5)
+    whole = reading_of(model, "official", whole=True).transform()(photo)
+    assert np.array_equal(np.asarray(whole).transpose(1, 2, 0), np.asarray(photo.resize((224, 224), Image.BILINEAR)))
+
+
+def test_the_size_that_a_model_takes_decides():
+    dino = timm.create_model("vit_small_patch14_dinov2", img_size=224, depth=1)
+    assert resolve_model_data_config(dino)["input_size"] == (3, 518, 518)
+    assert reading_of(dino).preprocess.size == (224, 224) == reading_of(dino, "official").preprocess.size
+    with pytest.raises(ValueError, match="384 × 384 only"):
+        reading_of(timm.create_model("vit_tiny_patch16_384", depth=1), "official")
+    with pytest.raises(ValueError, match="protocol must be one of model, official"):
+        reading_of(dino, "paper")
+
+
+# ---- passes ----
+
+
+def test_a_pass_against_single_pictures():
+    source, models = Colours(), [linear(0), linear(1)]
+    reading = reading_of(models[0].model)
+    tables = run_pass(source, models, reading, Loop(batch=7))
+    assert source.reads == list(range(23))
+    for tested, table in zip(models, tables):
+        tested.model.eval()
+        for i, row in table.iterrows():
+            image, accepted = source[i]
+            x = torch.tensor((np.asarray(image) / 255 - 0.5) / 0.25).permute(2, 0, 1).float()
+            scores = tested.model(x[None])[0].tolist()
+            ranks = [slow_rank(scores, c) for c in accepted]
+            assert row.full_predicted == slow_rank_inverse(scores) and row.full_top1 == (min(ranks) < 1)
+            assert row.full_first1 == (ranks[0] < 1) and row.id == source.ids[i] and row.group == source.groups[i]
+    alone = [run_pass(source, [tested], reading, Loop(batch=23))[0] for tested in models]
+    assert all(a.equals(b) for a, b in zip(tables, alone))
+
+
+def slow_rank_inverse(scores):
+    return sorted(range(len(scores)), key=lambda c: (-scores[c], c))[0]
+
+
+def test_workers_change_nothing(tmp_path):
+    base = checkpoint(base_model(0), "base")
+    segmentation = open_set("in-segmentation", miniature("in-segmentation", tmp_path, count=5), check_counts=False)
+    reading = reading_of(base.model, whole=True)
+    one, two = (run_pass(segmentation, [base], reading, Loop(batch=2, workers=workers))[0] for workers in (0, 2))
+    assert one.equals(two) and len(one) == 5
+
+
+def test_segmentation_pass_against_a_loop(tmp_path):
+    base = checkpoint(base_model(0), "base")
+    source = open_set("in-segmentation", miniature("in-segmentation", tmp_path, count=4), check_counts=False)
+    (found,) = run_pass(source, [base], reading_of(base.model, whole=True), Loop(batch=3))
+    for i, row in found.iterrows():
+        image, labels = source[i]
+        x = torch.tensor(np.asarray(image.resize((64, 64), Image.BILINEAR)) / 255).permute(2, 0, 1).float()
+        result = relevance(base.model, (x[None] - 0.5) / 0.25, differentiable=False)
+        values = result.map("minmax", (64, 64), 0.0)[0].double()
+        mask = np.array([[labels[int((y + 0.5) * labels.shape[0] / 64), int((z + 0.5) * labels.shape[1] / 64)] for z in range(64)] for y in range(64)])
+        above = (values > values.mean()).numpy()
+        assert row.predicted == result.logits.argmax() and mask.sum() > 0
+        assert abs(row.true_positive - (above & (mask == 1)).sum()) <= 1 and abs(row.true_negative - (~above & (mask == 0)).sum()) <= 1
+
+
+def test_models_come_back_as_they_were_also_after_a_failure():
+    model = Linear(0).train()
+    model.drop.eval()
+    run_pass(Colours(), [checkpoint(model, "a")], reading_of(model))
+    assert model.training and not model.drop.training
+    with torch.no_grad():
+        model.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="broken on colours: logits must not hold NaN"):
+        run_pass(Colours(), [checkpoint(model, "broken")], reading_of(model))
+    assert model.training and not model.drop.training
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the memory from /proc")
+def test_memory_does_not_grow_with_the_set():
+    class Watched(Linear):
+        def forward(self, x):
+            peaks.append(resident())
+            return x.mean((2, 3)) @ self.weight[:3]
+
+    model, most = Watched(0, size=256), []
+    for count in (50, 50, 500):                                         # the first fills caches
+        gc.collect()
+        peaks, before = [], resident()
+        run_pass(Colours(count=count, size=256), [checkpoint(model, "a")], reading_of(model), Loop(batch=10))
+        most.append(max(peaks) - before)
+    assert most[2] - most[1] < 40, most                                 # 450 more pictures are 84 MiB of bytes, 337 of floats
+
+
+def test_autocast_and_bad_options():
+    source, tested = Colours(), linear(0)
+    plain, half = (run_pass(source, [tested], reading_of(tested.model), Loop(precision=p))[0] for p in ("float32", "bfloat16"))
+    assert (plain.full_predicted == half.full_predicted).mean() > 0.8
+    for options in ({"precision": "int8"}, {"batch": 0}, {"workers": -1}):
+        with pytest.raises(ValueError, match="expected precision"):
+            Loop(**options)
+
+
+# ---- the store ----
+
+
+def test_nothing_finished_is_redone_after_a_kill(tmp_path):
+    models = [linear(0), linear(1)]
+    child = os.fork()
+    if child == 0:                                                      # this process dies in the middle of the second set
+        dying = Colours("second", fail_at=9, fail=lambda: os.kill(os.getpid(), signal.SIGKILL))
+        evaluate_suite(models, [Colours("first"), dying, Colours("third")], tmp_path, loop=Loop(batch=4))
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
+    assert len(done) == 2
+    again = [Colours("first"), Colours("second"), Colours("third")]
+    resumed = evaluate_suite(models, again, tmp_path, loop=Loop(batch=4))
+    assert [len(s.reads) for s in again] == [0, 23, 23]
+    assert all((tmp_path / "pictures" / name).stat().st_mtime_ns == when for name, when in done.items())
+    direct = evaluate_suite(models, [Colours("first"), Colours("second"), Colours("third")], tmp_path / "new")
+    pd.testing.assert_frame_equal(resumed.rows(), direct.rows())
+
+
+def test_a_file_that_was_being_written_does_not_count(tmp_path, monkeypatch):
+    def full_disk(*paths):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
+        patched.setattr("os.replace", full_disk)
+        evaluate_suite([linear(0)], [Colours()], tmp_path)
+    source = Colours()
+    assert len(evaluate_suite([linear(0)], [source], tmp_path).rows()) > 0 and len(source.reads) == 23
+
+
+def test_each_picture_is_read_once_for_each_reading(tmp_path):
+    models = [linear(0), linear(1), linear(2, mean=0.4), linear(3, mean=0.4)]
+    source = Colours()
+    store = evaluate_suite(models, [source], tmp_path)
+    assert sorted(source.reads) == sorted(list(range(23)) * 2)
+    alone = Colours()
+    for tested in models:
+        assert store.pictures("colours", tested.name).equals(
+            evaluate_suite([tested], [alone], tmp_path / tested.name).pictures("colours", tested.name))
+
+
+def test_rows_say_where_they_come_from(tmp_path):
+    models = [linear(0), checkpoint(Linear(1), "nobody")]
+    store = evaluate_suite(models, [Colours()], tmp_path, fine_tuned=[0], loop=Loop(precision="bfloat16"))
+    rows = store.rows()
+    assert tuple(rows.columns) == ROWS and set(rows.set) == {"colours"} and set(rows.labels) == {"full4", "subset"}
+    assert set(rows[rows.checkpoint == "linear 0"].sha256) == {weights_digest(models[0].model)}
+    assert rows.seed.isna().sum() == (rows.checkpoint == "nobody").sum() and set(rows.method) == {"linear", "nobody"}
+    assert set(rows.data) == {Colours().digest()} and set(rows.precision) == {"bfloat16"} and '"bilinear"' in rows.reading[0]
+    assert store.about("colours", "linear 0")["versions"]["torch"] == torch.__version__
+    assert set(rows.split) == {"all", "fine-tuned", "other", "worst group"}
+    evaluate_suite(models, [Colours()], tmp_path, loop=Loop(precision="bfloat16"))              # another question, no new pass
+    assert set(store.rows().split) == {"all", "worst group"}
+    table = headline(rows)
+    assert table.loc[("linear 0", "model"), ("colours", "top1")] == pytest.approx(100 * store.pictures("colours", "linear 0").full_top1.mean())
+
+
+@pytest.mark.parametrize("changed, what", [
+    (lambda: ([checkpoint(Linear(5), "linear 0")], Colours(), Loop()), "another sha256"),
+    (lambda: ([linear(0)], Colours(count=22), Loop()), "another data"),
+    (lambda: ([linear(0, mean=0.3)], Colours(), Loop()), "another reading"),
+    (lambda: ([linear(0)], Colours(), Loop(precision="bfloat16")), "another precision"),
+])
+def test_results_of_something_else_are_neither_used_nor_lost(tmp_path, changed, what):
+    store = evaluate_suite([linear(0)], [Colours()], tmp_path)
+    before = store.rows()
+    models, source, loop = changed()
+    with pytest.raises(ValueError, match=what):
+        evaluate_suite(models, [source], tmp_path, loop=loop)
+    assert store.rows().equals(before) and source.reads == []
+
+
+def test_names_that_cannot_be(tmp_path):
+    for bad in ("", "a--b", "../a", "a:b"):
+        with pytest.raises(ValueError, match="become file names"):
+            Results(tmp_path).path("pictures", "set", bad, "model")
+    with pytest.raises(ValueError, match="checkpoints with different names"):
+        evaluate_suite([linear(0), linear(0)], [Colours()], tmp_path)
+    with pytest.raises(ValueError, match="sets with different names"):
+        evaluate_suite([linear(0)], [Colours(), Colours()], tmp_path)
+    with pytest.raises(ValueError, match="groups are given for others"):
+        evaluate_suite([linear(0)], [Colours()], tmp_path, groups={"others": []})
+    with pytest.raises(ValueError, match="no results in"):
+        Results(tmp_path).rows()
+    with pytest.raises(ValueError, match="no results of 'a' on 'b'"):
+        Results(tmp_path).pictures("b", "a")
+    with pytest.raises(ValueError, match="space full or subset"):
+        answers(made_up(), "half")
+
+
+def test_the_hash_is_of_the_weights(tmp_path):
+    one, same, other = Linear(0), Linear(0), Linear(1)
+    assert weights_digest(one) == weights_digest(same) != weights_digest(other)
+    base = base_model(0)
+    path = save_model(tmp_path / "a.safetensors", base)
+    assert checkpoint(base, "a", path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != weights_digest(base)
+    assert weights_digest(nn.BatchNorm1d(2)) == weights_digest(nn.BatchNorm1d(2))               # holds a tensor without dimensions
+
+
+def test_methods_are_compared_seed_by_seed():
+    values = {"a": {0: 10.0, 1: 30.0, 2: 20.0}, "b": {2: 19.0, 0: 12.0, 1: 25.0}}
+    key = dict(zip(BY, ("val", "model", "full4", "any", "all", "top1")))
+    rows = pd.DataFrame([key | {"method": m, "seed": s, "value": v} for m, each in values.items() for s, v in each.items()])
+    found = compare_methods(rows, "a", "b")
+    differences = [-2.0, 5.0, 1.0]
+    mean = sum(differences) / 3
+    half = 4.303 * math.sqrt(sum((d - mean) ** 2 for d in differences) / 2) / math.sqrt(3)
+    assert len(found) == 1 and found.n[0] == 3 and found.value[0] == pytest.approx(mean)
+    assert (found.low[0], found.high[0]) == pytest.approx((mean - half, mean + half), abs=1e-3)
+    with pytest.raises(ValueError, match="expected two of the methods a, b"):
+        compare_methods(rows, "a", "c")
+
+
+# ---- timm ----
+
+
+def test_our_loop_and_timms_give_the_same_answers(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog", "owl"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.fromarray(rng.integers(0, 256, (40, 30 + i, 3), dtype=np.uint8)).save(tmp_path / name / f"{i}.png")
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=10)
+    found = throughput_vs_timm(model, tmp_path, Loop(batch=4), rounds=1)
+    (pictures,) = run_pass(folder_set(tmp_path), [Checkpoint("a", model, "")], reading_of(model))
+    assert found.hits == (pictures.full_top1.sum(),) * 2 and found.ratio > 0 and found.ours > 0
+    from cft.data import scan
+    top1, top5 = timm_validation(model, scan(tmp_path), Loop(batch=4))
+    assert top1 == pytest.approx(100 * pictures.full_top1.mean(), abs=1e-3) and top5 == pytest.approx(100 * pictures.full_top5.mean(), abs=1e-3)
