@@ -193,7 +193,8 @@ class Preprocess:
     def of(cls, model: nn.Module, margin: float = 256 / 224) -> "Preprocess":
         """The configuration that timm knows for a model."""
         config = resolve_model_data_config(model)
-        return cls(config["input_size"][1:], tuple(config["mean"]), tuple(config["std"]), config["crop_pct"], margin,
+        own = getattr(getattr(model, "patch_embed", None), "img_size", None)  # what the model was built for, if that is fixed
+        return cls(tuple(own or config["input_size"][1:]), tuple(config["mean"]), tuple(config["std"]), config["crop_pct"], margin,
                    config["interpolation"])
 
     def transform(self, train: bool) -> v2.Compose:

@@ -1,6 +1,7 @@
 """Reading folders: strange files, strict masks, joint transforms, filled objects."""
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -178,3 +179,10 @@ def test_a_class_of_unreadable_pictures(folder):
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="ant has no readable picture: 3 could not be read"):
         scan(folder / "i")
+
+
+def test_a_model_built_for_another_size_says_so():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(64, 96), num_classes=3)
+    preprocess = Preprocess.of(model)
+    assert preprocess.size == (64, 96)
+    assert Preprocess.of(timm.create_model("vit_small_patch14_reg4_dinov2", img_size=224, num_classes=3, depth=1)).size == (224, 224)
