@@ -6,7 +6,8 @@
 __all__ = ['BENCH_COLUMNS', 'Objective', 'STEPS', 'GOALS', 'bench_row', 'Case', 'make_case', 'training_step', 'count_flops',
            'LiveBytes', 'peak_bytes', 'seconds', 'wall_ratio', 'bench_rendering', 'checkpointed_objective',
            'official_objective', 'bench_cost', 'step_row', 'bench_wall', 'lxt_copy', 'tokens_x_gradient', 'bench_peers',
-           'bench_compiled', 'paper_folder', 'bench_paper_run', 'bench_demo', 'write_bench']
+           'bench_compiled', 'bench_grounding', 'Stripes', 'bench_store', 'bench_evaluation', 'paper_folder',
+           'bench_paper_run', 'bench_demo', 'write_bench']
 
 # %% ../nbs/21_bench.ipynb #da4b9237
 import copy
@@ -16,7 +17,7 @@ import os
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,12 +39,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import backdrop
 from .anatomy import split
 from .attributions import contribution
+from .concepts import ClassName, Concept, ConceptSet
 from .data import Folder, MaskedImages, Preprocess, scan
 from .finetuning import draw, rehearse
+from .grounding import Grounding, GroundingConfig, per_concept_loop, small_grounded_sam
 from .losses import cft_loss, patch_mask
+from .masks import build_masks, list_folder, read_back
 from .objectives import METHODS, Batch
 from .relevance import bound, minmax, relevance, run
 from .rules import Tape
+from .suite import Loop, throughput_vs_timm
 
 # %% ../nbs/21_bench.ipynb #c1dfd96e
 BENCH_COLUMNS = ("name", "value", "unit", "goal", "peer", "note")
@@ -272,6 +277,65 @@ def bench_compiled(case: Case, rounds: int = 3) -> list[dict]:
                       f"median of {rounds} alternating pairs, compilation not counted; {blocks} block(s); {case.note}")]
 
 # %% ../nbs/21_bench.ipynb #cb4e5208
+def bench_grounding(concepts: Sequence[int] = (1, 5, 10), rounds: int = 3) -> list[dict]:
+    """Time of one pass and one encoding for each of K concepts over that of all together; encodings of the latter."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(256, size=(96, 128, 3), dtype=np.uint8))
+    grounder, rows = small_grounded_sam(GroundingConfig(box_threshold=0.5)), []
+    for k in concepts:
+        phrases = [f"a {colour} {part}" for colour in ("red", "blue") for part in ("beak", "wing", "tail", "leg", "eye")][:k]
+        ratio = wall_ratio(lambda: per_concept_loop(grounder, picture, phrases), lambda: grounder(picture, phrases), rounds)  # noqa: B023
+        rows.append(bench_row(f"grounding_speedup_k{k}", ratio, "their time / ours", ">= 1", "one pass per concept",
+                              f"median of {rounds} alternating pairs, random networks, CPU, {torch.get_num_threads()} thread(s)"))
+    before = grounder.counts["sam_encodings"]
+    grounder(picture, phrases)
+    rows.append(bench_row("sam_encodings_per_image", grounder.counts["sam_encodings"] - before, "encodings", "<= 1", f"{k} per concept loop",
+                          f"{k} concepts"))
+    return rows
+
+
+class Stripes:
+    """A grounder that finds a stripe for every phrase, at once."""
+
+    name = "stripes"
+
+    def settings(self) -> dict:
+        """None."""
+        return {}
+
+    def __call__(self, image: Image.Image, phrases: Sequence[str]) -> list[Grounding]:
+        """A stripe of the picture for each phrase."""
+        masks = torch.zeros(len(phrases), image.height, image.width, dtype=torch.bool)
+        for i, mask in enumerate(masks):
+            mask[:, 4 * i : 4 * i + 4] = True
+        box = torch.tensor([[0.0, 0.0, 4.0, float(image.height)]])
+        return [Grounding(phrase, box, torch.ones(1), mask) for phrase, mask in zip(phrases, masks, strict=True)]
+
+
+def bench_store(root: str | Path, pictures: int = 1000) -> list[dict]:
+    """Masks a second read back from a store of ten masks for each picture."""
+    root = Path(root)
+    (root / "images/thing").mkdir(parents=True)
+    for i in range(pictures):
+        Image.new("RGB", (64, 48), (i % 256, 0, 0)).save(root / f"images/thing/{i:05d}.png")
+    texts = [f"part {word}" for word in "abcdefghi"]
+    concepts = ConceptSet((ClassName("thing", "thing"),), tuple(Concept(text, ("thing",), ("important",)) for text in texts), ())
+    store = build_masks(list_folder(root / "images"), concepts, Stripes(), root / "store", progress=False)
+    read: list[int] = []
+    took = seconds(lambda: read.append(read_back(store)))
+    return [bench_row("mask_store_reads_per_s", read[0] / took, "masks/s", "", "", f"{read[0]} masks of 64 x 48, in order, one process")]
+
+
+def bench_evaluation(root: str | Path, name: str = "vit_small_patch16_224", pictures: int = 64) -> list[dict]:
+    """Our evaluation's pictures a second over those of timm's validation loop."""
+    folder, rng = Path(root) / "set/thing", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for i in range(pictures):
+        Image.fromarray(rng.integers(256, size=(300, 400, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
+    found = throughput_vs_timm(timm.create_model(name, num_classes=1), Path(root) / "set", Loop(batch=16))
+    note = f"{name}, {pictures} JPEGs of 400 x 300, batch 16, no workers, CPU, {torch.get_num_threads()} thread(s), median of 3 alternating pairs"
+    return [bench_row("eval_throughput_vs_timm", found.ratio, "ours / theirs", ">= 0.95", "timm", note)]
+
+# %% ../nbs/21_bench.ipynb #972a67c4
 def paper_folder(root: str | Path, classes: int = 500, per_class: int = 3) -> Folder:
     """Pictures of noise with masks, as many as the paper fine-tunes on, written below `root`."""
     root, rng = Path(root), np.random.default_rng(0)
@@ -300,7 +364,7 @@ def bench_paper_run(root: str | Path, name: str = "vit_base_patch16_224", steps:
         rows.append(bench_row("paper_run_memory", price["memory"] / 1e9, "GB", "", "", note))
     return rows
 
-# %% ../nbs/21_bench.ipynb #972a67c4
+# %% ../nbs/21_bench.ipynb #5b384ce3
 def bench_demo(record: str | Path) -> list[dict]:
     """Seconds of the last demo, from the record that it left; no row without one."""
     if not Path(record).is_file():
