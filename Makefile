@@ -26,11 +26,11 @@ demo: .venv/.ready
 
 page: .venv/.ready
 	@mkdir -p runs
-	@$(PY) -m papermill --no-progress-bar nbs/20_demo.ipynb runs/demo.ipynb >runs/demo.log 2>&1 || { tail -30 runs/demo.log; exit 1; }
+	@$(PY) -m papermill --no-progress-bar nbs/20_demo.ipynb runs/demo.ipynb -p results $(CURDIR)/figures/demo >runs/demo.log 2>&1 || { tail -30 runs/demo.log; exit 1; }
 	@echo "The page, executed: runs/demo.ipynb"
 
 figures: page
-	$(PY) -c "from cft.demo import write_readme; write_readme('README.md', 'figures/demo')"
+	$(PY) -c "from cft.demo import write_readme; write_readme('README.md', 'figures/full')"
 
 test: .venv/.ready
 	$(PY) -m pytest -n 2

@@ -1,13 +1,16 @@
 """The command line as its users meet it: strange folders, kills, mistakes."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -16,7 +19,10 @@ from safetensors.torch import load_file
 
 from cft import backdrop
 from cft.cli import main
+from cft.concepts import ANSWERS, ConceptSet
 from cft.data import MaskedImages, Preprocess, scan
+from cft.datasets import miniature, open_set
+from cft.masks import MaskStore
 from cft.models import ASSETS, TINY, save_model
 
 VIT = "vit_tiny_patch16_224"
@@ -147,7 +153,7 @@ MISTAKES = {
     "other architecture": (_with(model="vit_small_patch16_224"), "does not fit vit_small_patch16_224"),
     "negative rate": (_with(rate=-1), "expected rate > 0"),
     "rate in words": (_with(rate="fast"), "Invalid value for '--rate'"),
-    "unknown option": (_with(concepts="x"), "No such option: --concepts"),
+    "unknown option": (_with(colours="x"), "No such option: --colours"),
     "no cuda": (_with(device="cuda"), "no CUDA device"),
     "class list": (_with(classes="nowhere.txt"), "no class list at nowhere.txt"),
 }
@@ -191,3 +197,66 @@ def test_evaluate_is_right(tmp_path, capsys):
         hits = sum(int(model(data[i]["image"][None]).argmax()) == data[i]["label"] for i in range(len(data)))
         value = table[(table["set"] == root.name) & (table["metric"] == "top1")]["value"].item()
         assert value == pytest.approx(100 * hits / len(data))
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Pictures of three drawn classes, and a base that knows them."""
+    root = backdrop.write(tmp_path_factory.mktemp("drawn") / "w", {"train": 6, "adversarial": 4}, seed=2)
+    for name in set(backdrop.CLASSES) - {"bird", "fish", "car"}:
+        shutil.rmtree(root / "images/train" / name)
+    return root
+
+
+START = ("--model", TINY, "--weights", ASSETS / "base_0.safetensors", "--threads", 1)
+
+
+def test_from_class_names_to_a_repaired_model(drawn, tmp_path, capsys):
+    train, concepts = drawn / "images/train", tmp_path / "concepts.json"
+    asking = ("concepts", train, "--record", ANSWERS, "--model", "cft-recorded", "--out", concepts)
+    before = ANSWERS.read_bytes()
+    assert run(*asking, "--dry-run") == 0 and "18 questions, 18 in the record, 0 calls" in capsys.readouterr().out and not concepts.exists()
+    assert run(*asking, "--replay") == 0 and ANSWERS.read_bytes() == before
+    found = ConceptSet.load(concepts)
+    assert {c.id for c in found.classes} == {"bird", "fish", "car"}
+    grounding = ("masks", train, "--concepts", concepts, "--out", tmp_path / "store", "--grounder", "demo", "--per-class", 5, "--threads", 1)
+    capsys.readouterr()
+    assert run(*grounding, "--dry-run") == 0 and "15 pictures of 3 classes" in capsys.readouterr().out and not (tmp_path / "store").exists()
+    assert run(*grounding) == 0 and len(MaskStore(tmp_path / "store").pictures) == 15
+    assert run("validate", tmp_path / "store", "--concepts", concepts, "--out", tmp_path / "kept.json", "--audit", tmp_path / "audit.csv") == 0
+    kept, audit = ConceptSet.load(tmp_path / "kept.json"), pd.read_csv(tmp_path / "audit.csv")
+    assert 0 < len(kept.pairs()) == audit["accepted"].sum() < len(found.pairs())
+    capsys.readouterr()
+    tuning = ("fit", train, "--masks", tmp_path / "store", *START, "--method", "cft+", "--rate", 1e-4, "--epochs", 1, "--out", tmp_path / "run")
+    assert run(*tuning) == 2 and "give --concepts FILE" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    tuning += ("--concepts", tmp_path / "kept.json", "--per-class", 2)
+    assert run(*tuning, "--dry-run") == 0 and "time     about" in capsys.readouterr().out and not (tmp_path / "run/model.safetensors").exists()
+    assert run(*tuning) == 0
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    assert record["data"]["pictures"] == 6 and load_file(tmp_path / "run/model.safetensors") and (tmp_path / "run/README.md").is_file()
+
+
+def test_best_epoch_needs_other_pictures(drawn, tmp_path, capsys):
+    words = ("fit", drawn / "images/train", "--masks", drawn / "masks/train", *START, "--method", "cft-official", "--epochs", 1, "--out", tmp_path / "run")
+    assert run(*words) == 2 and "--validation" in capsys.readouterr().err
+    assert run(*words, "--validation", drawn / "images/train", "--validation-masks", drawn / "masks/train") == 0
+    assert json.loads((tmp_path / "run/record.json").read_text())["best_step"] == 3
+
+
+def test_audit_says_what_it_found(drawn, tmp_path, capsys):
+    out = tmp_path / "audit.json"
+    assert run("audit", drawn / "images/adversarial", *START, "--objects", drawn / "objects/adversarial", "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "Audit of 48 pictures" in said and "off_object" in said and json.loads(out.read_text())
+
+
+def test_suite_on_miniatures(tmp_path, capsys, monkeypatch):
+    root = miniature("in-a", tmp_path / "sets")
+    save_model(tmp_path / "a.safetensors", timm.create_model(VIT, num_classes=1000))
+    words = ("evaluate", root, "--suite", "in-a", "--model", VIT, "--weights", tmp_path / "a.safetensors", "--out", tmp_path / "results", "--threads", 1)
+    assert run(*words) == 2 and "7,500" in capsys.readouterr().err.replace("7500", "7,500")  # the real set has as many pictures
+    monkeypatch.setattr("cft.cli.open_set", partial(open_set, check_counts=False))
+    assert run(*words) == 0 and "top1" in capsys.readouterr().out
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "results").rglob("pictures/**/*.parquet")}
+    assert stamps and run(*words) == 0 and stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "results").rglob("pictures/**/*.parquet")}
+    assert run("evaluate", root, "--suite", "in-a,in-r", "--model", VIT, "--weights", tmp_path / "a.safetensors", "--out", tmp_path / "r") == 2
