@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORIGINAL', 'TESTS', 'POOL_PER_CLASS', 'TRAIN_PER_CLASS', 'TEST_PER_CLASS', 'SEGMENTATION_PER_CLASS', 'EPOCHS',
            'SETTINGS', 'BORROWED', 'ANNOTATED', 'LABELS', 'QUICK', 'RATES', 'TRIALS', 'ALLOWED_LOSS', 'COLUMNS',
-           'CLAIMS', 'settings', 'tuned_classes', 'write_world', 'without_context', 'find_concepts', 'read_set',
+           'CLAIMS', 'settings', 'tuned_classes', 'write_world', 'important_only', 'find_concepts', 'read_set',
            'training_images', 'batches', 'measure', 'experiment', 'swapped_batches', 'tune', 'select', 'draw_pictures',
            'relevance_figure', 'headline', 'results_table', 'claims_table', 'sentences', 'results_figure', 'run_demo',
            'write_readme']
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from . import backdrop
 from .backdrop import CLASSES, SHIFTED
 from .concepts import ConceptSet, demo_concepts
-from .data import Folder, MaskedImages, Preprocess, scan, swap_background, without_object
+from .data import MaskedImages, Preprocess, scan, swap_background, without_object
 from .evaluation import evaluate, over_seeds, paired_difference, predict, relevance_scores
 from .finder import finder
 from .finetuning import FineTuned, fine_tune, provenance
@@ -49,15 +49,15 @@ EPOCHS = 8
 
 # Chosen on seeds 100 and 101 by the rule below; the notebook checks that they are what the rule selects.
 SETTINGS: dict[str, dict] = {
-    "plain": {"rate": 3e-5},
-    "self": {"rate": 3e-5},
-    "gradmask": {"rate": 3e-5},
-    "rrr": {"rate": 3e-5},
+    "plain": {"rate": 1e-5},
+    "self": {"rate": 3e-6},
+    "gradmask": {"rate": 3e-6},
+    "rrr": {"rate": 3e-6},
     "swap": {"rate": 3e-5},
     "last-layer": {"rate": 1e-3},
-    "cft-object": {"rate": 3e-5},
+    "cft-object": {"rate": 1e-4},
     "cft-paper": {"rate": 3e-5},
-    "cft": {"rate": 3e-5},
+    "cft": {"rate": 1e-4},
     "cft+": {"rate": 1e-4},
 }
 BORROWED = {"cft annotated": "cft", "cft context": "cft", "cft+ annotated": "cft+", "cft+ without alignment": "cft+"}  # whose settings
@@ -89,7 +89,7 @@ def write_world(root: Path, seed: int, per_class: int = TEST_PER_CLASS) -> Path:
     return backdrop.write(root, counts, seed=60000 + seed)
 
 
-def without_context(concepts: ConceptSet) -> ConceptSet:
+def important_only(concepts: ConceptSet) -> ConceptSet:
     """The concepts that a class itself shows; what is only seen around it is dropped, with that reason."""
     around = [(c, text) for c, text in concepts.pairs() if text not in concepts.of(c, ("important",))]
     return concepts.without(dict.fromkeys(around, "seen around the class, not on it"))
@@ -104,19 +104,16 @@ def find_concepts(world: Path, seed: int, out: Path) -> pd.DataFrame:
     folder = list_folder(world / "images/train", list(CLASSES)).only(tuned_classes(seed))
     proposed = demo_concepts()
     store = build_masks(folder, proposed, finder(), out / "store", progress=False)
-    found, all_found = validate(store, without_context(proposed)), validate(store, proposed)
+    found, all_found = validate(store, important_only(proposed)), validate(store, proposed)
     chosen = training_pictures(store, found.kept, TRAIN_PER_CLASS).pictures
     write_pngs(store, found.kept, out / "masks", chosen)
     write_pngs(store, all_found.kept, out / "context", chosen)
-    for picture in chosen:
-        place = (out / "objects" / picture).with_suffix(".png")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(store.class_mask(picture) * np.uint8(255)).save(place)
-    found.concepts.to_csv(out / "concepts.csv", index=False)
+    write_pngs(store, None, out / "objects", chosen)
+    found.concepts.query("pictures > 0").to_csv(out / "concepts.csv", index=False)
     names = {folder.classes[k] for k in folder.labels}
     agreement = {f"{kind}_iou": np.mean([_iou(out / kind / name, world / kind / "train" / name) for name in (f"{Path(c).with_suffix('.png')}" for c in chosen)])
                  for kind in ("masks", "objects")}
-    line = pd.DataFrame([{"seed": seed, "proposed": sum(c in names for c, _ in without_context(proposed).pairs()),
+    line = pd.DataFrame([{"seed": seed, "proposed": sum(c in names for c, _ in important_only(proposed).pairs()),
                           "kept": sum(c in names for c, _ in found.kept.pairs()), "pictures": len(chosen), **agreement}])
     (out / "chosen.json").write_text(json.dumps(chosen), encoding="utf-8")
     line.to_csv(out / "masks.csv", index=False)
