@@ -26,7 +26,7 @@ demo: .venv/.ready
 
 page: .venv/.ready
 	@mkdir -p runs
-	@$(PY) -m papermill --no-progress-bar nbs/20_demo.ipynb runs/demo.ipynb -p results $(CURDIR)/figures/demo >runs/demo.log 2>&1 || { tail -30 runs/demo.log; exit 1; }
+	@$(PY) -m papermill --no-progress-bar nbs/22_demo.ipynb runs/demo.ipynb -p results $(CURDIR)/figures/demo >runs/demo.log 2>&1 || { tail -30 runs/demo.log; exit 1; }
 	@echo "The page, executed: runs/demo.ipynb"
 
 figures: page
@@ -47,7 +47,7 @@ lab: .venv/.ready
 
 bench: .venv/.ready
 	@mkdir -p runs
-	$(PY) -m papermill nbs/21_bench.ipynb runs/21_bench.ipynb -p full True -p out figures/bench.csv
+	$(PY) -m papermill nbs/23_bench.ipynb runs/23_bench.ipynb -p full True -p out figures/bench.csv
 	@cat figures/bench.csv
 
 clean:

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cft import backdrop, finder
-from cft.finder import ATOMS, HELD_OUT, HELD_OUT_ABSENT, MEANINGS, PARTS, FinderConfig, Judgement, regions
+from cft.finder import ATOMS, HELD_OUT, HELD_OUT_ABSENT, MEANINGS, FinderConfig, Judgement, regions
 
 RNG = np.random.default_rng(0)
 
@@ -376,7 +376,6 @@ def test_an_owner_narrows_the_meaning(find):
             several += 1
             right += bool(named & {k for k in meaning.atoms if ATOMS[k][0] == owner})
             strange += any(ATOMS[k][0] != owner for k in named)
-    print(several, right, strange)
     assert several > 40 and right / several > 0.8 and strange / several < 0.35
 
 
