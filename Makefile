@@ -6,7 +6,7 @@ export UV_PYTHON_DOWNLOADS := never
 
 .PHONY: help demo page test export lint lab bench figures clean
 help:
-	@echo "make demo     repair a spurious classifier; under 5 minutes on two cores"
+	@echo "make demo     repair a spurious classifier; about 5 minutes on two cores"
 	@echo "make test     export, notebooks, tests and lint"
 	@echo "make export   write cft/ from nbs/ and clean the notebooks"
 	@echo "make lint     ruff over notebooks and tests"

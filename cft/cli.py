@@ -341,7 +341,7 @@ def demo(
     full: Annotated[bool, typer.Option("--full", help="All methods and controls, not only the main ones (10 minutes).")] = False,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Train the biased bases first (20 minutes).")] = False,
 ) -> None:
-    """Repair a spurious classifier on the procedural benchmark: no GPU, no key, no download; under five minutes on two cores."""
+    """Repair a spurious classifier on the procedural benchmark: no GPU, no key, no download; about five minutes on two cores."""
     from cft.demo import LABELS, QUICK, run_demo, sentences
 
     try:
