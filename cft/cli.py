@@ -31,6 +31,7 @@ from .grounding import load_grounder
 from .masks import MaskStore, build_masks, list_folder, masked_folder, plan, training_pictures, write_pngs
 from .models import SEEDS, load_model
 from .objectives import METHODS
+from .validation import judged_pictures
 from .validation import validate as check_concepts
 
 # %% ../nbs/24_cli.ipynb #1b645389
@@ -163,8 +164,12 @@ def validate(
     coverage: Annotated[float, typer.Option(help="Least mean overlap of a class's concepts with its own mask.")] = 0.20,
     pictures: Annotated[int, typer.Option(help="Pictures of each class to look at.")] = 30,
     audit: Annotated[Path | None, typer.Option(help="CSV file for every concept with its occurrence and the reason.")] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Keep the concepts that occur in the pictures of their class."""
+    if dry_run:
+        kept, pairs = MaskStore(store), ConceptSet.load(concepts).pairs()
+        return _line(f"{len(judged_pictures(kept, pictures))} pictures, {len(pairs)} pairs of class and concept; no calls, encodings or passes")
     found = check_concepts(MaskStore(store), ConceptSet.load(concepts), occurrence, coverage, pictures)
     found.kept.save(out)
     if audit is not None:

@@ -301,8 +301,8 @@ def _fused_mix(q: Tensor, k: Tensor, v: Tensor, scale: float, tape: Tape) -> tup
 
     def pullback(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if tape.rule == "cp":
-            return torch.zeros_like(q), torch.zeros_like(k), torch.autograd.grad(mixed, leaves[2:], g)[0]
-        gq, gk, gv = torch.autograd.grad(mixed, leaves, g)
+            return torch.zeros_like(q), torch.zeros_like(k), torch.autograd.grad(mixed, leaves[2:], g, retain_graph=True)[0]
+        gq, gk, gv = torch.autograd.grad(mixed, leaves, g, retain_graph=True)
         return gq.mul_(0.25), gk.mul_(0.25), gv.mul_(0.5)
 
     return mixed.detach(), pullback

@@ -223,7 +223,10 @@ def test_from_class_names_to_a_repaired_model(drawn, tmp_path, capsys):
     capsys.readouterr()
     assert run(*grounding, "--dry-run") == 0 and "15 pictures of 3 classes" in capsys.readouterr().out and not (tmp_path / "store").exists()
     assert run(*grounding) == 0 and len(MaskStore(tmp_path / "store").pictures) == 15
-    assert run("validate", tmp_path / "store", "--concepts", concepts, "--out", tmp_path / "kept.json", "--audit", tmp_path / "audit.csv") == 0
+    judging = ("validate", tmp_path / "store", "--concepts", concepts, "--out", tmp_path / "kept.json", "--audit", tmp_path / "audit.csv")
+    capsys.readouterr()
+    assert run(*judging, "--dry-run") == 0 and "15 pictures, " in capsys.readouterr().out and not (tmp_path / "kept.json").exists()
+    assert run(*judging) == 0
     kept, audit = ConceptSet.load(tmp_path / "kept.json"), pd.read_csv(tmp_path / "audit.csv")
     assert 0 < len(kept.pairs()) == audit["accepted"].sum() < len(found.pairs())
     capsys.readouterr()
