@@ -221,7 +221,7 @@ def _pullback_of(step: Step, tape: Tape, x: Tensor) -> Pullback:
 # %% ../nbs/11_relevance.ipynb #fa35e192
 def propagate(parts: Parts, target: Tensor | None, method: Method, with_ledger: bool, checkpointed: bool) -> Relevance:
     """Layer-wise relevance propagation by the rules `attnlrp` or `cp`."""
-    tape = Tape(method.name, method.gamma, {} if with_ledger else None)
+    tape = Tape(method.name, method.gamma, {} if with_ledger else None, fused=not torch.is_grad_enabled())
     logits, pullbacks = run(parts.steps, parts.x, tape, checkpointed)
     target = check_target(target, logits)
     g = F.one_hot(target, logits.shape[1]).to(logits.dtype)

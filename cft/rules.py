@@ -80,6 +80,7 @@ class Tape:
     maps: list[Tensor] | None = None  # attention weights (batch, heads, tokens, tokens) of every block, if wanted
     reads: list[Tensor] | None = None  # what every attention layer reads, (batch, tokens, features), if wanted
     factor: float = 1.0  # multiplies attention weights; only interpolating methods change it
+    fused: bool = False  # nothing will be trained: attention may use fused kernels
     output: bool = True  # whether a block's output is wanted, or its pullback alone
 
     def absorb(self, kind: str, g: Tensor, amount: Tensor | None) -> None:
@@ -262,7 +263,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, tape: Tape) -> tuple[Tens
     absorbs the rest. `cp`: the attention is a constant, all relevance goes to v.
     """
     plain = tape.ledger is None and tape.maps is None and tape.factor == 1
-    if plain and not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
+    if plain and tape.fused and not torch.is_inference_mode_enabled():
         return _fused_mix(q, k, v, scale, tape)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     weights = (q @ k.transpose(-2, -1)).mul_(scale).softmax(-1)
