@@ -186,8 +186,7 @@ def _same(g: Tensor) -> Tensor:
 
 # %% ../nbs/08_rules.ipynb #1574bddb
 def _normal_cdf(h: Tensor) -> Tensor:
-    scaled = h * math.sqrt(0.5)
-    return (scaled.erf() if torch.is_grad_enabled() else scaled.erf_()).add_(1).mul_(0.5)  # erf remembers its input only
+    return (h * math.sqrt(0.5)).erf().add_(1).mul_(0.5)  # erf remembers its input only
 
 
 def _tanh_cdf(h: Tensor) -> Tensor:
@@ -208,16 +207,21 @@ GATES: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
 def activation(module: nn.Module, h: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
     """Element-wise activation under the identity rule: every unit keeps its relevance.
 
-    The pullback multiplies g by the gate act(h)/h, written without a division (GELU's gate is the normal CDF).
+    The pullback multiplies g by the gate act(h)/h; where it may be differentiated the gate is written without a division.
     """
     kind = next((kind for kind in GATES if is_plain(module, kind)), None)
     if kind is None:
         raise UnsupportedModule(module, ", ".join(sorted({kind.__name__ for kind in GATES})))
     tanh = kind is nn.GELU and module.approximate == "tanh"
     gate = _tanh_cdf if tanh else GATES[kind]
-    if not torch.is_grad_enabled():  # act(h) is h times its gate, so the gate alone needs to be computed and kept
-        kept = gate(h)
-        return h * kept, lambda g: g * kept
+    if not torch.is_grad_enabled():  # the gate alone needs to be kept
+        if gate in (_normal_cdf, _tanh_cdf):  # the kernel and a division are fewer passes over memory; at 0 the gate is ½
+            y = module(h)
+            kept = (y / h).nan_to_num_(nan=0.5)
+        else:
+            kept = gate(h)
+            y = h * kept
+        return y, lambda g: g * kept
     y = module(h.clone() if getattr(module, "inplace", False) else h)
     return y, lambda g: thrifty(lambda g, h: g * gate(h), g, h)
 
