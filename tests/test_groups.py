@@ -1,0 +1,360 @@
+"""Data sets with groups: every label, group and pixel by a second derivation, on miniatures in the exact form; every trap sprung."""
+import csv
+import pickle
+import pickletools
+import shutil
+from collections import Counter, defaultdict
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import cft.groups
+from cft import backdrop
+from cft.groups import (
+    BIRD_COUNTS,
+    CORRUPTIONS,
+    GROUP_CARDS,
+    SPLITS,
+    as_folder,
+    backdrop_set,
+    cifar_names,
+    csv_set,
+    group_scores,
+    group_table,
+    judged,
+    miniature_groups,
+    open_groups,
+    plain_pickle,
+    severity_table,
+    spawrious_parts,
+)
+from cft.suite import accuracy_rows
+
+
+@pytest.fixture(scope="module")
+def minis(tmp_path_factory):
+    root = tmp_path_factory.mktemp("minis")
+    for key in GROUP_CARDS:
+        miniature_groups(key, root, count=3, seed=1)
+    for key in ("cifar-10", "cifar-100"):
+        miniature_groups(key, root / "python", count=3, seed=1, form="python")
+    return root
+
+
+@pytest.fixture
+def copy(minis, tmp_path):
+    """A set's own copy, to be spoilt."""
+    def make(key, form="binary"):
+        name = GROUP_CARDS[key].folders[form == "python" and len(GROUP_CARDS[key].folders) > 1]
+        return shutil.copytree((minis / "python" if form == "python" else minis) / name, tmp_path / name)
+    return make
+
+
+def loose(key, root, split="test"):
+    return open_groups(key, root, split, check_counts=False)
+
+
+def test_cards_and_splits_agree():
+    assert set(SPLITS) == set(GROUP_CARDS)
+    assert all(SPLITS[key]["test"] == card.pictures for key, card in GROUP_CARDS.items())
+    assert {split: sum(n) for split, n in BIRD_COUNTS.items()} == SPLITS["waterbirds"]
+    assert all(sum(n for *_, n in spawrious_parts(split, c)) == SPLITS["spawrious"][split] for split in ("train", "test") for c in cft.groups.O2O)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_waterbirds_row_by_row(minis, split):
+    home = minis / "waterbird_complete95_forest2water2"
+    found, expected = loose("waterbirds", minis, split), []
+    for row in csv.DictReader((home / "metadata.csv").open()):
+        if row["split"] == {"train": "0", "val": "1", "test": "2"}[split]:
+            expected.append((row["img_filename"], (int(row["y"]),), ["landbird", "waterbird"][int(row["y"])] + " on " + ["land", "water"][int(row["place"])]))
+    assert list(zip(found.ids, found.targets, found.groups)) == expected and set(Counter(found.groups).values()) == {3}
+    assert np.array_equal(found[1][0], Image.open(home / found.ids[1]).convert("RGB"))
+    with pytest.raises(ValueError, match="found {'landbird on land': 3.*waterbird_complete95_forest2water2.*0.5 GB"):
+        open_groups("waterbirds", minis, split)
+
+
+def test_spawrious_ties_and_unties(minis):
+    train, test = loose("spawrious", minis, "train"), loose("spawrious", minis)
+    for one in (train, test):
+        for name, (label,), group in zip(one.ids, one.targets, one.groups):
+            _, location, breed, _ = name.split("/")
+            assert sorted(["labrador", "bulldog", "dachshund", "corgi"])[label] == breed and group == f"{breed} in {location}"
+    places = lambda one: {breed: {g.split(" in ")[1] for g in one.groups if g.startswith(breed)} for breed in ("bulldog", "corgi", "dachshund", "labrador")}
+    assert all("beach" in there and len(there) == 2 for there in places(train).values())
+    assert places(test) == {"bulldog": {"mountain"}, "corgi": {"jungle"}, "dachshund": {"snow"}, "labrador": {"desert"}}
+    assert not set(train.groups) & set(test.groups)
+    wanted = Counter()
+    for folder, _, n in spawrious_parts("train"):
+        wanted[folder.split("/")[0], "tied" if "beach" not in folder else "beach"] += n
+    assert wanted == {("0", "tied"): 4 * 3072, ("0", "beach"): 4 * 96, ("1", "tied"): 4 * 2756, ("1", "beach"): 4 * 412}
+    with pytest.raises(ValueError, match="expected 3,168 pictures in 0/mountain/bulldog, found 3"):
+        open_groups("spawrious", minis)
+    with pytest.raises(ValueError, match="got 'o2o_hell' and 'train'"):
+        spawrious_parts("train", "o2o_hell")
+
+
+def test_spawrious_takes_the_first_files_by_name(minis, copy, monkeypatch):
+    home = copy("spawrious")
+    (home / "0/jungle/bulldog/.hidden").touch()
+    (home / "0/jungle/bulldog/a_first.png").write_bytes((home / "0/jungle/bulldog/node_0.png").read_bytes())
+    monkeypatch.setattr(cft.groups, "TOTAL", 2)
+    found = loose("spawrious", home.parent, "train")
+    assert [n for n in found.ids if n.startswith("0/jungle/bulldog")] == ["0/jungle/bulldog/a_first.png"]
+    shutil.rmtree(home / "1/beach/corgi")
+    with pytest.raises(ValueError, match="1/beach/corgi, found 0"):
+        loose("spawrious", home.parent, "train")
+
+
+def records(path, label_bytes):
+    """Label and pixels of every record, byte by byte."""
+    content, size = path.read_bytes(), label_bytes + 3072
+    for start in range(0, len(content), size):
+        record = content[start:start + size]
+        planes = record[label_bytes:]
+        yield record[label_bytes - 1], [[tuple(planes[1024 * c + 32 * y + x] for c in range(3)) for x in range(32)] for y in range(32)]
+
+
+@pytest.mark.parametrize("key, folder, label_bytes", [("cifar-10", "cifar-10-batches-bin", 1), ("cifar-100", "cifar-100-binary", 2)])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_cifar_in_both_forms(minis, key, folder, label_bytes, split):
+    home = minis / folder
+    files = [f"data_batch_{k}" for k in (1, 2, 3, 4, 5)] if (key, split) == ("cifar-10", "train") else ["test_batch"] if key == "cifar-10" else [split]
+    plain = [r for file in files for r in records(home / f"{file}.bin", label_bytes)]
+    binary, python = loose(key, minis, split), loose(key, minis / "python", split)
+    assert len(binary) == 3 * len(files) and binary.ids == python.ids and binary.targets == python.targets and binary.groups == python.groups
+    for index, (label, pixels) in enumerate(plain):
+        for one in (binary, python):
+            image, accepted = one[index]
+            assert accepted == (label,) and one.groups[index] == cifar_names(key, home)[label]
+            assert np.array_equal(np.asarray(image), np.array(pixels, np.uint8))
+    assert binary.digest(full=True) == python.digest(full=True)
+
+
+def test_the_miniature_pickles_are_those_of_python_2(minis):
+    content = (minis / "python/cifar-100-python/train").read_bytes()
+    codes = [(op.name, arg) for op, arg, _ in pickletools.genops(content)]
+    assert ("PROTO", 2) in codes and ("GLOBAL", "numpy.core.multiarray _reconstruct") in codes
+    names = {name for name, _ in codes}
+    assert {"SHORT_BINSTRING", "BINSTRING"} <= names and not {"BINUNICODE", "BINBYTES"} & names
+    assert set(pickle.loads(content, encoding="bytes")) == {b"data", b"fine_labels", b"coarse_labels", b"filenames"}
+
+
+class Run:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("payload, word", [
+    (Run(eval, "open('{flag}', 'w')"), "builtins.eval"), (Run(np.load, "{flag}"), "numpy.load"),
+    (Run(Run, print), "test_groups.Run")])
+def test_a_pickle_runs_nothing(tmp_path, payload, word):
+    flag = tmp_path / "flag"
+    payload.call = payload.call[0], tuple(a.format(flag=flag) if isinstance(a, str) else a for a in payload.call[1])
+    for protocol in (0, 2, 4, 5):
+        (tmp_path / "trap").write_bytes(pickle.dumps({"data": payload}, protocol))
+        with pytest.raises(ValueError, match=f"trap is refused: it asks for .*{word.rsplit('.', 1)[1]}"):
+            plain_pickle(tmp_path / "trap")
+        assert not flag.exists()
+
+
+@pytest.mark.parametrize("content, word", [(b"", "EOFError|Ran out"), (b"not a pickle", "refused"), (pickle.dumps([1]), "expected a dict, got list"),
+                                           (pickle.dumps({"data": np.zeros(2)})[:-4], "refused")])
+def test_damaged_pickles(tmp_path, content, word):
+    (tmp_path / "trap").write_bytes(content)
+    with pytest.raises(ValueError, match=word):
+        plain_pickle(tmp_path / "trap")
+
+
+@pytest.mark.parametrize("spoil, word", [
+    (lambda h: (h / "test.bin").unlink(), "test.bin is missing"),
+    (lambda h: (h / "test.bin").write_bytes(b"\0" * 3073), "must be records of 3074 bytes, got 3,073"),
+    (lambda h: (h / "test.bin").write_bytes(b"\0\xf0" + b"\0" * 3072), "a label is 240; expected one of the model's 100 classes"),
+    (lambda h: (h / "fine_label_names.txt").write_text("apple\n"), "expected 100 class names"),
+    (lambda h: (h / "fine_label_names.txt").unlink(), "neither fine_label_names.txt nor meta is there")])
+def test_cifar_that_is_spoilt(copy, spoil, word):
+    home = copy("cifar-100")
+    spoil(home)
+    with pytest.raises(ValueError, match=f"^cifar-100: (test.bin )?{word}.*kriz"):
+        loose("cifar-100", home.parent)
+
+
+@pytest.mark.parametrize("content", [{"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0]}, {"fine_labels": [0]},
+                                     {"data": np.zeros((1, 3072)), "fine_labels": [0]}, {"data": np.zeros((1, 3072), np.uint8), "fine_labels": ["a"]}])
+def test_cifar_pickles_of_another_shape(copy, content):
+    home = copy("cifar-100", "python")
+    (home / "test").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match="test must have data, uint8"):
+        loose("cifar-100", home.parent)
+    assert len(loose("cifar-100", home.parent, "train")) == 3
+
+
+def test_cifar_c_by_blocks(minis):
+    home, found = minis / "CIFAR-10-C", loose("cifar-10-c", minis)
+    labels, place = np.load(home / "labels.npy"), 0
+    for name in CORRUPTIONS:
+        pictures = np.load(home / f"{name}.npy")
+        for row in range(15):
+            assert found.groups[place] == f"{name}/{row // 3 + 1}" and found.targets[place] == (labels[row],)
+            assert np.array_equal(found[place][0], pictures[row]) and found.raw(place) == pictures[row].tobytes()
+            place += 1
+    assert place == len(found) == len(set(found.ids))
+    loader = DataLoader(found, batch_size=None, num_workers=2, collate_fn=lambda item: (np.asarray(item[0]), item[1]))
+    assert all(np.array_equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(loader, found))
+    assert len(pickle.dumps(found)) < 50_000, "pixels stay on the disk"
+
+
+@pytest.mark.parametrize("spoil, word", [
+    (lambda h: (h / "frost.npy").unlink(), "1 of 16 files are missing, first frost.npy"),
+    (lambda h: np.save(h / "fog.npy", np.zeros((15, 32, 32, 3))), "fog.npy must hold uint8"),
+    (lambda h: np.save(h / "fog.npy", np.zeros((12, 32, 32, 3), np.uint8)), "fog.npy has 12 pictures; labels.npy has 15"),
+    (lambda h: np.save(h / "fog.npy", np.array([Run(print, "x")], dtype=object)), "fog.npy does not read"),
+    (lambda h: np.save(h / "labels.npy", np.arange(15)), "labels.npy must repeat the same labels 5 times"),
+    (lambda h: np.save(h / "labels.npy", np.full(15, 12)), "labels must be 0 … 9, got 12 … 12")])
+def test_cifar_c_that_is_spoilt(copy, spoil, word, capsys):
+    home = copy("cifar-10-c")
+    spoil(home)
+    with pytest.raises(ValueError, match=f"^cifar-10-c: {word}"):
+        loose("cifar-10-c", home.parent)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_door_says_what_there_is(tmp_path, minis):
+    with pytest.raises(ValueError, match="no set 'celeba' with a split 'test'; expected one of waterbirds: train, val, test"):
+        open_groups("celeba", tmp_path)
+    with pytest.raises(ValueError, match="no set 'cifar-10-c' with a split 'train'"):
+        open_groups("cifar-10-c", tmp_path, "train")
+    with pytest.raises(ValueError, match="there is nothing. Expected at"):
+        open_groups("cifar-10", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="expected 10,000 pictures in test, found 3"):
+        open_groups("cifar-10", minis)
+    with pytest.raises(ValueError, match="no set 'spawrious' in the form 'matlab'"):
+        miniature_groups("spawrious", tmp_path, form="matlab")
+
+
+@pytest.fixture
+def table(tmp_path):
+    for name in "abcd":
+        Image.new("RGB", (6, 4), "navy").save(tmp_path / f"{name}.png")
+    return pd.DataFrame({"image": [f"{n}.png" for n in "abcd"], "label": ["1", "0", "1", "0"], "group": list("xxyy"), "split": ["test"] * 3 + ["train"]})
+
+
+def test_a_table_of_ones_own(table, tmp_path):
+    table.to_csv(tmp_path / "t.csv", index=False)
+    found = csv_set(tmp_path / "t.csv", tmp_path)
+    assert (found.targets, found.groups) == (((1,), (0,), (1,), (0,)), tuple("xxyy"))
+    assert csv_set(table, tmp_path, group=("group", "split"), where={"split": ["train"]}, joint="+").groups == ("y+train",)
+    named = csv_set(table, tmp_path, classes=("1", "0"))
+    assert named.targets == ((0,), (1,), (0,), (1,)), "a name that looks like a number is a name"
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"group": ("place",)}, "without place"), ({"image": "file"}, "without file"), ({"where": {"fold": ["1"]}}, "without fold"),
+    ({"where": {"split": ["dev"]}}, "the table has split: test, train"), ({"classes": ["only"]}, "a label is 1; expected one of the model's 1 classes")])
+def test_a_table_that_does_not_fit(table, tmp_path, change, word):
+    with pytest.raises(ValueError, match=word):
+        csv_set(**({"table": table, "root": tmp_path} | change))
+
+
+@pytest.mark.parametrize("cell, word", [("../a.png", "1 of 4 pictures lie outside"), ("/a.png", "lie outside"), ("z.png", "1 of 4 pictures are missing, first z.png"),
+                                        ("b.png", "expected ids to differ"), (" ", "1 cells of image are empty")])
+def test_pictures_that_are_not_there(table, tmp_path, cell, word):
+    table.loc[0, "image"] = cell
+    with pytest.raises(ValueError, match=word):
+        csv_set(table, tmp_path)
+    with pytest.raises(ValueError, match="no table at"):
+        csv_set(tmp_path / "none.csv", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return backdrop.write(tmp_path_factory.mktemp("world") / "w", {"val": 8, "adversarial": 4, "sketch": 1}, seed=3)
+
+
+def test_the_drawn_world(world):
+    drawn = {name: backdrop.render(name, n, 3) for name, n in (("val", 8), ("adversarial", 4))}
+    homes, scenes = backdrop_set(world), backdrop_set(world, by="background")
+    assert len(homes) == 12 * 12 and homes.ids == scenes.ids
+    seen = defaultdict(int)
+    for name, (label,), home, scene in zip(homes.ids, homes.targets, homes.groups, scenes.groups):
+        which, cls, file = name.split("/")
+        number = int(file[-8:-4])
+        picture = np.flatnonzero(drawn[which].labels == label)[number]
+        assert list(backdrop.CLASSES)[label] == cls
+        assert scene == f"{cls} on {backdrop.BACKGROUNDS[drawn[which].backgrounds[picture]]}"
+        assert home == f"{cls} {'at home' if drawn[which].at_home[picture] else 'away'}"
+        seen[which] += 1
+    assert seen == {"val": 96, "adversarial": 48} and not any(g.endswith("home") for g in backdrop_set(world, ["adversarial"]).groups)
+
+
+@pytest.mark.parametrize("call, word", [({"by": "weather"}, "by must be home or background"), ({"sets": ["test"]}, "no set test; expected some of val"),
+                                        ({"sets": ["sketch"]}, "12 cells of group are empty")])
+def test_the_drawn_world_refuses(world, call, word):
+    with pytest.raises(ValueError, match=word):
+        backdrop_set(world, **call)
+    with pytest.raises(ValueError, match="no metadata.csv of a written benchmark"):
+        backdrop_set(world / "images")
+
+
+def test_folders_keep_order_and_pixels(minis, tmp_path, world):
+    arrays = loose("cifar-10", minis, "train")
+    names = cifar_names("cifar-10", minis / "cifar-10-batches-bin")
+    with pytest.raises(ValueError, match="are no files; expected a folder `out`"):
+        as_folder(arrays, names)
+    with pytest.raises(ValueError, match="expected names for .* classes, got 1"):
+        as_folder(arrays, names[:1], tmp_path)
+    folder = as_folder(arrays, names, tmp_path / "png")
+    for sample, index in zip(folder.samples, range(len(arrays))):
+        assert (sample.label,) == arrays.targets[index] and np.array_equal(Image.open(sample.path), arrays.pixels(index))
+    homes = backdrop_set(world)
+    kept = as_folder(homes, list(backdrop.CLASSES))
+    assert [s.path.relative_to(kept.root).as_posix() for s in kept.samples] == list(homes.ids)
+
+
+def test_scores_by_counting(minis):
+    source = loose("waterbirds", minis)
+    logits = torch.randn(len(source), 2, generator=torch.Generator().manual_seed(4))
+    pictures = judged(source, logits)
+    right, seen = Counter(), Counter()
+    for row, (label,), group in zip(logits.tolist(), source.targets, source.groups):
+        seen[group] += 1
+        right[group] += row[label] > row[1 - label]
+    each = {group: 100 * right[group] / seen[group] for group in seen}
+    scores = group_scores(pictures, ["landbird on land"] * 3 + ["waterbird on water"])
+    assert scores["average"] == pytest.approx(100 * sum(right.values()) / 12) and scores["worst"] == min(each.values())
+    assert scores["worst_group"] == min(each, key=each.get) and (scores["n"], scores["groups"]) == (3, 4)
+    assert scores["adjusted"] == pytest.approx(0.75 * each["landbird on land"] + 0.25 * each["waterbird on water"])
+    assert group_table(pictures)["top1"].to_dict() == each and (group_table(pictures)["top1"].diff().dropna() >= 0).all()
+    rows = accuracy_rows(pictures, 2).query("metric == 'top1' and labels == 'full2'").set_index("split")["value"]
+    assert rows["worst group"] == scores["worst"] and rows["all"] == pytest.approx(scores["average"])
+    with pytest.raises(ValueError, match="no test pictures of ostrich"):
+        group_scores(pictures, ["ostrich"])
+    with pytest.raises(ValueError, match="expected logits of 12 pictures"):
+        judged(source, logits[:5])
+
+
+def test_groups_that_are_the_classes_have_a_worst_one_too(minis):
+    source = loose("spawrious", minis)
+    logits = torch.nn.functional.one_hot(torch.tensor([t[0] for t in source.targets]), 4).float()
+    logits[:2] = logits[:2].roll(1, 1)
+    scores = group_scores(judged(source, logits))
+    assert (scores["worst_group"], scores["worst"]) == ("bulldog in mountain", pytest.approx(100 * 4 / 6))
+
+
+def test_severities_by_hand(minis):
+    source = loose("cifar-10-c", minis)
+    logits = torch.randn(len(source), 10, generator=torch.Generator().manual_seed(0))
+    logits[range(len(source)), [t[0] for t in source.targets]] += 1.5
+    table = severity_table(judged(source, logits))
+    hits = (logits.argmax(1).numpy() == [t[0] for t in source.targets]).reshape(15, 5, 3).mean(2) * 100
+    assert list(table.index) == [*CORRUPTIONS, "mean"] and np.allclose(table.iloc[:15, :5], hits)
+    assert np.allclose(table.loc["mean"], [*hits.mean(0), hits.mean()]) and np.allclose(table["mean"].iloc[:15], hits.mean(1))
+    with pytest.raises(ValueError, match="expected groups like fog/3, got '[lw]a"):
+        severity_table(judged(loose("waterbirds", minis), torch.zeros(12, 2)))
