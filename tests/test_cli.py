@@ -1,6 +1,8 @@
 """The command line as its users meet it: strange folders, kills, mistakes."""
+import configparser
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,14 +18,17 @@ import timm
 import torch
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
+from typer.main import get_command
 
-from cft import backdrop
-from cft.cli import main
-from cft.concepts import ANSWERS, ConceptSet
+from cft import backdrop, cli
+from cft.cli import app, main
+from cft.concepts import ANSWERS, ConceptSet, Sampling
 from cft.data import MaskedImages, Preprocess, scan
-from cft.datasets import miniature, open_set
+from cft.datasets import CARDS, miniature, open_set
+from cft.grounding import WEIGHTS
 from cft.masks import MaskStore
-from cft.models import ASSETS, TINY, save_model
+from cft.models import ASSETS, SEEDS, TINY, save_model
+from cft.objectives import METHODS
 
 VIT = "vit_tiny_patch16_224"
 CFT = Path(sys.executable).with_name("cft")
@@ -115,8 +120,6 @@ def test_killed_fit_resumes_and_ends_equal(tmp_path):
 
 
 def _nan_image(album, tmp_path):
-    import shutil
-
     shutil.copytree(album, tmp_path / "a")
     (tmp_path / "a/photos/zebra/2.JPG").unlink()
     Image.fromarray(np.full((224, 224), np.nan, np.float32)).save(tmp_path / "a/photos/zebra/2.tif")
@@ -146,7 +149,8 @@ MISTAKES = {
     "NaN image": (_nan_image, "NaN or infinite pixels; expected 8- or 16-bit"),
     "corrupt checkpoint": (_changed(lambda a: (a / "start.safetensors").write_bytes(b"junk" * 99)), "cannot read"),
     "truncated checkpoint": (_changed(lambda a: (a / "start.safetensors").write_bytes((a / "start.safetensors").read_bytes()[:9999])), "cannot read"),
-    "no masks": (_with(masks=None), "needs mask masks"),
+    "no masks": (_with(masks=None), "needs mask masks: give --masks"),
+    "no object masks": (_with(method="swap"), "needs object masks: give --objects"),
     "no weights": (_with(weights=None), "give either --weights FILE or --pretrained"),
     "unknown method": (_with(method="magic"), "method must be one of plain"),
     "unknown model": (_with(model="vit_giant_patch3"), "timm knows no model named"),
@@ -176,10 +180,122 @@ def test_a_shell_sees_exit_code_2_and_no_traceback(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
-def test_help_teaches(capsys):
-    for words in (["--help"], ["fit", "--help"], ["evaluate", "--help"], ["demo", "--help"]):
-        assert run(*words) == 0
-        assert "Usage: cft" in capsys.readouterr().out
+COMMANDS = get_command(app).commands
+HEAVY = {"torch", "torchvision", "timm", "numpy", "pandas", "scipy", "PIL", "matplotlib", "pyarrow"}
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_teaches_with_examples_that_parse(capsys, name):
+    assert run(*[name] * bool(name), "--help") == 0
+    said = capsys.readouterr().out
+    assert "Usage: cft" in said
+    examples = [line.split()[1:] for line in said.splitlines() if line.startswith("  ") and line.split()[:1] == ["cft"]]
+    assert examples and all(len(line) <= 120 for line in said.splitlines())
+    start = ["--model", VIT, "--weights", "start.safetensors"]
+    for command, *words in examples:
+        given = [w for word in words for w in (start if word == "$MODEL" else [word])]
+        assert COMMANDS[command].make_context(command, given, resilient_parsing=False).params
+    if not name:  # in the order of use, and each command has its example
+        assert list(dict.fromkeys(command for command, *_ in examples)) + ["demo"] == list(COMMANDS) and "cft demo" in said
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], [], ["fit", "--help"], ["fit", "--frobnicate"], ["fiit"],
+                                   ["fit", "x", "--model", "m", "--out", "o", "--method", "magic"], ["demo", "--seeds", "one"]], ids=" ".join)
+def test_what_needs_no_model_loads_none(words, tmp_path):
+    code = f"import sys; from cft.cli import main\ntry: main({words})\nexcept SystemExit: print(sorted({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout
+
+
+def test_completion_offers_commands_and_names_without_a_model(tmp_path):
+    def offered(line):
+        code = f"import sys; from cft.cli import main\ntry: main()\nexcept SystemExit: assert not {HEAVY} & set(sys.modules)"
+        environment = {**os.environ, "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1), "_CFT_COMPLETE": "complete_bash"}
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True).stdout.split("\n")
+
+    assert offered("cft va")[0] == "validate"
+    assert {"cft", "cft+", "cft-paper"} <= set(offered("cft fit --method c")) and "plain" not in offered("cft fit --method c")
+    assert set(offered("cft evaluate --suite si-")) >= {"si-size", "si-rotation", "si-location"}
+
+
+def test_names_listed_without_imports_are_the_real_ones():
+    assert cli.METHODS == tuple(METHODS) and cli.SUITES == tuple(CARDS)
+    assert cli.LANGUAGE_MODEL == Sampling().model and cli.DEMO_SEEDS == ",".join(map(str, SEEDS))
+    detector, segmenter = cli.GROUNDERS[0].split("+")
+    assert {detector, segmenter} <= set(WEIGHTS)
+
+
+def settings():
+    parser = configparser.ConfigParser(delimiters=["="])
+    parser.read(Path(__file__).parents[1] / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def test_every_extra_is_known_by_its_modules():
+    packages = {"segment_anything": "segment-anything", "groundingdino": "groundingdino-py", "open_clip": "open-clip-torch",
+                "sentence_transformers": "sentence-transformers"}
+    for extra, modules in cli.EXTRAS.items():
+        listed = {re.split(r"[<>=]", need)[0] for need in settings()[f"{extra}_requirements"].split()}
+        assert {packages.get(module, module) for module in modules} <= listed, extra
+    assert {key.removesuffix("_requirements") for key in settings() if key.endswith("_requirements")} == {*cli.EXTRAS, "dev"}
+
+
+MODULES = [module for modules in cli.EXTRAS.values() for module in modules]
+BLOCK = f"""
+import importlib.metadata as metadata, sys
+sys.modules.update(dict.fromkeys({MODULES}))  # neither importable nor found by find_spec
+there = metadata.distribution
+def distribution(name):  # nor known as installed
+    if name.lower().replace("-", "_").removesuffix("_torch").removesuffix("_py") in {MODULES}:
+        raise metadata.PackageNotFoundError(name)
+    return there(name)
+metadata.distribution = distribution
+"""
+
+
+def test_the_core_imports_without_any_extra(tmp_path):
+    code = BLOCK + "import importlib, pkgutil, cft\nfor m in pkgutil.iter_modules(cft.__path__): importlib.import_module(f'cft.{m.name}')\nprint('fine')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "fine\n", done.stderr[-2000:]
+
+
+def test_a_missing_extra_is_named_with_its_install_line(tmp_path, drawn):
+    train = drawn / "images/train"
+    (tmp_path / "classes.csv").write_text("id,name\nbird,bird\n")
+    demo = ("concepts", train, "--record", ANSWERS, "--model", "cft-recorded", "--replay", "--out", tmp_path / "c.json")
+    cases = {"grounding": ("masks", train, "--concepts", tmp_path / "c.json", "--out", tmp_path / "s"),
+             "llm": ("concepts", tmp_path / "classes.csv", "--yes", "--base-url", "http://127.0.0.1:9", "--out", tmp_path / "d.json")}
+    assert run(*demo) == 0
+    for extra, words in cases.items():
+        code = BLOCK + f"from cft.cli import main\nmain({[str(w) for w in words]})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        said = [line for line in done.stderr.splitlines() if line.startswith("cft:")]
+        assert done.returncode == 2 and len(said) == 1 and f"pip install 'cft[{extra}]'" in said[0], done.stderr
+    for extra, modules in cli.EXTRAS.items():  # whoever forgets to say it
+        for module in modules:
+            with pytest.raises(ImportError) as error:
+                exec(f"import sys; sys.modules['{module}'] = None; import {module}", {})
+            del sys.modules[module]
+            assert f"pip install 'cft[{extra}]'" in str(error.value) + cli._advice(error.value)
+
+
+def test_mistakes_say_what_to_do_next(capsys):
+    assert run("fit", "--frobnicate") == 2 and "See: cft fit --help" in capsys.readouterr().err
+    assert run("repair") == 2 and "See: cft --help" in capsys.readouterr().err
+    assert "--batch" in cli._advice(torch.OutOfMemoryError("full")) and cli._is_told(torch.OutOfMemoryError("full"))
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("cft.demo.run_demo", lambda *a, **k: {}["table"])
+    with pytest.raises(KeyError):
+        main(["demo"])
+
+
+def test_dry_runs_of_measuring_count_passes(drawn, tmp_path, capsys):
+    out = tmp_path / "a.json"
+    assert run("audit", drawn / "images/adversarial", *START, "--objects", drawn / "objects/adversarial", "--out", out, "--dry-run") == 0
+    assert "48 pictures: 240 forward passes and 48 relevance maps" in capsys.readouterr().out and not out.exists()
+    assert run("evaluate", drawn / "images/adversarial", *START, "--dry-run") == 0 and "48 on adversarial" in capsys.readouterr().out
 
 
 def test_evaluate_is_right(tmp_path, capsys):
@@ -250,7 +366,7 @@ def test_audit_says_what_it_found(drawn, tmp_path, capsys):
     out = tmp_path / "audit.json"
     assert run("audit", drawn / "images/adversarial", *START, "--objects", drawn / "objects/adversarial", "--out", out) == 0
     said = capsys.readouterr().out
-    assert "Audit of 48 pictures" in said and "off_object" in said and json.loads(out.read_text())
+    assert "Audit of 48 pictures" in said and "relevance off object" in said and json.loads(out.read_text())
 
 
 def test_suite_on_miniatures(tmp_path, capsys, monkeypatch):
@@ -258,7 +374,7 @@ def test_suite_on_miniatures(tmp_path, capsys, monkeypatch):
     save_model(tmp_path / "a.safetensors", timm.create_model(VIT, num_classes=1000))
     words = ("evaluate", root, "--suite", "in-a", "--model", VIT, "--weights", tmp_path / "a.safetensors", "--out", tmp_path / "results", "--threads", 1)
     assert run(*words) == 2 and "7,500" in capsys.readouterr().err.replace("7500", "7,500")  # the real set has as many pictures
-    monkeypatch.setattr("cft.cli.open_set", partial(open_set, check_counts=False))
+    monkeypatch.setattr("cft.datasets.open_set", partial(open_set, check_counts=False))
     assert run(*words) == 0 and "top1" in capsys.readouterr().out
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "results").rglob("pictures/**/*.parquet")}
     assert stamps and run(*words) == 0 and stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "results").rglob("pictures/**/*.parquet")}
