@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention, LayerScale, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 from .anatomy import check_model, check_target, split
 from .losses import alignment_loss, patch_mask
 from .objectives import METHODS, Align, Batch
-from .relevance import Method, Relevance, relevance, run
-from .rules import GATES, LAYER_NORMS, Tape, UnsupportedModule, is_plain
+from .relevance import Method, Relevance, relevance
+from .rules import GATES, LAYER_NORMS, UnsupportedModule, is_plain
 
 # %% ../nbs/17_exactness.ipynb #fe5dbbce
 DEFAULT: Align = METHODS["cft"].objective
@@ -41,16 +40,7 @@ def exact_map(model: nn.Module, images: Tensor, target: Tensor | None = None) ->
 
 def detached_map(model: nn.Module, images: Tensor, target: Tensor | None = None) -> Relevance:
     """AttnLRP in which all that the rules read off the forward pass is constant; the values are those of `exact_map`."""
-    check_model(model)
-    parts = split(model, images, Method().stage)
-    with torch.no_grad():
-        logits, pullbacks = run(parts.steps, parts.x, Tape())
-    target = check_target(target, logits)
-    g = F.one_hot(target, logits.shape[1]).to(logits.dtype)
-    while pullbacks:
-        g = pullbacks.pop()(g)
-    tokens = (parts.per_token(parts.x) * parts.per_token(g)).sum(-1)
-    return Relevance(logits, tokens, parts.grid, parts.prefix, target)
+    return relevance(model, images, target, Method(frozen=True), differentiable=True)
 
 # %% ../nbs/17_exactness.ipynb #7b52009b
 class _Scaled(torch.autograd.Function):

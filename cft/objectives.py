@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .data import swap_background
 from .losses import LossWeights, Norm, cft_loss, classification_loss, distillation_loss, patch_mask
-from .relevance import relevance
+from .relevance import Method, relevance
 
 # %% ../nbs/13_objectives.ipynb #ac3478d6
 class Batch(NamedTuple):
@@ -139,13 +139,15 @@ class Align:
     keep: Literal["self", "labels", "original"] = "self"
     swap: float = 0.0
     guide: Literal["mask", "object"] = "mask"
-    method: str = "attnlrp"
+    method: str | Method = "attnlrp"
+    explain: Literal["label", "predicted"] = "label"  # whose relevance
     epsilon: float = 0.02  # maps are bounded to [epsilon, 1 - epsilon]
     checkpointed: bool = False  # trade arithmetic for memory (attnlrp and cp)
 
     def __post_init__(self):
         """Refuse choices that do not exist."""
-        for name, options in (("grid", ("patch", "pixel")), ("keep", ("self", "labels", "original")), ("guide", ("mask", "object"))):
+        for name, options in (("grid", ("patch", "pixel")), ("keep", ("self", "labels", "original")), ("guide", ("mask", "object")),
+                              ("explain", ("label", "predicted"))):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}")
         if not 0 <= self.swap <= 1:
@@ -173,7 +175,8 @@ class Align:
             logits = model(images)
             loss = distillation_loss(logits, **kept) if self.keep == "original" else classification_loss(logits, **kept)
             return self.weights.classify * loss, {"classify": loss.detach()}
-        result = relevance(model, images, batch.labels, self.method, differentiable=True, checkpointed=self.checkpointed)
+        explained = batch.labels if self.explain == "label" else None
+        result = relevance(model, images, explained, self.method, differentiable=True, checkpointed=self.checkpointed)
         guide = batch.masks if self.guide == "mask" else batch.objects
         if self.grid == "patch":
             phi, guide = result.map(self.normalize, epsilon=self.epsilon), patch_mask(guide, result.grid)

@@ -163,6 +163,7 @@ class Method:
     magnitude: bool = False  # ConvNeXt: the paper's form, Σ |a|·R⁺ / max|a|, in place of Σ R (attnlrp)
     steps: int = 10  # iia: interpolation steps (10 in the paper)
     true_gradient: bool = False  # differentiate gradients as well when the map is trained; the official code does not
+    frozen: bool = False  # all that the rules read off the forward pass is constant when the map is trained (attnlrp, cp)
 
     def __post_init__(self) -> None:
         """Raise a ValueError for an unknown name or a setting out of range."""
@@ -222,7 +223,10 @@ def _pullback_of(step: Step, tape: Tape, x: Tensor) -> Pullback:
 def propagate(parts: Parts, target: Tensor | None, method: Method, with_ledger: bool, checkpointed: bool) -> Relevance:
     """Layer-wise relevance propagation by the rules `attnlrp` or `cp`."""
     tape = Tape(method.name, method.gamma, {} if with_ledger else None, fused=not torch.is_grad_enabled())
-    logits, pullbacks = run(parts.steps, parts.x, tape, checkpointed)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not method.frozen):
+        logits, pullbacks = run(parts.steps, parts.x, tape, checkpointed)
+    if method.frozen and torch.is_grad_enabled():  # the logits have their graph in any case
+        logits = run(parts.steps, parts.x, Tape())[0]
     target = check_target(target, logits)
     g = F.one_hot(target, logits.shape[1]).to(logits.dtype)
     while pullbacks:  # popping frees each block's values as soon as they are used

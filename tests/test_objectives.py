@@ -14,7 +14,7 @@ from cft.finetuning import Sampler
 from cft.losses import LossWeights
 from cft.models import TINY, base_model
 from cft.objectives import METHODS, Align, Batch, GradMask, Recipe, RightReasons
-from cft.relevance import relevance
+from cft.relevance import Method, relevance
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,29 @@ def test_alignment_gradient_against_finite_differences(batch, grid):
                 weight -= sign * 1e-6 * direction
         numeric = (ends[0] - ends[1]) / 2e-6
         assert numeric == pytest.approx((weight.grad * direction).sum().item(), rel=1e-5, abs=1e-9)
+
+
+def test_the_class_that_is_explained(batch):
+    model = base_model(0)
+    guess = model(batch.images).argmax(1)
+    assert (guess != batch.labels).any()
+    told = Align(keep="original")(model, model, batch._replace(labels=guess))[0]
+    assert Align(keep="original", explain="predicted")(model, model, batch)[0].item() == told.item()
+    assert Align(keep="original")(model, model, batch)[0].item() != told.item()
+
+
+def test_frozen_coefficients_change_the_gradient_and_not_the_value(batch):
+    model, values, gradients = base_model(0), [], []
+    for method in ("attnlrp", Method(frozen=True)):
+        objective = Align(method=method, grid="patch", normalize="sigmoid", weights=LossWeights(classify=0.0))
+        loss, _ = objective(model, model, batch)
+        values.append(loss.item())
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)]))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert 0.1 < F.cosine_similarity(*gradients, dim=0) < 0.95
+    logits = relevance(model, batch.images, batch.labels, Method(frozen=True), differentiable=True).logits
+    ours = torch.autograd.grad(logits.sum(), model.head.weight)[0]
+    assert torch.allclose(ours, torch.autograd.grad(model(batch.images).sum(), model.head.weight)[0], atol=1e-5)
 
 
 def test_every_alignment_trains_every_layer(batch):
