@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FILES', 'COLOURS', 'INCONSISTENCIES', 'ARTEFACTS', 'METRICS', 'PAPER', 'DEMO', 'SHAPE_CLAIMS', 'AS_PRINTED', 'MARKS',
            'PAPER_ID', 'DEVIATIONS', 'STATES', 'reference', 'across', 'style', 'regime', 'Inconsistency', 'Artefact',
-           'artefact', 'Profile', 'Runs', 'needed', 'runs', 'plan', 'Claim', 'in_paper', 'scores_of', 'verdicts',
-           'claim_lines', 'beside', 'styled', 'to_latex', 'save_table', 'Deviation', 'ledger', 'scoreboard']
+           'artefact', 'Profile', 'in_our_form', 'Runs', 'needed', 'runs', 'plan', 'Claim', 'in_paper', 'scores_of',
+           'verdicts', 'claim_lines', 'beside', 'styled', 'to_latex', 'save_table', 'Deviation', 'ledger', 'scoreboard']
 
 # %% ../nbs/21_paper.ipynb #77de68da
 import csv
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -225,8 +225,18 @@ def artefact(key: str) -> Artefact:
     return found[key]
 
 # %% ../nbs/21_paper.ipynb #af3e1334
+_VARIANTS = {  # a variant is a method and what it does otherwise; chapter 24 says what the second word stands for
+    "Segmentation": "object", "GSAM-class": "class", "w/o L_cls": "no-classify", "w/o L_non-concept": "no-background",
+    "w/o L_concept": "no-concept", "w/ ground-truth CE": "labels", "GradCAM": "gradcam", "Gradient-Rollout": "gradient-rollout",
+    "IIA": "iia", "CFT, thresholds 40/40": "strict", "CFT, thresholds 5/10": "loose", "CFT, no validation": "unvalidated",
+    "CFT, with superclasses": "superclasses", "CFT, saturating map": "saturating", "CFT, image means": "image-means",
+    "CFT, patch grid": "patches", "CFT, cp": "cp", "CFT, Eq. 2": "eq2", "CFT, rollout": "gae", "CFT, constant coefficients": "frozen",
+    "CFT, predicted class": "predicted", "CFT, original's prediction": "original", "CFT, constant rate": "constant-rate",
+    "CFT, no weight decay": "no-decay", "CFT, rate 3e-6": "rate-x6", "CFT, best epoch": "best", "CFT, no augmentation": "no-augmentation"}
 _METHODS = {"Original": "original", "GradMask": "gradmask", "RRR": "rrr", "RRDA": "swap", "CFT": "cft-paper", "AttnLRP": "cft-paper",
-            "plain": "plain", "L_cls only": "self", "CFT, released code": "cft-official", "CFT, our form": "cft"}
+            "plain": "plain", "L_cls only": "self", "CFT, released code": "cft-official", "CFT, our form": "cft",
+            "GradMask, constant penalty": "gradmask.constant", "GradMask, rate of Table 8": "gradmask.table8",
+            "RRR, weights of Table 8": "rrr.table8", **{name: f"cft-paper.{change}" for name, change in _VARIANTS.items()}}
 _SETS = ("IN-V", "IN-V2", "IN-A", "IN-R", "IN-Sketch", "ObjectNet", "SI-location", "SI-rotation", "SI-size",
          "ImageNet-Segmentation")
 METRICS = {"R@1": "top1", "R@5": "top5", "PA": "pixel_accuracy", "mIoU": "mean_iou", "mAP": "mean_average_precision"}
@@ -236,14 +246,15 @@ METRICS = {"R@1": "top1", "R@5": "top5", "PA": "pixel_accuracy", "mIoU": "mean_i
 class Profile:
     """How the paper's terms are called in one kind of run, and how many seeds it has.
 
-    seeds: for every artefact but the figures; None for the paper's own numbers. own_bases: whether the original differs
-    by seed. comparable: whether the numbers may stand beside the paper's in one column. stamp: what is written over them.
+    seeds: for the artefacts to which the paper gives five, and few: for the others, except the figures; None for the
+    paper's own numbers. own_bases: whether the original differs by seed. comparable: whether the numbers may stand beside the paper's in one column. stamp: what is written over them.
     """
 
     name: str
     stamp: str
     comparable: bool = False
     seeds: int | None = None
+    few: int | None = None
     own_bases: bool = False
     models: Mapping[str, str] = field(default_factory=dict)
     methods: Mapping[str, str] = field(default_factory=dict)
@@ -260,8 +271,14 @@ PAPER = Profile("paper", "ImageNet, our run", comparable=True, methods=_METHODS,
                 models={"ViT-B": "vit_base_patch16_224", "DINOv2": "dinov2_vitb14", "DeiT": "deit3_base_patch16_224",
                         "CNv2": "convnextv2_base"},
                 sets={name: name.lower().replace("imagenet", "in") for name in _SETS})
-DEMO = Profile("demo", "DEMO, drawn pictures, not ImageNet", seeds=5, own_bases=True, methods=_METHODS,
+DEMO = Profile("demo", "DEMO, drawn pictures, not ImageNet", seeds=5, few=3, own_bases=True, methods=_METHODS,
                models=dict.fromkeys(PAPER.models, "demo"), sets=dict(zip(_SETS, _DRAWN)))
+
+
+def in_our_form(profile: Profile) -> Profile:
+    """The same profile with our form of CFT, and of all its variants, where the paper speaks of its own."""
+    methods = {name: slug.replace("cft-paper", "cft", 1) for name, slug in profile.methods.items()}
+    return replace(profile, methods=methods | {"CFT, our form": "cft", "CFT, released code": "cft-official"})
 
 # %% ../nbs/21_paper.ipynb #92cfceb3
 class Runs(NamedTuple):
@@ -273,7 +290,8 @@ class Runs(NamedTuple):
 
 def needed(wanted: Artefact, profile: Profile = PAPER) -> tuple[set[tuple[str, str, int]], set[tuple[str, str, int, str]]]:
     """The fine-tunes (model, method, seed) and the evaluations (model, method, seed, set) of an artefact, in our terms."""
-    seeds = wanted.seeds if profile.seeds is None or wanted.key.startswith("fig") else profile.seeds
+    several, few = profile.seeds or wanted.seeds, profile.few or profile.seeds or wanted.seeds
+    seeds = wanted.seeds if wanted.key.startswith("fig") else several if wanted.seeds >= 5 else few
     original = profile.methods.get("Original", "Original")
     checkpoints = {(profile.models.get(model, model), profile.methods.get(method, method), seed)
                    for model in wanted.models for method in wanted.methods for seed in range(seeds)}
