@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GROUP_CARDS', 'SPLITS', 'BIRDS', 'PLACES', 'BIRD_SPLITS', 'BIRD_COUNTS', 'BREEDS', 'TOTAL', 'TIED', 'O2O',
            'CORRUPTIONS', 'SEVERITIES', 'csv_set', 'spawrious_parts', 'plain_pickle', 'ArraySet', 'cifar_names',
-           'open_groups', 'miniature_groups', 'backdrop_set', 'as_folder', 'judged', 'group_table', 'group_scores',
-           'severity_table']
+           'open_groups', 'miniature_groups', 'backdrop_set', 'as_files', 'as_folder', 'judged', 'group_table',
+           'group_scores', 'severity_table']
 
-# %% ../nbs/related/00_groups.ipynb #b3d5a5f9
+# %% ../nbs/related/00_groups.ipynb #81201f25
 import os
 import pickle
 import struct
@@ -27,7 +27,7 @@ from .datasets import DatasetCard, EvalSet, PictureFiles, _noise, _targets
 from .evaluation import accuracy_table
 from .suite import answers, judge
 
-# %% ../nbs/related/00_groups.ipynb #8cb5aa11
+# %% ../nbs/related/00_groups.ipynb #8d3ff726
 _CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
 GROUP_CARDS: dict[str, DatasetCard] = {card.key: card for card in (
     DatasetCard("waterbirds", "Waterbirds", 5_794, 2, "about 0.5 GB",
@@ -46,7 +46,7 @@ SPLITS: dict[str, dict[str, int]] = {
     "waterbirds": {"train": 4_795, "val": 1_199, "test": 5_794}, "spawrious": {"train": 25_344, "test": 25_344},
     "cifar-100": {"train": 50_000, "test": 10_000}, "cifar-10": {"train": 50_000, "test": 10_000}, "cifar-10-c": {"test": 750_000}}
 
-# %% ../nbs/related/00_groups.ipynb #1aa9c46e
+# %% ../nbs/related/00_groups.ipynb #c81ce954
 def _rows(table: pd.DataFrame, columns: Sequence[str], where: Mapping[str, Sequence[str]], key: str) -> pd.DataFrame:
     """The rows that `where` keeps. Raises ValueError for columns that are missing, cells that are empty, and no rows left."""
     wanted = dict.fromkeys([*columns, *where])
@@ -90,7 +90,7 @@ def csv_set(table: str | Path | pd.DataFrame, root: str | Path, image: str = "im
     targets, _ = _targets(labels, classes, key)
     return PictureFiles(root, key, ids, targets, [joint.join(values) for values in rows[list(group)].to_numpy()], upright=True)
 
-# %% ../nbs/related/00_groups.ipynb #e6aca86b
+# %% ../nbs/related/00_groups.ipynb #c102082b
 BIRDS, PLACES = ("landbird", "waterbird"), ("land", "water")
 BIRD_SPLITS = ("train", "val", "test")  # 0, 1, 2 in metadata.csv
 BIRD_COUNTS = {"train": (3498, 184, 56, 1057), "val": (467, 466, 133, 133), "test": (2255, 2255, 642, 642)}  # landbird on land, on water, waterbird …
@@ -113,7 +113,7 @@ def _waterbirds(home: Path, split: str, check_counts: bool) -> PictureFiles:
         raise ValueError(f"expected {expected} in {split}, found {dict(Counter(found.groups))}")
     return found
 
-# %% ../nbs/related/00_groups.ipynb #5d41936b
+# %% ../nbs/related/00_groups.ipynb #f22952ea
 BREEDS = ("bulldog", "corgi", "dachshund", "labrador")  # in the order of labels
 TOTAL, TIED = 3168, (0.97, 0.87)
 O2O = {  # breed → location in training and in the test; the filler of all breeds
@@ -151,7 +151,7 @@ def _spawrious(home: Path, split: str, check_counts: bool) -> PictureFiles:
         groups += [f"{breed} in {folder.split('/')[1]}"] * len(taken)
     return PictureFiles(home, "spawrious", ids, targets, groups)
 
-# %% ../nbs/related/00_groups.ipynb #b5815b57
+# %% ../nbs/related/00_groups.ipynb #1a795cbd
 _REBUILD = np.empty(0).__reduce__()[0]
 _HARMLESS = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
              ("numpy.core.multiarray", "_reconstruct"): _REBUILD, ("numpy._core.multiarray", "_reconstruct"): _REBUILD}
@@ -180,7 +180,7 @@ def plain_pickle(path: str | Path) -> dict:
         raise ValueError(f"{Path(path).name} is refused: expected a dict, got {type(found).__name__}")
     return found
 
-# %% ../nbs/related/00_groups.ipynb #5e936d90
+# %% ../nbs/related/00_groups.ipynb #8fbfc20e
 class ArraySet(EvalSet):
     """Pictures in arrays uint8 (pictures, 32, 32, 3), in memory or in .npy files that are opened in place.
 
@@ -220,7 +220,7 @@ def _mapped(path: Path) -> np.ndarray:
         raise ValueError(f"{path.name} must hold uint8 (pictures, 32, 32, 3), got {array.dtype} {array.shape}")
     return array
 
-# %% ../nbs/related/00_groups.ipynb #84c584a8
+# %% ../nbs/related/00_groups.ipynb #23706064
 _FILES = {"cifar-10": {"train": tuple(f"data_batch_{k}" for k in range(1, 6)), "test": ("test_batch",)},
           "cifar-100": {"train": ("train",), "test": ("test",)}}
 _META = {"cifar-10": ("batches.meta.txt", "batches.meta", "label_names", "labels"),
@@ -272,7 +272,7 @@ def _cifar(key: str, home: Path, split: str) -> ArraySet:
     targets, groups = _targets(labels, names, key)
     return ArraySet([np.concatenate(pixels)], [(0, row) for row in range(len(ids))], key, ids, targets, groups)
 
-# %% ../nbs/related/00_groups.ipynb #2f6dd940
+# %% ../nbs/related/00_groups.ipynb #387d5af6
 CORRUPTIONS = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost",
                "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression")
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -297,7 +297,7 @@ def _cifar_c(home: Path) -> ArraySet:
         raise ValueError(f"labels must be 0 … 9, got {labels.min()} … {labels.max()}")
     return ArraySet(files[:-1], rows, "cifar-10-c", [f"{group}/{row % each:05d}" for group, (_, row) in zip(groups, rows)], targets, groups)
 
-# %% ../nbs/related/00_groups.ipynb #601a8055
+# %% ../nbs/related/00_groups.ipynb #01158c28
 def open_groups(key: str, root: str | Path, split: str = "test", check_counts: bool = True) -> EvalSet:
     """A split of one of the sets in `GROUP_CARDS`, from its folder or the folder above it. A picture's group is in `groups`.
 
@@ -320,7 +320,7 @@ def open_groups(key: str, root: str | Path, split: str = "test", check_counts: b
         raise card.problem(home, str(error).removeprefix(f"{key}: ")) from error
     return found
 
-# %% ../nbs/related/00_groups.ipynb #95d06f9f
+# %% ../nbs/related/00_groups.ipynb #9ab3f265
 class _Python2(pickle._Pickler):
     """Writes texts as Python 2 did."""
 
@@ -396,7 +396,7 @@ def miniature_groups(key: str, root: str | Path, count: int = 2, seed: int = 0, 
         np.save(home / "labels.npy", np.tile(rng.integers(0, 10, count), 5))
     return home
 
-# %% ../nbs/related/00_groups.ipynb #b9f7d762
+# %% ../nbs/related/00_groups.ipynb #bc2b77d8
 def backdrop_set(world: str | Path, sets: Sequence[str] = ("val", "adversarial"), by: str = "home", key: str = "groups") -> PictureFiles:
     """Sets of a written benchmark as one set with groups: "bird at home" and "bird away" (by="home"), or "bird on snow" (by="background").
 
@@ -415,28 +415,37 @@ def backdrop_set(world: str | Path, sets: Sequence[str] = ("val", "adversarial")
     group = np.where(place == "", "", table["class"] + " " + place)
     return csv_set(table.assign(group=group), world / "images", "file", "class", ("group",), list(CLASSES), {"set": list(sets)}, key)
 
-# %% ../nbs/related/00_groups.ipynb #ed1e7620
-def as_folder(source: EvalSet, classes: Sequence[str], out: str | Path | None = None) -> Folder:
+# %% ../nbs/related/00_groups.ipynb #8b4c519b
+def as_files(source: EvalSet, classes: Sequence[str], out: str | Path) -> PictureFiles:
+    """Write the pictures of a set as `out`/<class>/<name>.png, and return them as a set with the same targets and groups.
+
+    classes: names in the order of labels. What is there already is not written again. Raises ValueError for labels without a name.
+    """
+    out, top = Path(out), max(accepted[0] for accepted in source.targets)
+    if top >= len(classes):
+        raise ValueError(f"{source.key} has class {top}; expected names for {top + 1} classes, got {len(classes)}")
+    ids = [f"{classes[accepted[0]]}/{name.replace('/', '_')}.png" for name, accepted in zip(source.ids, source.targets)]
+    for index, name in enumerate(ids):
+        if not (out / name).is_file():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            source[index][0].save(out / f"{name}.tmp", format="png")
+            (out / f"{name}.tmp").replace(out / name)
+    return PictureFiles(out, source.key, ids, source.targets, source.groups)
+
+
+def as_folder(source: PictureFiles, classes: Sequence[str]) -> Folder:
     """The pictures of a set as a folder to train on, in the set's order; the first accepted class is the label.
 
-    classes: names in the order of labels. out: where to write the pictures of an `ArraySet`. Raises ValueError without `out` where it
-    is needed, and for labels without a name.
+    classes: names in the order of labels. Raises ValueError for a set that has no files, and for labels without a name.
     """
+    if not isinstance(source, PictureFiles):
+        raise ValueError(f"the pictures of {source.key} are no files; as_files writes them")
     top = max(accepted[0] for accepted in source.targets)
     if top >= len(classes):
         raise ValueError(f"{source.key} has class {top}; expected names for {top + 1} classes, got {len(classes)}")
-    if isinstance(source, PictureFiles):
-        root, names = source.root, source.ids
-    elif out is None:
-        raise ValueError(f"the pictures of {source.key} are no files; expected a folder `out` to write them to")
-    else:
-        root, names = Path(out), [f"{classes[accepted[0]]}/{name.replace('/', '_')}.png" for name, accepted in zip(source.ids, source.targets)]
-        for index, name in enumerate(names):
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            source[index][0].save(root / name)
-    return Folder(root, tuple(classes), tuple(Sample(root / name, accepted[0]) for name, accepted in zip(names, source.targets)))
+    return Folder(source.root, tuple(classes), tuple(Sample(source.root / name, accepted[0]) for name, accepted in zip(source.ids, source.targets)))
 
-# %% ../nbs/related/00_groups.ipynb #d7c2c96d
+# %% ../nbs/related/00_groups.ipynb #bf9683fe
 def judged(source: EvalSet, logits: Tensor) -> pd.DataFrame:
     """One row per picture as `suite.run_pass` gives it, from logits (pictures, classes) in the order of the set.
 
@@ -469,7 +478,7 @@ def group_scores(pictures: pd.DataFrame, train_groups: Sequence[str] | None = No
         found["adjusted"] = float((shares * each["top1"].reindex(shares.index)).sum())
     return pd.Series(found)
 
-# %% ../nbs/related/00_groups.ipynb #69608312
+# %% ../nbs/related/00_groups.ipynb #e6de4806
 def severity_table(pictures: pd.DataFrame, space: str = "full") -> pd.DataFrame:
     """Accuracy in percent on CIFAR-10-C: corruptions × severities, with means as last row and column.
 

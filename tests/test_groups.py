@@ -19,6 +19,7 @@ from cft.groups import (
     CORRUPTIONS,
     GROUP_CARDS,
     SPLITS,
+    as_files,
     as_folder,
     backdrop_set,
     cifar_names,
@@ -306,13 +307,20 @@ def test_the_drawn_world_refuses(world, call, word):
 def test_folders_keep_order_and_pixels(minis, tmp_path, world):
     arrays = loose("cifar-10", minis, "train")
     names = cifar_names("cifar-10", minis / "cifar-10-batches-bin")
-    with pytest.raises(ValueError, match="are no files; expected a folder `out`"):
+    with pytest.raises(ValueError, match="are no files; as_files writes them"):
         as_folder(arrays, names)
-    with pytest.raises(ValueError, match="expected names for .* classes, got 1"):
-        as_folder(arrays, names[:1], tmp_path)
-    folder = as_folder(arrays, names, tmp_path / "png")
-    for sample, index in zip(folder.samples, range(len(arrays))):
-        assert (sample.label,) == arrays.targets[index] and np.array_equal(Image.open(sample.path), arrays.pixels(index))
+    written = as_files(arrays, names, tmp_path / "png")
+    assert (written.targets, written.groups) == (arrays.targets, arrays.groups)
+    for short in (lambda: as_files(arrays, names[:1], tmp_path), lambda: as_folder(written, names[:1])):
+        with pytest.raises(ValueError, match="expected names for .* classes, got 1"):
+            short()
+    folder = as_folder(written, names)
+    for index, sample in enumerate(folder.samples):
+        assert (sample.label,) == arrays.targets[index] and sample.path.parent.name == names[sample.label]
+        assert np.array_equal(Image.open(sample.path), arrays.pixels(index)) and np.array_equal(written[index][0], arrays.pixels(index))
+    folder.samples[0].path.write_bytes(folder.samples[1].path.read_bytes())
+    as_files(arrays, names, tmp_path / "png")
+    assert folder.samples[0].path.read_bytes() == folder.samples[1].path.read_bytes(), "what is there is not written again"
     homes = backdrop_set(world)
     kept = as_folder(homes, list(backdrop.CLASSES))
     assert [s.path.relative_to(kept.root).as_posix() for s in kept.samples] == list(homes.ids)
