@@ -116,6 +116,7 @@ class RightReasons:
     """Cross-entropy, and the squared gradient of the summed log-probabilities outside the object (Ross et al. 2017)."""
 
     weight: float = 8 * 5e-5  # λ_non-concept / λ_cls of Table 8 for ViT-B; per picture where RRR sums over batches of 8
+    classify: float = 1.0
     second_order: bool = True
 
     needs = frozenset({"object"})
@@ -125,7 +126,7 @@ class RightReasons:
         logits, g = input_gradient(model, batch.images, batch.labels, "log_probabilities", self.second_order)
         penalty = (g * ~batch.objects[:, None]).square().flatten(1).sum(1).mean()
         classify = classification_loss(logits, batch.labels)
-        return self.weight * penalty + classify, {"penalty": penalty.detach(), "classify": classify.detach()}
+        return self.weight * penalty + self.classify * classify, {"penalty": penalty.detach(), "classify": classify.detach()}
 
 # %% ../nbs/13_objectives.ipynb #f1abd670
 @dataclass(frozen=True)
