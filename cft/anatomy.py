@@ -17,6 +17,7 @@ from timm.models.convnext import ConvNeXt, ConvNeXtStage
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .models import LinearProbe
 from .rules import Pullback, Step, Tape, UnsupportedModule, activation, block, convnext_block, is_plain, linear, norm
 
 # %% ../nbs/09_anatomy.ipynb #ac3478d6
@@ -32,15 +33,21 @@ def pooled_tokens(model: VisionTransformer, tokens: int) -> tuple[int, int]:
 
 
 def pool(model: VisionTransformer, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
-    """Class token or mean over tokens, (batch, tokens, features) → (batch, features); the pullback is its transpose."""
+    """Class token or mean over tokens, (batch, tokens, features) → (batch, features); the pullback is its transpose.
+
+    A `LinearProbe` has both, side by side.
+    """
     tokens = x.shape[1]
-    first, last = pooled_tokens(model, tokens)
+    ranges = [pooled_tokens(model, tokens)]
+    if isinstance(model, LinearProbe):
+        ranges = [(0, 1), (model.num_prefix_tokens, tokens)]
 
     def pullback(g: Tensor) -> Tensor:
-        spread = (g / (last - first)).unsqueeze(1).expand(-1, last - first, -1)
-        return F.pad(spread, (0, 0, first, tokens - last))
+        parts = g.chunk(len(ranges), 1)
+        spread = [(part / (last - first)).unsqueeze(1).expand(-1, last - first, -1) for part, (first, last) in zip(parts, ranges)]
+        return sum(F.pad(s, (0, 0, first, tokens - last)) for s, (first, last) in zip(spread, ranges))
 
-    return x[:, first:last].mean(1), pullback
+    return torch.cat([x[:, first:last].mean(1) for first, last in ranges], 1), pullback
 
 
 def vit_steps(model: VisionTransformer) -> list[Step]:
@@ -80,6 +87,7 @@ def convnext_steps(model: ConvNeXt, stage: int) -> list[Step]:
 
 # %% ../nbs/09_anatomy.ipynb #fa35e192
 FORWARDS = {
+    LinearProbe: ("forward", "forward_features", "forward_head", "pool"),
     VisionTransformer: ("forward", "forward_features", "forward_head", "pool"),
     ConvNeXt: ("forward", "forward_features", "forward_head"),
 }

@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 from cft import backdrop
 from cft.models import (
@@ -15,6 +16,7 @@ from cft.models import (
     Stage,
     accuracy_on,
     base_model,
+    join_dinov2,
     load_model,
     make_base,
     make_bases,
@@ -125,3 +127,20 @@ def test_on_every_core_keeps_order_and_raises():
     assert on_every_core(abs, [-3, 1, -2], 2) == [3, 1, 2]
     with pytest.raises(TypeError):
         on_every_core(abs, ["x", 1], 2)
+
+
+def test_join_dinov2(tmp_path):
+    model = timm.create_model("dinov2_vitb14", depth=1, embed_dim=24, num_heads=2)
+    state = model.state_dict()
+    backbone = {k: v for k, v in state.items() if not k.startswith("head.")} | {"mask_token": torch.zeros(1, 24)}
+    backbone["pos_embed"] = torch.cat([state["pos_embed"][:, :1], torch.ones(1, 37 * 37, 24)], 1)
+    torch.save(backbone, tmp_path / "backbone.pth")
+    torch.save({"weight": state["head.weight"], "bias": state["head.bias"]}, tmp_path / "head.pth")
+    join_dinov2(tmp_path / "backbone.pth", tmp_path / "head.pth", tmp_path / "joined.safetensors")
+    loaded = load_file(tmp_path / "joined.safetensors")
+    model.load_state_dict(loaded)
+    assert set(loaded) == set(state) and loaded["pos_embed"].shape == (1, 257, 24)
+    assert torch.allclose(loaded["pos_embed"][:, 1:], torch.ones(1, 256, 24), atol=1e-5) and torch.equal(loaded["pos_embed"][:, 0], state["pos_embed"][:, 0])
+    torch.save({"weight": torch.zeros(10, 24), "bias": torch.zeros(10)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="a linear layer of 48 inputs"):
+        join_dinov2(tmp_path / "backbone.pth", tmp_path / "other.pth", tmp_path / "x.safetensors")

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 import cft.relevance as r
 from cft.anatomy import split
+from cft.models import LinearProbe
 
 FAMILIES = {
     "plain": {},
@@ -764,3 +765,42 @@ def test_repr():
     html = result._repr_html_()
     assert "data:image/png;base64" in html and len(html) < 4000
     assert r.thumbnail(torch.zeros(1, 2, 3)).startswith(b"\x89PNG")
+
+
+# --- DINOv2's linear classifier ------------------------------------------------------------------------------------
+
+
+def make_probe():
+    torch.manual_seed(0)
+    model = LinearProbe(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=5, mlp_ratio=2, init_values=0.5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("rule", r.RULES)
+def test_linear_probe(rule):
+    model, images = make_probe(), pictures()
+    result = r.relevance(model, images, method=rule, with_ledger=True)
+    total = result.tokens.sum(1) + sum(result.ledger.values())
+    chosen = result.logits.gather(1, result.target[:, None])[:, 0]
+    assert ((total - chosen).abs() / chosen.abs()).max() < 1e-10 and torch.allclose(result.logits, model(images))
+    parameters = list(model.parameters())
+    direction = [torch.randn(p.shape, generator=torch.Generator().manual_seed(3), dtype=p.dtype) for p in parameters]
+    f = lambda: scalar(model, images, "sigmoid", r.Method(rule)) + 0 * sum(p.sum() for p in parameters)
+    assert directional_error(f, parameters, direction) < 1e-6
+
+
+def test_linear_probe_is_two_heads():
+    """The class token's half of the head and the patches' half, each a model of its own, add up."""
+    model, images = make_probe(), pictures()
+    whole = r.relevance(model, images, torch.tensor([0, 1]), method="cp").tokens
+    parts = []
+    for pool, rows in (("token", slice(0, 12)), ("avg", slice(12, 24))):
+        half = VisionTransformer(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=5, mlp_ratio=2, init_values=0.5,
+                                 global_pool=pool, fc_norm=False).double().eval()
+        state = model.state_dict()
+        half.load_state_dict(state | {"head.weight": state["head.weight"][:, rows]})
+        parts.append(r.relevance(half, images, torch.tensor([0, 1]), method="cp").tokens)
+    assert torch.allclose(whole, sum(parts), atol=1e-12)
