@@ -9,10 +9,13 @@ __all__ = ['METHODS', 'SUITES', 'GROUNDERS', 'PROFILES', 'LANGUAGE_MODEL', 'DEMO
            'reproduce', 'main']
 
 # %% ../nbs/27_cli.ipynb #da4b9237
+import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
 
+    from cft.audit import Audit
     from cft.concepts import ClassName
     from cft.data import Folder
 
@@ -52,7 +56,7 @@ In the order of use, on pictures in PICTURES/<class>/*.jpg and a checkpoint for 
 \b
    MODEL="--model vit_base_patch16_224 --weights start.safetensors"
 1  Does it lean on the background, and for which classes?
-     cft audit PICTURES $MODEL --objects OBJECTS
+     cft audit PICTURES $MODEL --objects OBJECTS --out audit.html
 2  What should its classes look like? Asks a language model, says the price first.
      cft concepts PICTURES --out concepts.json
 3  Where is that in the pictures?
@@ -63,6 +67,8 @@ In the order of use, on pictures in PICTURES/<class>/*.jpg and a checkpoint for 
      cft fit PICTURES $MODEL --masks store --concepts kept.json --out run
 6  Measure, before and after.
      cft evaluate TEST --model vit_base_patch16_224 --weights run/model.safetensors
+7  Audit again, before against after, and send the report.
+     cft audit PICTURES $MODEL --objects OBJECTS --after run --out report.html
 
 New here? `cft demo` does all of it on drawn pictures, without a GPU, a key or a download. `cft reproduce` makes every
 table and figure of the paper again. `cft COMMAND --help` explains a command. Every mistake gets one sentence, and nothing is half-written.
@@ -148,9 +154,10 @@ def audit(
     model: Model,
     weights: Weights = None,
     pretrained: Pretrained = False,
-    objects: Objects = None,
+    objects: Annotated[Path | None, typer.Option(help="Object masks: OBJECTS/<class>/<picture>.png, not 0 on the object; or a mask store.")] = None,
     classes: Classes = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the whole audit.")] = None,
+    after: Annotated[Path | None, typer.Option(help="The fine-tuned checkpoint, or the folder of its run: before against after.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The report as a page, .html, or all numbers, .json.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures a batch.")] = 32,
     device: Device = "cpu",
     threads: Threads = 0,
@@ -162,26 +169,70 @@ def audit(
     comes its interval, class by class.
 
     \b
-    Example:
-      cft audit PICTURES $MODEL --objects OBJECTS --out audit.json
+    Examples: before a repair, and after it
+      cft audit PICTURES $MODEL --objects OBJECTS --out audit.html
+      cft audit PICTURES $MODEL --objects OBJECTS --after run --out report.html
     """
+    if out is not None and out.suffix not in (".html", ".json"):
+        raise ValueError(f"--out must end with .html or .json; got {out.name}")
     from cft.audit import audit as examine
-    from cft.masks import list_folder
+    from cft.report import Report
 
     _use_cores(threads)
     network, stored = _load(model, weights, pretrained, device)
     names = class_names(network, data, stored, classes)
-    if dry_run:
-        n = len(list_folder(data, names))
-        return _line(f"{n} pictures: {n * (5 if objects else 2)} forward passes and {n} relevance maps")
-    found = examine(network, data, objects, names, batch=batch)
-    _line(f"{found}")
-    _line(_by_class(found.table()))
-    for text in found.unmeasured:
+    with tempfile.TemporaryDirectory() as box:
+        folder, note = _with_objects(data, objects, names, Path(box))
+        if dry_run:
+            n, rounds = len(folder), 2 if after else 1
+            return _line(f"{n} pictures: {rounds * n * (5 if objects else 2)} forward passes and {rounds * n} relevance maps")
+        found = [examine(network, folder, batch=batch)]
+        if after is not None:
+            file = after / "model.safetensors" if after.is_dir() else after
+            found.append(examine(_load(model, file, False, device)[0], folder, batch=batch))
+        for one in found:
+            one.record.update(note)
+        report = Report(*found, run=_run_record(after), command=_audit_command(data, model, weights, objects, after), made=f"{date.today():%d %B %Y}")
+        _say_audits(found)
+        if out is not None:
+            report.save(out)
+            _line(f"result   {out}")
+
+
+def _with_objects(data: Path, objects: Path | None, names: Sequence[str], box: Path) -> "tuple[Folder, dict[str, str]]":
+    """The pictures with their object masks, and where these come from; masks of classes from a store are written to `box`."""
+    from cft.data import scan
+    from cft.masks import MaskStore, list_folder, picture_name, write_pngs
+
+    if objects is None or not (objects / "store.json").is_file():
+        return scan(data, objects=objects, classes=names, progress=True), {}
+    store, folder = MaskStore(objects), list_folder(data, names)
+    there = set(store.pictures)
+    write_pngs(store, None, box)
+    samples = tuple(replace(s, object=(box / picture_name(folder, s)).with_suffix(".png")) for s in folder.samples if picture_name(folder, s) in there)
+    if not samples:
+        raise ValueError(f"none of the pictures in {data} are in the mask store {objects}; build it for them with cft masks")
+    return replace(folder, samples=samples), {"objects": f"found by the name of the class, by {store.provenance['grounder']}"}
+
+
+def _run_record(after: Path | None) -> dict | None:
+    """What the folder of a run says about how it was made."""
+    file = after.with_name("record.json") if after and after.is_file() else after / "record.json" if after else None
+    return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else None
+
+
+def _audit_command(data: Path, model: str, weights: Path | None, objects: Path | None, after: Path | None) -> str:
+    """The command, without the folders in which things lie: a report is sent around."""
+    options = {"model": model, "weights": weights, "objects": objects, "after": after}
+    return " ".join(["cft audit", data.name, *(f"--{key} {Path(value).name}" for key, value in options.items() if value)])
+
+
+def _say_audits(found: Sequence["Audit"]) -> None:
+    for title, one in zip(("before: ", "after:  ") if len(found) > 1 else ("",), found):
+        _line(f"{title}{one}")
+        _line(_by_class(one.table()))
+    for text in dict.fromkeys(text for one in found for text in one.unmeasured):
         _line(f"not measured: {text}")
-    if out is not None:
-        found.to_json(out)
-        _line(f"result   {out}")
 
 
 def _by_class(table: "pd.DataFrame") -> str:

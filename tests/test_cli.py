@@ -189,14 +189,15 @@ def test_help_teaches_with_examples_that_parse(capsys, name):
     assert run(*[name] * bool(name), "--help") == 0
     said = capsys.readouterr().out
     assert "Usage: cft" in said
-    examples = [line.split()[1:] for line in said.splitlines() if line.startswith("  ") and line.split()[:1] == ["cft"]]
+    examples = [re.split(" {3,}", line.strip())[0].split()[1:] for line in said.splitlines() if line.startswith("  ") and line.split()[:1] == ["cft"]]
     assert examples and all(len(line) <= 120 for line in said.splitlines())
     start = ["--model", VIT, "--weights", "start.safetensors"]
     for command, *words in examples:
         given = [w for word in words for w in (start if word == "$MODEL" else [word])]
         assert COMMANDS[command].make_context(command, given, resilient_parsing=False).params
     if not name:  # in the order of use, and each command has its example
-        assert list(dict.fromkeys(command for command, *_ in examples)) + ["demo"] == list(COMMANDS) and "cft demo" in said
+        assert list(dict.fromkeys(command for command, *_ in examples)) + ["demo", "reproduce"] == list(COMMANDS)
+        assert "`cft demo`" in said and "`cft reproduce`" in said
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], [], ["fit", "--help"], ["fit", "--frobnicate"], ["fiit"],
@@ -363,10 +364,39 @@ def test_best_epoch_needs_other_pictures(drawn, tmp_path, capsys):
 
 
 def test_audit_says_what_it_found(drawn, tmp_path, capsys):
-    out = tmp_path / "audit.json"
-    assert run("audit", drawn / "images/adversarial", *START, "--objects", drawn / "objects/adversarial", "--out", out) == 0
-    said = capsys.readouterr().out
-    assert "Audit of 48 pictures" in said and "relevance off object" in said and json.loads(out.read_text())
+    words = ("audit", drawn / "images/adversarial", *START, "--objects", drawn / "objects/adversarial")
+    assert run(*words, "--out", tmp_path / "audit.json") == 0
+    said, content = capsys.readouterr().out, json.loads((tmp_path / "audit.json").read_text())
+    assert "Audit of 48 pictures" in said and "relevance off object" in said and content["record"]["pictures"] == 48 and "after" not in content
+    (tmp_path / "run").mkdir()
+    shutil.copy(ASSETS / "base_1.safetensors", tmp_path / "run/model.safetensors")
+    (tmp_path / "run/record.json").write_text('{"steps": 7}')
+    assert run(*words, "--after", tmp_path / "run", "--out", tmp_path / "report.html") == 0
+    said, page = capsys.readouterr().out, (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "before: Audit of 48" in said and "after:  Audit of 48" in said
+    assert "After fine-tuning" in page and "<code>7</code>" in page and "--after run" in page and str(tmp_path) not in page and str(drawn) not in page
+    assert run(*words, "--after", tmp_path / "run/model.safetensors", "--out", tmp_path / "both.json") == 0
+    both = json.loads((tmp_path / "both.json").read_text())
+    assert both["run"] == {"steps": 7} and both["after"]["record"]["sha256"] != both["record"]["sha256"]
+
+
+def test_audit_on_found_objects(drawn, tmp_path, capsys):
+    train = drawn / "images/train"
+    assert run("concepts", train, "--record", ANSWERS, "--model", "cft-recorded", "--replay", "--out", tmp_path / "c.json") == 0
+    assert run("masks", train, "--concepts", tmp_path / "c.json", "--out", tmp_path / "store", "--grounder", "demo", "--per-class", 4, "--threads", 1) == 0
+    capsys.readouterr()
+    assert run("audit", train, *START, "--objects", tmp_path / "store", "--out", tmp_path / "a.json") == 0
+    assert "Audit of 12 pictures" in capsys.readouterr().out
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert "found by the name of the class, by finder" in content["record"]["objects"] and "gap" in {row["metric"] for row in content["numbers"]}
+
+
+@pytest.mark.parametrize("words, expected", [(("--out", "report.pdf"), "must end with .html or .json"), (("--after", "nothing.pth"), "no checkpoint at nothing.pth"),
+                                             (("--objects", "nowhere"), "object mask folder nowhere misses")])
+def test_audit_mistakes(drawn, tmp_path, capsys, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    assert run("audit", drawn / "images/train", *START, *words) == 2
+    assert expected in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_suite_on_miniatures(tmp_path, capsys, monkeypatch):
