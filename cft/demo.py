@@ -250,7 +250,10 @@ def tune(root: str | Path, bases: str | Path, seeds: Sequence[int] = (100, 101),
 
 
 def select(trials: pd.DataFrame) -> pd.DataFrame:
-    """Mean of every trial over the tuning seeds, with the columns eligible, selected and edge, by the rule above."""
+    """Mean of every trial over the tuning seeds, with the columns eligible, selected and edge, by the rule above.
+
+    edge: the choice is the largest rate, or the smallest and no better than the original, which is every method at rate 0.
+    """
     keys = ["method", "rate"]
     means = trials.groupby(keys, sort=False, dropna=False)[["val", "swapped"]].mean().reset_index()
     floor = means.loc[means["method"] == ORIGINAL, "val"].item() - ALLOWED_LOSS
@@ -260,7 +263,8 @@ def select(trials: pd.DataFrame) -> pd.DataFrame:
         able = group[group["eligible"]]
         best = able["swapped"].round(1).idxmax() if len(able) else group["val"].idxmax()
         means.loc[best, "selected"] = True
-        means.loc[best, "edge"] = best in (group.index[0], group.index[-1])
+        least, untrained = group.index[0], means.loc[means["method"] == ORIGINAL, "swapped"].item()
+        means.loc[best, "edge"] = best == group.index[-1] or (best == least and not means.loc[best, "swapped"] > untrained)
     return means
 
 # %% ../nbs/22_demo.ipynb #4d134bc0

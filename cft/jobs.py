@@ -12,6 +12,7 @@ __all__ = ['CHANGES', 'GUIDES', 'MAPS_EACH', 'JOBS', 'Change', 'recipe_of', 'giv
 import json
 import os
 import random
+import re
 import sys
 import time
 import traceback
@@ -41,7 +42,7 @@ from .masks import MaskStore, build_masks, import_imagenet_s, list_folder, train
 from .models import base_model, load_model
 from .objectives import METHODS, RATES, Recipe
 from .relevance import Method, relevance
-from .settings import Settings
+from .settings import Settings, maps_file, model_file
 from .suite import Loop, checkpoint, evaluate_suite, reading_of, run_pass
 from .validation import validate
 
@@ -411,7 +412,7 @@ def training_images(settings: Settings, root: Path, network: nn.Module, seed: in
 
 def run_folder(root: Path, model: str, method: str, seed: int) -> Path:
     """Where a fine-tune leaves model.safetensors and record.json."""
-    return root / "models" / model / method / str(seed)
+    return (root / model_file(model, method, seed)).parent
 
 
 def tune(settings: Settings, root: Path, model: str, method: str, seed: int) -> None:
@@ -427,7 +428,7 @@ def tuned_network(settings: Settings, root: Path, model: str, method: str, seed:
     """The network of a checkpoint, and its file; the original has none of its own."""
     if method == "original":
         return open_world(settings, root).network(model, seed), None
-    file = run_folder(root, model, method, seed) / "model.safetensors"
+    file = root / model_file(model, method, seed)
     name = "cft_vit_tiny64" if settings.world == "drawn" else settings.names.get(model, model)
     return load_model(name, file)[0], file
 
@@ -453,7 +454,7 @@ def map_pictures(settings: Settings, root: Path, model: str, method: str, seed: 
     labels = torch.tensor([source.targets[i][0] for i in drawn])
     found = [relevance(network, how.normalise(part.to(settings.device)), of.to(settings.device), differentiable=False)
              for part, of in zip(pixels.split(16), labels.split(16))]
-    path = root / "maps" / f"{model}.{method}.{seed}.{name}.npz"
+    path = root / maps_file(model, method, seed, name)
     path.parent.mkdir(exist_ok=True)
     draft = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
     np.savez_compressed(draft, pictures=pixels.permute(0, 2, 3, 1).numpy(), label=labels.numpy(), ids=[source.ids[i] for i in drawn],
@@ -533,8 +534,10 @@ def run_job(arguments: list[str], root: str | Path = ".") -> int:
             job(settings, root, **{key: _KINDS.get(key, str)(value) for key, value in values.items()})
     except Exception as error:
         traceback.print_exc()
-        write_json(note_of(root, title), {"job": title, "error": f"{type(error).__name__}: {error}"[:2000], "cell": getattr(error, "exec_count", None),
-                                         "traceback": traceback.format_exc().splitlines()[-12:]})
+        cell = getattr(error, "exec_count", None)  # papermill says which cell failed, and how
+        said = f"{error.ename}: {error.evalue}" if cell else f"{type(error).__name__}: {error}"
+        lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", traceback.format_exc()).splitlines() if line.strip()]
+        write_json(note_of(root, title), {"job": title, "error": said[:2000], "cell": cell, "traceback": lines[-12:]})
         return 1
     note_of(root, title).unlink(missing_ok=True)
     with (root / "jobs.jsonl").open("a", encoding="utf-8") as file:

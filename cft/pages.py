@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 import cft
 from cft.paper import (
+    ARTEFACTS,
     COLOURS,
     INCONSISTENCIES,
     MARKS,
@@ -38,7 +40,7 @@ from cft.paper import (
     styled,
     verdicts,
 )
-from .settings import RELATED, Settings, Work, read_settings
+from .settings import RELATED, Settings, Tested, Tuned, Work, maps_file, model_file, read_settings, rows_file
 
 # %% ../nbs/24c_pages.ipynb #d7fa17ac
 ROW_COLUMNS = ("model", "method", "seed", "set", "split", "metric", "value", "low", "high", "n")
@@ -76,18 +78,25 @@ class Found:
         """All numbers, in percent: full label space, any of several right classes; columns `ROW_COLUMNS`."""
         if (self.root / "rows.csv").is_file():
             return pd.read_csv(self.root / "rows.csv")
-        return _read_rows(self.root)
+        return _read_rows(self.root, sorted(self.work.tested()))
 
     @cached_property
     def runs(self) -> pd.DataFrame:
         """Where every checkpoint came from; columns `RUN_COLUMNS`."""
         if (self.root / "runs.csv").is_file():
             return pd.read_csv(self.root / "runs.csv")
-        return _read_runs(self.root)
+        return _read_runs(self.root, sorted(self.work.tuned()))
+
+    @cached_property
+    def concepts(self) -> pd.DataFrame:
+        """How many concepts each guide has: columns pool, guide, unique (phrases), pairs (of class and concept)."""
+        if (self.root / "concepts.csv").is_file():
+            return pd.read_csv(self.root / "concepts.csv", dtype={"pool": str})
+        return _read_concepts(self.root)
 
     def maps(self, model: str, method: str, seed: int, name: str) -> Mapping[str, np.ndarray]:
         """Relevance of some pictures of a set; see `jobs.map_pictures`. Raises ValueError if it was not made."""
-        path = self.root / "maps" / f"{model}.{method}.{seed}.{name}.npz"
+        path = self.root / maps_file(model, method, seed, name)
         if not path.is_file():
             raise ValueError(f"no relevance maps at {path.name} in {self.root}; expected those of {method} on {name}")
         with np.load(path) as file:
@@ -97,10 +106,14 @@ class Found:
         return f"Found({len(self.rows)} numbers of {len(self.rows[['model', 'method', 'seed']].drop_duplicates())} checkpoints: {self.profile.stamp})"
 
 
-def _read_rows(root: Path) -> pd.DataFrame:
-    files = sorted((root / "results" / "rows").glob("*.parquet"))
+def _read_rows(root: Path, tested: Sequence[Tested]) -> pd.DataFrame:
+    """The rows of these evaluations and of no others, which may be in the making."""
+    files = [root / rows_file(*t) for t in tested]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(files)} results are not in {root}, first {missing[0]}; run `cft reproduce` again")
     if not files:
-        raise ValueError(f"no results in {root}; expected files in results/rows, or rows.csv")
+        return pd.DataFrame(columns=list(ROW_COLUMNS))
     rows = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
     rows["model"] = rows["checkpoint"].str.split(".").str[0]
     kept = rows[(rows["labels"] != "subset") & rows["targets"].isin(["any", ""]) & rows["split"].isin(["all", "fine-tuned", "other"])
@@ -108,15 +121,23 @@ def _read_rows(root: Path) -> pd.DataFrame:
     return kept[list(ROW_COLUMNS)].sort_values(["model", "method", "seed", "set", "split", "metric"], ignore_index=True)
 
 
-def _read_runs(root: Path) -> pd.DataFrame:
+def _read_runs(root: Path, tuned: Sequence[Tuned]) -> pd.DataFrame:
     found = []
-    for file in sorted((root / "models").glob("*/*/*/record.json")):
-        model, method, seed = file.parts[-4:-1]
-        record = json.loads(file.read_text(encoding="utf-8"))
+    for model, method, seed in tuned:
+        file = root / model_file(model, method, seed)
+        record = json.loads(file.with_name("record.json").read_text(encoding="utf-8"))
         made = record["provenance"]
-        found.append((model, method, int(seed), _sha256(file.with_name("model.safetensors")), record["seconds"], record["data"]["pictures"],
+        found.append((model, method, seed, _sha256(file), record["seconds"], record["data"]["pictures"],
                       record["data"]["digest"], json.dumps(record["recipe"], sort_keys=True), made["commit"], made["cft"]))
     return pd.DataFrame(found, columns=list(RUN_COLUMNS))
+
+
+def _read_concepts(root: Path) -> pd.DataFrame:
+    found = []
+    for file in sorted((root / "kept").glob("*/*.json")):
+        concepts = json.loads(file.read_text(encoding="utf-8"))["concepts"]
+        found.append((file.parent.name, file.stem, len(concepts), sum(len(c["owners"]) for c in concepts)))
+    return pd.DataFrame(found, columns=["pool", "guide", "unique", "pairs"])
 
 
 def _sha256(file: Path) -> str:
@@ -125,16 +146,21 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
-def open_results(root: str | Path = "", models: Sequence[str] = (), methods: Sequence[str] = (), seeds: int = 0) -> Found:
-    """The results in a folder; the published demo results if `root` is empty. models, methods: the paper's names, to
-    narrow what pages show; seeds: how many at most, 0 for all. Raises ValueError if there are none."""
+def open_results(root: str | Path = "", keys: str | Sequence[str] = (), models: Sequence[str] = (), methods: Sequence[str] = (),
+                 seeds: int = 0) -> Found:
+    """The results in a folder; the published demo results if `root` is empty.
+
+    keys: the artefacts whose results are read, all by default. models, methods: the paper's names, to narrow what pages
+    show; seeds: how many at most, 0 for all. Raises ValueError if there are none.
+    """
     place = Path(root) if root else published()
     if not (place / "settings.yaml").is_file():
         raise ValueError(f"no reproduction at {place}; expected a folder that `cft reproduce` or `publish` wrote")
     settings = read_settings(place / "settings.yaml")
     if seeds:
         settings = settings.model_copy(update={"seeds": min(seeds, settings.seeds), "few": min(seeds, settings.few)})
-    return Found(place, Work(settings, models=tuple(models), methods=tuple(methods)))
+    keys = (keys,) if isinstance(keys, str) else tuple(keys) or tuple(a.key for a in ARTEFACTS)
+    return Found(place, Work(settings, keys, tuple(models), tuple(methods)))
 
 # %% ../nbs/24c_pages.ipynb #d56f59dd
 def numbers(found: Found, key: str, profile: Profile | None = None) -> pd.DataFrame:
@@ -466,7 +492,12 @@ def run_page(notebook: str | Path, out: str | Path, parameters: Mapping[str, obj
 def make_page(settings: Settings, root: Path, key: str) -> None:
     """pages/<key>.ipynb and artefacts/<key>: the job of a page."""
     root = root.resolve()
-    run_page(notebook_of(key), root / "pages" / f"{key}.ipynb", {"out" if key in RELATED else "root": str(root / "artefacts" / key if key in RELATED else root)})
+    if key in RELATED:
+        parameters = {"out": str(root / "artefacts" / key)}
+    else:
+        narrowed = yaml.safe_load((root / "workflow.yaml").read_text(encoding="utf-8")) if (root / "workflow.yaml").is_file() else {}
+        parameters = {"root": str(root), **{name: narrowed[name] for name in ("models", "methods") if narrowed.get(name)}}
+    run_page(notebook_of(key), root / "pages" / f"{key}.ipynb", parameters)
     if not list((root / "artefacts" / key).glob("*.csv")):
         (root / "pages" / f"{key}.ipynb").unlink()
         raise RuntimeError(f"the page {key} ran and left no table in artefacts/{key}")
@@ -481,6 +512,7 @@ def publish(root: str | Path, out: str | Path) -> Path:
     shutil.copy(found.root / "settings.yaml", draft)
     found.rows.to_csv(draft / "rows.csv", index=False, float_format="%.4f")
     found.runs.to_csv(draft / "runs.csv", index=False)
+    found.concepts.to_csv(draft / "concepts.csv", index=False)
     for name in ("maps", "artefacts"):
         if (found.root / name).is_dir():
             shutil.copytree(found.root / name, draft / name, ignore=shutil.ignore_patterns("*.pdf", "*.tmp", "trail.csv"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_FORM', 'WITH_MAPS', 'RELATED', 'MAPPED', 'Tuned', 'Tested', 'Settings', 'profile_file', 'read_settings',
-           'write_settings', 'Work', 'Cost', 'measured_costs', 'hours']
+           'write_settings', 'Work', 'model_file', 'rows_file', 'maps_file', 'Cost', 'measured_costs', 'hours']
 
 # %% ../nbs/24a_settings.ipynb #bb5d445e
 import csv
@@ -171,6 +171,21 @@ class Work:
     def counts(self) -> dict[str, int]:
         """How many fine-tunes, evaluations and pages."""
         return {"fine-tunes": len(self.tuned()), "evaluations": len(self.tested()), "pages": len(self.keys)}
+
+# %% ../nbs/24a_settings.ipynb #5ab395d4
+def model_file(model: str, method: str, seed: int | str) -> str:
+    """The weights of a fine-tune."""
+    return f"models/{model}/{method}/{seed}/model.safetensors"
+
+
+def rows_file(model: str, method: str, seed: int | str, name: str) -> str:
+    """The numbers of a checkpoint on a test set."""
+    return f"results/rows/{name}--{model}.{method}.{seed}--model.parquet"
+
+
+def maps_file(model: str, method: str, seed: int | str, name: str) -> str:
+    """Relevance of some pictures of a set."""
+    return f"maps/{model}.{method}.{seed}.{name}.npz"
 
 # %% ../nbs/24a_settings.ipynb #16af978b
 @dataclass(frozen=True)
