@@ -4,9 +4,11 @@ UV = $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 export OMP_NUM_THREADS := 1
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: help demo page test export lint lab bench figures clean
+.PHONY: help demo page reproduce smoke test export lint lab bench figures clean
 help:
 	@echo "make demo     repair a spurious classifier; about 5 minutes on two cores"
+	@echo "make reproduce  every table and figure of the paper, on the demo; half an hour on two cores"
+	@echo "make smoke    the same with one seed and a handful of pictures: does everything run?"
 	@echo "make test     export, notebooks, tests and lint"
 	@echo "make export   write cft/ from nbs/ and clean the notebooks"
 	@echo "make lint     ruff over notebooks and tests"
@@ -17,7 +19,7 @@ help:
 .venv/.ready: settings.ini setup.py constraints.txt pyproject.toml
 	@command -v uv >/dev/null || test -x .uv/bin/uv || { python3 -m venv .uv && .uv/bin/python -m pip install --quiet uv; }
 	@$(UV) venv --quiet --allow-existing --python '>=3.11' .venv
-	$(UV) pip install --quiet --python $(PY) --constraint constraints.txt --editable '.[dev]'
+	$(UV) pip install --quiet --compile-bytecode --python $(PY) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: .venv/.ready
@@ -29,8 +31,15 @@ page: .venv/.ready
 	@$(PY) -m papermill --no-progress-bar nbs/22_demo.ipynb runs/demo.ipynb -p results $(CURDIR)/figures/demo >runs/demo.log 2>&1 || { tail -30 runs/demo.log; exit 1; }
 	@echo "The page, executed: runs/demo.ipynb"
 
+reproduce: .venv/.ready
+	.venv/bin/cft reproduce --profile demo --out runs/reproduce-demo --publish figures/reproduce-demo
+
+smoke: .venv/.ready
+	.venv/bin/cft reproduce --profile smoke --out runs/smoke
+
 figures: page
 	$(PY) -c "from cft.demo import write_readme; write_readme('README.md', 'figures/full')"
+	$(PY) -c "from cft.pages import write_scoreboard; write_scoreboard('README.md', 'figures/reproduce-demo')"
 
 test: .venv/.ready
 	$(PY) -m pytest -n 2

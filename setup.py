@@ -14,6 +14,8 @@ extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in ("grounding
 extras["dev"] = shlex.split(cfg["dev_requirements"]) + extras["lab"] + extras["batch"] + extras["grounding"] + extras["llm"]
 extras["all"] = sorted({need for needs in extras.values() for need in needs})
 
+pages = {"cft.notebooks.paper": "nbs/paper", "cft.notebooks.related": "nbs/related"}
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -25,8 +27,9 @@ setup(
     keywords=cfg["keywords"].split(),
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",
                  "Natural Language :: English", "Programming Language :: Python :: 3"],
-    packages=find_packages(include=["cft", "cft.*"]),
-    package_data={"cft": ["assets/**"]},
+    packages=[*find_packages(include=["cft", "cft.*"]), *pages],
+    package_dir=pages,  # the pages that `cft reproduce` executes travel with the package
+    package_data={"cft": ["assets/**"], **dict.fromkeys(pages, ["*.ipynb"])},
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg["requirements"]),
     extras_require=extras,

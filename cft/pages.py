@@ -6,7 +6,7 @@
 __all__ = ['ROW_COLUMNS', 'RUN_COLUMNS', 'KEPT_METRICS', 'published', 'Found', 'open_results', 'numbers', 'averaged_rows',
            'table_of', 'printed', 'scores', 'claims_of', 'gains', 'printed_gains', 'gain_figure', 'relevance_panels',
            'names_of', 'flips', 'trail', 'resolve', 'keep_page', 'inconsistencies_of', 'notebook_of', 'run_page',
-           'make_page', 'publish']
+           'make_page', 'publish', 'scoreboard_rows', 'write_scoreboard']
 
 # %% ../nbs/24c_pages.ipynb #762f1b59
 import json
@@ -36,6 +36,7 @@ from cft.paper import (
     in_our_form,
     reference,
     save_table,
+    scoreboard,
     style,
     styled,
     verdicts,
@@ -164,7 +165,7 @@ def open_results(root: str | Path = "", keys: str | Sequence[str] = (), models: 
 
 # %% ../nbs/24c_pages.ipynb #d56f59dd
 def numbers(found: Found, key: str, profile: Profile | None = None) -> pd.DataFrame:
-    """The rows that an artefact needs, in our terms: `ROW_COLUMNS`, one row a seed."""
+    """The rows that an artefact needs, in our terms and in its order: `ROW_COLUMNS`, one row a seed."""
     profile = profile or found.profile
     wanted = found.work.wanted(key)
     terms = {"method": [profile.methods[m] for m in wanted.methods], "set": [profile.set(s) for s in wanted.sets],
@@ -173,7 +174,10 @@ def numbers(found: Found, key: str, profile: Profile | None = None) -> pd.DataFr
     rows = found.rows[found.rows["seed"].isin(seeds)]
     for column, known in terms.items():
         rows = rows[rows[column].isin(known)]
-    return rows if profile.own_bases else _with_original_of_every_seed(found, rows, sorted(seeds))
+    rows = rows if profile.own_bases else _with_original_of_every_seed(found, rows, sorted(seeds))
+    places = {column: {name: i for i, name in enumerate(known)} for column, known in terms.items()}
+    order = rows[["model", "method", "set", "split", "seed"]].assign(**{column: rows[column].map(of) for column, of in places.items()})
+    return rows.loc[order.sort_values(["model", "method", "set", "split", "seed"], kind="stable").index].reset_index(drop=True)
 
 
 def _with_original_of_every_seed(found: Found, rows: pd.DataFrame, seeds: Sequence[int]) -> pd.DataFrame:
@@ -519,3 +523,37 @@ def publish(root: str | Path, out: str | Path) -> Path:
     shutil.rmtree(out, ignore_errors=True)
     draft.rename(out)
     return out
+
+# %% ../nbs/24c_pages.ipynb #d8a2660f
+def scoreboard_rows(root: str | Path = "", command: str = "cft reproduce --profile demo") -> list[dict]:
+    """One mapping an artefact, as `paper.scoreboard` takes them: with its verdicts in the paper's form and in ours."""
+    found, rows = open_results(root), []
+    seconds = found.runs.set_index(["model", "method", "seed"])["seconds"]
+    for a in ARTEFACTS:
+        done = bool(list((found.root / "artefacts" / a.key).glob("*.csv")))
+        profiles = found.work.profiles(a.key)
+        claims = [c for c in SHAPE_CLAIMS if c.artefact == a.key]
+        judged = [verdicts(scores(found, a.key, profile), claims, profile) for profile in profiles] if claims and not found.profile.comparable else []
+        words = [", ".join(f"{n} {word}" for word, n in _counted(table).items()) for table in judged]
+        rows.append({"artefact": a.key, "profile": found.profile.stamp.split(",")[0], "notebook": f"nbs/paper/{a.key}.ipynb",
+                     "command": f"{command} --only {a.key}", "status": "done" if done else "not run",
+                     "seconds": float(sum(seconds.get(t, 0.0) for t in found.work.tuned(a.key))),
+                     "verdicts": words[0] if len(words) == 1 else "; ".join(f"{title}: {text}" for title, text in zip(("paper's form", "our form"), words))})
+    return rows
+
+
+def _counted(table: pd.DataFrame) -> dict[str, int]:
+    counts = table["verdict"].value_counts()
+    return {word: int(counts[word]) for word in MARKS if word in counts}
+
+
+def write_scoreboard(readme: str | Path, root: str | Path = "") -> None:
+    """Put the scoreboard between its marks in a README. Raises ValueError if the marks are not there."""
+    readme, (begin, end) = Path(readme), ("<!-- scoreboard -->", "<!-- /scoreboard -->")
+    text = readme.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{readme.name} must have {begin} and {end} once each")
+    head, rest = text.split(begin)
+    draft = readme.with_name(readme.name + ".tmp")
+    draft.write_text("\n".join([head + begin, "", scoreboard(scoreboard_rows(root)).rstrip(), "", end + rest.split(end)[1]]), encoding="utf-8")
+    draft.replace(readme)

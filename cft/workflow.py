@@ -235,7 +235,8 @@ def progress_of(root: Path, graph: Graph, shown: bool) -> Iterator[None]:
     wanted = {*(model_file(*t) for t in graph.work.tuned()), *(name for key in graph.work.keys for name in graph.to_page(key)), *graph.targets(),
               *(name for seed in graph.work.seeds for name in graph.world(seed)), "concepts.json"}
     start, ended = lines(), threading.Event()
-    bar = tqdm(total=sum(not (root / name).is_file() for name in wanted), desc="jobs", disable=not shown)  # the least: what is stale comes on top
+    bar = tqdm(total=sum(not (root / name).is_file() for name in wanted), desc="jobs", disable=not shown,
+               mininterval=0.1 if sys.stderr.isatty() else 30)  # the least: what is stale comes on top
 
     def follow() -> None:
         while not ended.wait(1):
