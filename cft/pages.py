@@ -44,8 +44,8 @@ from cft.paper import (
 from .settings import RELATED, Settings, Tested, Tuned, Work, maps_file, model_file, read_settings, rows_file
 
 # %% ../nbs/24c_pages.ipynb #d7fa17ac
-ROW_COLUMNS = ("model", "method", "seed", "set", "split", "metric", "value", "low", "high", "n")
-RUN_COLUMNS = ("model", "method", "seed", "sha256", "seconds", "pictures", "data", "recipe", "commit", "cft")
+ROW_COLUMNS = ("model", "method", "seed", "set", "split", "metric", "value", "low", "high", "n", "weights", "tested_on")  # the last: first 12 of SHA-256
+RUN_COLUMNS = ("model", "method", "seed", "sha256", "seconds", "pictures", "trained_on", "recipe", "commit", "cft")
 KEPT_METRICS = tuple(METRICS.values())
 
 
@@ -116,7 +116,7 @@ def _read_rows(root: Path, tested: Sequence[Tested]) -> pd.DataFrame:
     if not files:
         return pd.DataFrame(columns=list(ROW_COLUMNS))
     rows = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
-    rows["model"] = rows["checkpoint"].str.split(".").str[0]
+    rows = rows.assign(model=rows["checkpoint"].str.split(".").str[0], weights=rows["sha256"].str[:12], tested_on=rows["data"].str[:12])
     kept = rows[(rows["labels"] != "subset") & rows["targets"].isin(["any", ""]) & rows["split"].isin(["all", "fine-tuned", "other"])
                 & rows["metric"].isin(KEPT_METRICS) & (rows["protocol"] == "model")]
     return kept[list(ROW_COLUMNS)].sort_values(["model", "method", "seed", "set", "split", "metric"], ignore_index=True)
@@ -200,7 +200,7 @@ def _splits(found: Found, original: pd.DataFrame, seed: int) -> list[pd.DataFram
         if file.is_file() and "full_top1" in (pictures := pd.read_parquet(file)):
             rows = accuracy_rows(pictures, 1000, open_world(found.settings, found.root).tuned(seed))
             rows = rows[(rows["labels"] != "subset") & (rows["targets"] == "any") & (rows["split"] != "all") & rows["metric"].isin(KEPT_METRICS)]
-            parts.append(rows.assign(model=model, method="original", seed=seed, set=name)[list(ROW_COLUMNS)])
+            parts.append(rows.assign(model=model, method="original", seed=seed, set=name, weights="", tested_on="")[list(ROW_COLUMNS)])
     return parts
 
 
@@ -411,9 +411,16 @@ def flips(found: Found, before: str, after: str, name: str, seed: int = 0) -> tu
 
 # %% ../nbs/24c_pages.ipynb #4ac0c323
 def trail(found: Found, key: str, ours: bool = False) -> pd.DataFrame:
-    """For every number of an artefact, one line a seed: the row, and the run, commit and data that it came from."""
+    """For every number of an artefact, one line a seed: the row, and the run, commit and data that it came from.
+
+    Raises ValueError if a row was measured on other weights than those of its run.
+    """
     rows = numbers(found, key, in_our_form(found.profile) if ours else None)
-    return rows.merge(found.runs.drop(columns="recipe"), on=["model", "method", "seed"], how="left", suffixes=("", "_run"))
+    rows = rows.merge(found.runs.drop(columns="recipe"), on=["model", "method", "seed"], how="left")
+    wrong = rows[rows["sha256"].notna() & (rows["sha256"].str[:12] != rows["weights"])]
+    for first in wrong.head(1).itertuples():
+        raise ValueError(f"{len(wrong)} rows of {key} were measured on other weights than those of their run, first {first.method}, seed {first.seed}, on {first.set}")
+    return rows
 
 
 def resolve(found: Found, model: str, method: str, seed: int) -> dict:

@@ -40,7 +40,7 @@ def made_rows(methods, seeds, sets=SETS, model="demo", splits=("all",)):
     def value(m, s, name, split):
         return 30 + 5 * methods.index(m) * (name != "val") + s + len(name) / 7 + (split == "other") * 3 + (hash_of(m, s, name) % 10) / 5
 
-    rows = [(model, m, s, name, split, metric, value(m, s, name, split) + (metric == "top5") * 20, 20.0, 60.0, 100)
+    rows = [(model, m, s, name, split, metric, value(m, s, name, split) + (metric == "top5") * 20, 20.0, 60.0, 100, f"{m}{s}", "")
             for m in methods for s in range(seeds) for name in sets for split in splits for metric in ("top1", "top5")]
     return pd.DataFrame(rows, columns=list(pages.ROW_COLUMNS))
 
@@ -121,7 +121,11 @@ def test_claims_of_both_forms(small):
 def test_the_trail(small):
     found = open_results(small, "table2")
     line = trail(found, "table2").query("method == 'swap' and seed == 3").iloc[0]
-    assert (line.sha256, line.data, line["commit"]) == ("swap3", "d" * 64, "c" * 40)
+    assert (line.sha256, line.trained_on, line["commit"]) == ("swap3", "d" * 64, "c" * 40)
+    rows = pd.read_csv(small / "rows.csv")
+    rows.assign(weights=rows["weights"].where(rows["seed"] != 2, "other")).to_csv(small / "rows.csv", index=False)
+    with pytest.raises(ValueError, match="rows of table2 were measured on other weights .*gradmask, seed 2, on"):
+        trail(open_results(small, "table2"), "table2")
     assert resolve(found, "demo", "rrr", 1)["recipe"] == {"rate": 1e-5}
     with pytest.raises(ValueError, match="no run of rrr on demo with seed 9"):
         resolve(found, "demo", "rrr", 9)
@@ -158,7 +162,7 @@ def test_a_run_is_read_file_by_file(tmp_path):
         path = tmp_path / rows_file(model, method, seed, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame({"set": name, "protocol": "model", "labels": "", "targets": "", "split": "all", "metric": ["mean_iou", "other"], "checkpoint": f"{model}.{method}.{seed}",
-                      "method": method, "seed": seed, "value": 50.0, "low": 40.0, "high": 60.0, "n": 4}).to_parquet(path)
+                      "method": method, "seed": seed, "value": 50.0, "low": 40.0, "high": 60.0, "n": 4, "sha256": "a" * 64, "data": "b" * 64}).to_parquet(path)
     (tmp_path / "results/rows/broken--demo.x.0--model.parquet").write_bytes(b"half")
     found = open_results(tmp_path, "table3")
     assert len(found.rows) == len(work.tested()) == 3 and set(found.rows["metric"]) == {"mean_iou"} and set(found.rows["model"]) == {"demo"}
