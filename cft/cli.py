@@ -599,6 +599,7 @@ def reproduce(
     cores: Annotated[int, typer.Option(help="Jobs at a time; 0: one a core.")] = 0,
     gpus: Annotated[int, typer.Option(help="GPUs, each for one job.")] = 1,
     executor: Annotated[str, typer.Option(help="local, or a Snakemake executor whose plugin is installed, such as slurm.")] = "local",
+    snakemake: Annotated[str, typer.Option(help='More options for Snakemake, e.g. "--default-resources slurm_partition=gpu runtime=240".')] = "",
     publish: Annotated[Path | None, typer.Option(help="Afterwards, copy what the pages need and made into this small folder.")] = None,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Only measure what a step costs on the device, for the plan.")] = False,
     dry_run: DryRun = False,
@@ -625,7 +626,7 @@ def reproduce(
         return _line(f"result   {rehearse_costs(profile, models=narrowed['models'], device=device or None, out=out)}")
     if dry_run:
         return _line(plan_text(profile, split(only), **narrowed))
-    found = run(profile, split(only), **narrowed, cores=cores or None, gpus=gpus, executor=executor)
+    found = run(profile, split(only), **narrowed, cores=cores or None, gpus=gpus, executor=executor, options=shlex.split(snakemake))
     _line(f"{found}")
     if publish is not None and found.ok:
         from cft.pages import publish as copy

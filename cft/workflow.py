@@ -199,12 +199,13 @@ def _snakemake(root: Path, work: Work, command: str, arguments: Sequence[str], t
 
 def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models: Sequence[str] = (), methods: Sequence[str] = (),
               seeds: int | None = None, device: str | None = None, out: str | Path | None = None, cores: int | None = None, gpus: int = 1,
-              executor: str = "local", jobs: int | None = None, verbose: bool = False) -> "Report":
+              executor: str = "local", options: Sequence[str] = (), verbose: bool = False) -> "Report":
     """Make the artefacts `only` (all of the paper by default) and say what came of it.
 
     profile: demo, smoke, paper or a YAML file. models, methods: the paper's names, to narrow the work. seeds: how many,
     at most. out: the folder (runs/<profile>). cores: jobs at a time. gpus: how many each of which runs one job.
-    executor: a Snakemake executor such as slurm, whose plugin has to be installed. Raises ValueError for unknown names
+    executor: a Snakemake executor such as slurm, whose plugin has to be installed; options: more of Snakemake's own
+    options, such as those of the plugin. Raises ValueError for unknown names
     and a folder in use, ImportError without Snakemake.
     """
     root, work, related = prepare(profile, only, models, methods, seeds, device, out)
@@ -214,14 +215,14 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
     if executor != "local":
         if importlib.util.find_spec(f"snakemake_executor_plugin_{executor.replace('-', '_')}") is None:
             raise ImportError(f"no Snakemake executor {executor!r}: pip install snakemake-executor-plugin-{executor}")
-        arguments += ["--executor", executor, "--jobs", str(jobs or 100)]
+        arguments += ["--executor", executor, *([] if {"--jobs", "-j"} & set(options) else ["--jobs", "100"])]
     os.environ["CFT_GPUS"] = str(gpus if cuda and executor == "local" else 0)
     targets = [*(page_file(key) for key in work.keys), *(page_file(key) for key in related)]
     with only_one(root), contextlib.ExitStack() as stack:
         command = stack.enter_context(warm_workers(root)) if executor == "local" and not cuda else plain_command()
         began = time.time()
         with progress_of(root, Graph(work), not verbose):
-            _snakemake(root, work, command, arguments, targets)
+            _snakemake(root, work, command, [*arguments, *options], targets)
         return report(root, work, related, time.time() - began)
 
 
