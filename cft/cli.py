@@ -11,6 +11,7 @@ __all__ = ['METHODS', 'SUITES', 'GROUNDERS', 'PROFILES', 'LANGUAGE_MODEL', 'DEMO
 # %% ../nbs/27_cli.ipynb #da4b9237
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
