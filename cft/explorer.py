@@ -232,7 +232,8 @@ class Line(NamedTuple):
         """The numbers in words."""
         rare = f"found in {self.hits} of {self.pictures} ({self.occurrence:.0%})" if self.pictures else "no pictures to judge by"
         where = f", {self.inside:.0%} of it on the class" if self.inside == self.inside else ""
-        here = f", {self.area:.0%} of this picture" if self.area == self.area and self.area > 0 else ", not in this picture" if self.area == 0 else ""
+        share = f"{self.area:.0%}" if self.area >= 0.005 else "under 1%"
+        here = f", {share} of this picture" if self.area == self.area and self.area > 0 else ", not in this picture" if self.area == 0 else ""
         return f"{self.state}: {rare}{where}{here}"
 
 
@@ -306,7 +307,7 @@ def drawn_map(found: Relevance, view: View) -> tuple[Tensor, float | None]:
     return found.map(view.normalize, epsilon=0.0)[0], 1.0
 
 # %% ../nbs/26_explorer.ipynb #91032ad7
-SIDE = 288  # pixels of a picture
+SIDE = 224  # pixels of a picture
 
 
 class Panel(NamedTuple):
@@ -504,13 +505,13 @@ class Explorer:
         self.why = w.Text(description="because", continuous_update=False, **many)
         self.save = w.Button(description="save as a new version", layout=w.Layout(width="15em"), disabled=self.material.concepts is None)
         self.saved, self.notes, self.summary, self.answers, self.panels = (w.HTML() for _ in range(5))
-        self.concepts, self.boxes = w.VBox(layout=w.Layout(max_height="26em", overflow="auto", border="1px solid var(--jp-border-color2, #ccc)", padding=".4em")), {}
+        self.concepts, self.boxes = w.VBox(layout=w.Layout(max_height="30em", overflow="hidden auto", border="1px solid var(--jp-border-color2, #ccc)", padding=".4em")), {}
         head = lambda text: w.HTML(f"<b>{text}</b>")
-        left = w.VBox([self.class_id, self.picture, w.HBox([self.earlier, self.later]), head("thresholds"), self.occurrence, self.coverage, head("concepts in the mask"), self.concepts],
-                      layout=w.Layout(min_width="25em", flex="0 1 33em"))
+        left = w.VBox([self.class_id, self.picture, w.HBox([self.earlier, self.later]), head("thresholds"), self.occurrence, self.coverage, self.summary, head("concepts in the mask"), self.concepts],
+                      layout=w.Layout(width="28em", flex="0 0 auto"))
         right = w.VBox([self.panels, self.answers, head("relevance"), self.method, self.normalize, self.explain, self.strength,
-                        head("save the concepts that are in the masks"), self.by, self.why, self.save, self.saved], layout=w.Layout(min_width="20em", flex="1 1 40em"))
-        self.box = w.VBox([self.notes, w.HBox([left, right], layout=w.Layout(flex_flow="row wrap")), self.summary])
+                        head("save the concepts that are in the masks"), self.by, self.why, self.save, self.saved], layout=w.Layout(min_width="18em", flex="1 1 45em"))
+        self.box = w.VBox([self.notes, w.HBox([left, right], layout=w.Layout(flex_flow="row wrap", grid_gap="0 1em"))])
         self.box.add_class("cft-explorer")
 
     def _listen(self) -> None:
@@ -531,10 +532,10 @@ class Explorer:
         w, rows = _widgets(), []
         self.boxes = {}
         for line in lines(self.material, self.view):
-            box = w.Checkbox(value=line.state != OFF, description=line.concept, indent=False, layout=w.Layout(width="auto", min_width="9em"))
+            box = w.Checkbox(value=line.state != OFF, description=line.concept, indent=False, layout=w.Layout(width="auto", flex="0 0 auto"))
             box.observe(self._on_move, "value")
-            self.boxes[line.concept] = (box, w.HTML())
-            rows.append(w.VBox(list(self.boxes[line.concept]), layout=w.Layout(margin="0 0 .3em 0")))
+            self.boxes[line.concept] = (box, w.HTML(layout=w.Layout(flex="0 0 auto", margin="0 0 .2em 1.7em")))
+            rows.append(w.VBox(list(self.boxes[line.concept]), layout=w.Layout(flex="0 0 auto")))
         self.concepts.children = rows or [w.HTML("no concepts of this class")]
 
     def _read(self) -> View:
@@ -576,8 +577,8 @@ class Explorer:
             self.notes.value = f"<p role='status'>⚠ {escape(str(error))}</p>"
             return
         self.notes.value = f"<div role='status' aria-live='polite'>{now.notes_html()}</div>"
-        self.panels.value = f"<div style='display:flex;gap:1em;flex-wrap:wrap'>{''.join(panel.html() for panel in now.panels)}</div>"
-        self.answers.value, self.summary.value = now.answers_html(), f"<p>{escape(now.summary)}</p>"
+        self.panels.value = f"<div style='display:flex;gap:.75em;flex-wrap:wrap'>{''.join(panel.html() for panel in now.panels)}</div>"
+        self.answers.value, self.summary.value = now.answers_html(), f"<p style='line-height:1.4;margin:.3em 0'>{escape(now.summary)}</p>"
         for line in now.lines:
             box, words = self.boxes[line.concept]
             sign = {KEPT: "✓", DROPPED: "✗", OFF: "○", UNASKED: "?"}[line.state]

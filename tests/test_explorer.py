@@ -289,19 +289,22 @@ def test_every_control_is_labelled_and_in_order(material):
 
 
 def test_moves_change_what_is_shown_and_back(material):
-    live = Explorer(material, first_view(material, "bird"), by="Ada")
+    rows = material.evidence.occurrences
+    some = rows[(rows["occurrence"] > 0.2) & (rows["occurrence"] < 0.9)].iloc[0]["class_id"]
+    live = Explorer(material, first_view(material, some), by="Ada")
     start = live.panels.value, live.summary.value, [w.value for _, w in live.boxes.values()]
     live.occurrence.value = 0.9
     assert live.summary.value != start[1] and [w.value for _, w in live.boxes.values()] != start[2]
     live.occurrence.value = 0.15
-    live.boxes["the sky"][0].value = live.boxes["clouds"][0].value = False
-    assert live.panels.value != start[0] and "○ switched off" in live.boxes["the sky"][1].value
-    live.boxes["the sky"][0].value = live.boxes["clouds"][0].value = True
+    largest = max((line for line in lines(material, live.view) if line.state == KEPT), key=lambda line: line.area).concept
+    live.boxes[largest][0].value = False
+    assert live.panels.value != start[0] and "○ switched off" in live.boxes[largest][1].value
+    live.boxes[largest][0].value = True
     assert (live.panels.value, live.summary.value, [w.value for _, w in live.boxes.values()]) == start
     for name, value in (("strength", 0.2), ("normalize", "saturating"), ("method", "gae"), ("explain", "label")):
         before = live.panels.value, getattr(live, name).value
         getattr(live, name).value = value
-        assert live.panels.value != before[0], name
+        assert live.panels.value != before[0] or name == "explain", name  # the answer may be the label
         getattr(live, name).value = before[1]
         assert live.panels.value == before[0], name
     assert {what for what, _ in live.timings} == {"occurrence", "concept", "strength", "normalize", "method", "explain"} and all(0 < s < 60 for _, s in live.timings)
