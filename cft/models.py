@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TINY', 'BROAD', 'SPURIOUS', 'ASSETS', 'SEEDS', 'ConvStem', 'cft_vit_tiny64', 'LinearProbe', 'dinov2_vitb14',
-           'join_dinov2', 'read_weights', 'load_model', 'save_model', 'Stage', 'Layers', 'train_stage', 'accuracy_on',
-           'make_base', 'on_every_core', 'make_bases', 'base_model']
+           'join_dinov2', 'read_weights', 'load_model', 'write_safetensors', 'save_model', 'Stage', 'Layers',
+           'train_stage', 'accuracy_on', 'make_base', 'on_every_core', 'make_bases', 'base_model']
 
 # %% ../nbs/02_models.ipynb #da4b9237
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -22,7 +22,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
@@ -107,10 +107,7 @@ def join_dinov2(backbone: str | Path, head: str | Path, out: str | Path, grid: i
     state.pop("mask_token", None)
     state["pos_embed"] = resample_abs_pos_embed(positions, [grid, grid], num_prefix_tokens=1)
     state |= {"head.weight": linear["weight"], "head.bias": linear["bias"]}
-    out = Path(out)
-    save_file({key: value.contiguous() for key, value in state.items()}, out.with_name(out.name + ".tmp"), {"format": "pt", "architecture": "dinov2_vitb14"})
-    os.replace(out.with_name(out.name + ".tmp"), out)
-    return out
+    return write_safetensors(out, {key: value.contiguous() for key, value in state.items()}, {"format": "pt", "architecture": "dinov2_vitb14"})
 
 # %% ../nbs/02_models.ipynb #0ade7c2c
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], list[str] | None]:
@@ -167,6 +164,22 @@ def load_model(name: str, weights: str | Path | None = None, num_classes: int | 
     return model.eval(), classes
 
 
+def write_safetensors(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write tensors and metadata under a temporary name, then rename. Equal contents give equal bytes.
+
+    (The library orders metadata at random, so the header is written again with its keys sorted.)
+    """
+    path, content = Path(path), save(dict(state), dict(metadata))
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    os.replace(temporary, path)
+    return path
+
+
 def save_model(path: str | Path, model: nn.Module, classes: Sequence[str] | None = None, half: bool = False) -> Path:
     """Write a model's weights as safetensors, under a temporary name first, with architecture and class names inside.
 
@@ -178,11 +191,7 @@ def save_model(path: str | Path, model: nn.Module, classes: Sequence[str] | None
     metadata = {"format": "pt", "architecture": model.pretrained_cfg.get("architecture", "")}
     if classes is not None:
         metadata["classes"] = json.dumps(list(classes))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(state, temporary, metadata)
-    os.replace(temporary, path)
-    return path
+    return write_safetensors(path, state, metadata)
 
 # %% ../nbs/02_models.ipynb #fa35e192
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cft import backdrop
@@ -144,3 +145,14 @@ def test_join_dinov2(tmp_path):
     torch.save({"weight": torch.zeros(10, 24), "bias": torch.zeros(10)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="a linear layer of 48 inputs"):
         join_dinov2(tmp_path / "backbone.pth", tmp_path / "other.pth", tmp_path / "x.safetensors")
+
+
+def test_equal_weights_are_equal_files(tmp_path):
+    """Also for readers that know nothing of ours."""
+    model = timm.create_model(TINY)
+    files = [save_model(tmp_path / f"{k}.safetensors", model, backdrop.CLASSES).read_bytes() for k in range(6)]
+    assert len(set(files)) == 1
+    with safe_open(tmp_path / "0.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == list(backdrop.CLASSES) and file.metadata()["architecture"] == TINY
+    loaded = load_file(tmp_path / "0.safetensors")
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items()) and len(loaded) == len(model.state_dict())
