@@ -8,6 +8,8 @@ __all__ = ['LEANS', 'LITTLE', 'CLEARED', 'UNKNOWN', 'FRAME', 'PROPORTIONS', 'DIF
            'audit']
 
 # %% ../nbs/20_audit.ipynb #da4b9237
+import base64
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -28,7 +31,7 @@ from .data import Folder, MaskedImages, Preprocess, scan, swap_background, witho
 from .evaluation import COLUMNS, CONFIDENCE, over_seeds, wilson_interval
 from .faithfulness import blur, share_inside
 from .finetuning import provenance
-from .relevance import Method, relevance
+from .relevance import Method, relevance, thumbnail
 from .rules import UnsupportedModule
 from .suite import weights_digest
 
@@ -225,6 +228,25 @@ class Case(NamedTuple):
     answers: dict[str, tuple[str, float]]  # the same names → class and its probability
     object: Tensor | None  # bool (height, width)
     relevance: Tensor | None  # signed, (rows, columns) in patches, for the predicted class
+
+    def _repr_html_(self) -> str:
+        shown = [(_png((255 * picture).byte().permute(1, 2, 0).numpy(), f"{self.label}, {name}"), f"{name}: {self.answers[name][0]} {self.answers[name][1]:.0%}")
+                 for name, picture in self.pictures.items()]
+        if self.relevance is not None:
+            shown.append((_image(thumbnail(self.relevance[None]), "relevance, red for and blue against"), "relevance: red for, blue against"))
+        cells = "".join(f"<td style='text-align:left;vertical-align:top'>{image}<br>{escape(text)}</td>" for image, text in shown)
+        return f"<p><b>{escape(self.label)}</b>, {escape(self.id)}</p><table><tr>{cells}</tr></table>"
+
+
+def _png(pixels: np.ndarray, alt: str) -> str:
+    """An image uint8 (height, width, 3) as an element of a page."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return _image(stream.getvalue(), alt)
+
+
+def _image(png: bytes, alt: str) -> str:
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}" style="width:7em;height:auto"/>'
 
 
 @dataclass(repr=False)

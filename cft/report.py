@@ -510,7 +510,7 @@ def limits(before: Audit, after: Audit | None = None) -> str:
     swapped = [
         f"Each interval holds for its own number. Of {classes} classes that do not lean at all, about {0.025 * classes:.1f} would be accused by chance.",
         "The backgrounds are those of the other pictures in this folder. What places do that are not among them was not tested.",
-        "What counts as background is what the object masks say. Poor masks can make a model look better or worse than it is."]
+        "What counts as background is what the object masks say. Masks that leave pieces of objects behind make a model look worse than it is, masks that take in background somewhat better."]
     points = (swapped if "other" in before.pictures else ["A frame that can be blurred without harm does not clear a model: most of the background may lie inside it."]) + [
         "Light, pose, camera, quality of the picture and attacks were not tested.",
         "Relevance says from which patches an answer was computed, not what would change it; that is what exchanged backgrounds are for.",
