@@ -1,0 +1,445 @@
+"""DEAL's metrics against slow references, the two released bugs against what they do, part masks against miniatures, and the experiment in small."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from cft import backdrop, deal, dealmetrics
+from cft.backdrop import CLASSES
+from cft.data import MaskedImages, Preprocess, scan
+from cft.deal import (
+    Lessons,
+    TinyDual,
+    as_classifier,
+    balanced,
+    demo_prompts,
+    dual_encoder,
+    make_dual,
+    save_dual,
+    train_dual,
+)
+from cft.dealmetrics import (
+    AS_IS,
+    CLAIMS,
+    CUB_PARTS,
+    VARIANTS,
+    class_maps,
+    concept_rows,
+    cub_parts,
+    deal_claims,
+    deal_columns,
+    deal_settings,
+    deal_table,
+    disentanglability,
+    drawn_tests,
+    explanation_scores,
+    half_blur,
+    insertion_scores,
+    localizability,
+    miniature_parts,
+    named_parts,
+    part_miou,
+    part_scores,
+    part_table,
+    partimagenet,
+    pixels,
+    run_deal,
+    similarity_logits,
+    true_masks,
+)
+from cft.faithfulness import widen
+from cft.models import base_model
+
+torch.set_num_threads(1)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def dual():
+    return dual_encoder()
+
+
+# ---- apart ----
+
+
+def test_disentanglability_is_the_logistic_of_the_notebook():
+    one = torch.zeros(49)
+    one[:6] = 1
+    found = disentanglability(one.view(7, 7).expand(3, 5, 7, 7))
+    assert found.overlap == 6 * 10 and found.value == pytest.approx(1 / (1 + math.exp(-10 * (0.2 - 0.6))))
+    assert (found.grid, found.concepts, found.pictures) == ((7, 7), 5, 3)
+    nothing = disentanglability(torch.eye(49).view(1, 49, 7, 7)[:, :5])
+    assert nothing.overlap == 0 and nothing.value == pytest.approx(1 / (1 + math.exp(-2)))
+    assert nothing.minus(found) == pytest.approx(nothing.value - found.value)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 8, 8), (1, 4, 7, 7)])
+def test_other_grids_are_not_compared(shape):
+    with pytest.raises(ValueError, match=r"depends on the grid and the number of concepts: expected \(7, 7\) and 5"):
+        disentanglability(torch.rand(1, 5, 7, 7)).minus(disentanglability(torch.rand(*shape)))
+
+
+# ---- insertion ----
+
+
+class Watcher(nn.Module):
+    """A dual encoder that keeps what it is shown; its embedding depends on every channel and place."""
+
+    def __init__(self, size=16):
+        super().__init__()
+        self.seen, self.weights = [], torch.randn(4, 3 * size * size, generator=generator(9), dtype=torch.float64)
+
+    def encode_image(self, x):
+        self.seen.append(x.clone())
+        return x.flatten(1) @ self.weights.T
+
+
+def slow_insertion(model, images, texts, maps, steps, buggy):
+    """Pair by pair and pixel by pixel, as the text of the metric says, or as the released notebook does."""
+    n, k, height, width = len(images), maps.shape[1], *images.shape[2:]
+    scores = torch.zeros(n, k, steps, dtype=torch.float64)
+    cosine = lambda x, t: float(F.cosine_similarity(x.flatten()[None] @ model.weights.T, t[None]))
+    for pair in range(n * k):
+        i, j = divmod(pair, k)
+        picture = images[pair % n] if buggy else images[i]
+        small = F.interpolate(picture[None], scale_factor=0.5, mode="bilinear", align_corners=False)
+        canvas = F.interpolate(small, (height, width), mode="bilinear", align_corners=False)[0]
+        large = F.interpolate(maps[i, j][None, None], (height, width), mode="bicubic", align_corners=False)[0, 0]
+        ranked = sorted(range(height * width), key=lambda p: -large.flatten()[p].item())
+        start, end = cosine(canvas, texts[i, j]), cosine(picture, texts[i, j])
+        for step in range(1, steps + 1):
+            mixed = canvas.clone()
+            for p in ranked[: step * height * width // steps]:
+                for channel in range(1 if buggy else 3):
+                    mixed[channel, p // width, p % width] = picture[channel, p // width, p % width]
+            scores[i, j, step - 1] = min(1.0, abs(cosine(mixed, texts[i, j]) - start) / abs(end - start))
+    return scores
+
+
+@pytest.mark.parametrize("buggy", [False, True])
+def test_insertion_is_what_the_loops_say(buggy):
+    images, maps = torch.randn(3, 3, 16, 16, generator=generator(1), dtype=torch.float64), torch.rand(3, 2, 4, 4, generator=generator(2), dtype=torch.float64)
+    texts, model = torch.randn(3, 2, 4, generator=generator(3), dtype=torch.float64), Watcher()
+    ours = insertion_scores(model, images, texts, maps, bug_compatible=buggy, batch=4)
+    slow = slow_insertion(model, images, texts, maps, 5, buggy)
+    assert torch.allclose(ours, slow, atol=1e-9)
+    assert localizability(ours) == pytest.approx(slow.mean().item())
+    assert insertion_scores(model, images, texts, maps, steps=3).shape == (3, 2, 3)
+
+
+def test_the_full_picture_scores_one_and_all_channels_come_back():
+    images, maps = torch.randn(2, 3, 16, 16, generator=generator(4), dtype=torch.float64), torch.rand(2, 3, 4, 4, generator=generator(5), dtype=torch.float64)
+    texts, model = torch.randn(2, 3, 4, generator=generator(6), dtype=torch.float64), Watcher()
+    scores = insertion_scores(model, images, texts, maps)
+    assert (scores[..., -1] == 1).all()
+    last = model.seen[-1]
+    assert torch.equal(last, images.repeat_interleave(3, 0))  # every channel, and each picture beside its own texts
+    changed = (model.seen[2] != half_blur(images).repeat_interleave(3, 0)).flatten(2).sum(2)
+    assert (changed == 16 * 16 // 5).all()  # the first step: a fifth of the pixels, in each of the three channels
+    model.seen.clear()
+    buggy = insertion_scores(model, images, texts, maps, bug_compatible=True)
+    assert (buggy[..., -1] < 1).any()
+    last, shown = model.seen[-1], images.repeat(3, 1, 1, 1)
+    assert torch.equal(last[:, 0], shown[:, 0]) and torch.equal(last[:, 1:], half_blur(shown)[:, 1:])
+
+
+def test_a_picture_without_detail_has_no_score():
+    flat = torch.ones(1, 3, 8, 8, dtype=torch.float64)
+    scores = insertion_scores(Watcher(8), flat, torch.randn(1, 2, 4, dtype=torch.float64), torch.rand(1, 2, 2, 2, dtype=torch.float64))
+    assert scores.isnan().all() and math.isnan(localizability(scores))
+
+
+def test_insertion_refuses_what_does_not_fit():
+    images, texts, maps = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 4), torch.rand(2, 3, 2, 2)
+    for bad in ((images[0], texts, maps), (images, texts[:1], maps), (images, texts, maps[:, :2]), (images[:1], texts, maps), (images, texts, maps[0])):
+        with pytest.raises(ValueError, match="steps >= 1; got"):
+            insertion_scores(Watcher(8), *bad)
+    with pytest.raises(ValueError, match="and 0"):
+        insertion_scores(Watcher(8), images, texts, maps, steps=0)
+
+
+# ---- accuracy ----
+
+
+def test_accuracy_is_the_mean_cosine_over_a_class_s_texts(dual):
+    prompts = demo_prompts()
+    images = pixels(backdrop.render("val", 1, 3))[:4]
+    with torch.no_grad():
+        logits, z = similarity_logits(dual, images, concept_rows(dual, prompts)), dual.encode_image(images)
+        for c in (0, 7):
+            cosines = [F.cosine_similarity(z, dual.encode_text(dual.tokenize([t]))) for t in prompts.evaluation()[c]]
+            assert torch.allclose(logits[:, c], sum(cosines) / 5, atol=1e-6)
+        named = similarity_logits(dual, images, concept_rows(dual, prompts, "name"))
+        assert torch.allclose(named[:, 2], F.cosine_similarity(z, dual.encode_text(dual.tokenize(["fish"]))), atol=1e-6)
+        folded = as_classifier(dual, concept_rows(dual, prompts))
+        norms = z.norm(dim=1, keepdim=True)
+        assert torch.allclose(folded(images), logits * norms, atol=1e-4) and dual.visual.num_classes == 64
+    with pytest.raises(ValueError, match="by must be concepts or name"):
+        concept_rows(dual, prompts, "smell")
+
+
+# ---- parts ----
+
+
+def slow_part_iou(maps, masks, parts, part):
+    both = either = pictures = 0
+    for m, mask, name in zip(maps, masks, parts):
+        if name == part and mask.any():
+            up = F.interpolate(m[None, None].double(), mask.shape, mode="bilinear", align_corners=False)[0, 0].tolist()
+            flat = [v for row in up for v in row]
+            low, high = min(flat), max(flat)
+            flat = [(v - low) / (high - low) for v in flat]
+            found, true = [v > sum(flat) / len(flat) for v in flat], mask.flatten().tolist()
+            both += sum(a and b for a, b in zip(found, true))
+            either += sum(a or b for a, b in zip(found, true))
+            pictures += 1
+    return pictures, 100 * both / either
+
+
+def test_part_iou_is_what_the_loops_say():
+    maps, masks = torch.rand(6, 3, 4, generator=generator(1)), torch.rand(6, 12, 16, generator=generator(2)) > 0.7
+    masks[4] = False
+    parts = ["wing", "beak", "wing", "beak", "wing", "tail"]
+    table = part_table(maps, masks, parts)
+    assert table["part"].tolist() == ["wing", "beak", "tail"]
+    for row in table.itertuples():
+        pictures, iou = slow_part_iou(maps, masks, parts, row.part)
+        assert row.pictures == pictures and row.iou == pytest.approx(iou)
+    assert part_miou(table) == pytest.approx(table["iou"].mean())
+    perfect = part_table(masks[:1].float(), masks[:1], ["wing"])
+    assert part_miou(perfect) == 100
+    assert math.isnan(part_miou(part_table(maps[4:5], masks[4:5], ["wing"])))
+    for bad in ((maps[:2], masks, parts), (maps, masks.float(), parts), (maps, masks, parts[:3]), (maps[0], masks, parts)):
+        with pytest.raises(ValueError, match="bool masks"):
+            part_table(*bad)
+
+
+@pytest.mark.parametrize("kind", ["cub", "partimagenet"])
+def test_miniatures_are_read(kind, tmp_path):
+    root = miniature_parts(kind, tmp_path, count=3)
+    found = cub_parts(root) if kind == "cub" else partimagenet(root)
+    assert len(found) == 3
+    image, numbers, cls = found[0]
+    assert image.mode == "RGB" and numbers.shape == (image.height, image.width) and found[1][0].size != image.size
+    names = {found.names[n] for n in np.unique(numbers) if n in found.names}
+    if kind == "cub":
+        assert cls == "black footed albatross" and names == {"head", "tail"} and len(CUB_PARTS) == 10
+    else:
+        assert cls == "tench" and names == {"head", "fin"} and 40 in numbers and 40 not in found.names
+
+
+def test_part_sets_say_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="no .jpg pictures in"):
+        cub_parts(tmp_path)
+    root = miniature_parts("partimagenet", tmp_path)
+    (root / "annotations/test/n01440764_10027.png").unlink()
+    with pytest.raises(ValueError, match="1 of 3 pictures have no annotation"):
+        partimagenet(root)
+    miniature_parts("partimagenet", tmp_path)
+    (root / "annotations/test/test.json").unlink()
+    with pytest.raises(ValueError, match="names of the parts"):
+        partimagenet(root)
+    miniature_parts("partimagenet", tmp_path)
+    Image.new("RGB", (8, 8)).save(root / "images/test/dog_1.JPEG")
+    Image.new("L", (9, 8)).save(root / "annotations/test/dog_1.png")
+    with pytest.raises(ValueError, match="WordNet id of ImageNet, got 'dog'"):
+        partimagenet(root)
+    root = miniature_parts("cub", tmp_path / "cub")
+    Image.new("L", (9, 8)).save(sorted((root / "CUB_Parts/parts_test").iterdir())[0])
+    with pytest.raises(ValueError, match="is 9 × 8 pixels; its picture is 40 × 48"):
+        cub_parts(root)[0]
+    with pytest.raises(ValueError, match="kind must be cub or partimagenet"):
+        miniature_parts("coco", tmp_path)
+
+
+def test_part_scores_ask_for_the_parts_that_are_there(dual, tmp_path):
+    asked = []
+
+    def text(cls, part):
+        asked.append((cls, part))
+        return f"{cls} {part}"
+
+    table = part_scores(dual, cub_parts(miniature_parts("cub", tmp_path)), Preprocess((64, 64), crop=1.0), text=text)
+    assert set(table["part"]) == {"head", "tail"} and (table["pictures"] == 3).all() and table["iou"].between(0, 100).all()
+    assert asked.count(("black footed albatross", "tail")) == 3
+    empty = cub_parts(miniature_parts("cub", tmp_path))
+    for file in empty.annotations:
+        Image.fromarray(np.zeros(np.array(Image.open(file)).shape, np.uint8)).save(file)
+    with pytest.raises(ValueError, match="expected pictures with parts"):
+        part_scores(dual, empty, Preprocess((64, 64), crop=1.0))
+
+
+# ---- the drawn world ----
+
+
+def test_every_concept_of_the_demo_names_parts_of_its_class():
+    prompts = demo_prompts()
+    names = {cls: {k: part.name for k, part in enumerate(parts, 1)} for cls, parts in CLASSES.items()}
+    say = lambda label, phrase: {names[prompts.classes[label]][k] for k in named_parts(label, phrase)}
+    assert all(say(label, phrase) for label, concepts in enumerate(prompts.concepts) for phrase in concepts)
+    assert say(0, "two folded wings") == {"wing"} and say(8, "dark spiral core") == {"spiral core"} and say(8, "spiral pattern") == {"spiral", "spiral core"}
+    assert say(1, "jet engine under the wing") == {"engine"} and say(11, "side fins") == {"fins"} and say(0, "whiskers") == set()
+    pictures = backdrop.render("val", 2, 4)
+    masks = true_masks(pictures, prompts)
+    beak = 1 + [p.name for p in CLASSES["bird"]].index("beak")
+    assert masks.shape == (24, 5, 64, 64) and np.array_equal(masks[0, 0].numpy(), pictures.parts[0] == beak)
+
+
+def test_scores_of_maps_are_those_of_the_pieces(dual):
+    prompts, pictures = demo_prompts(), backdrop.render("val", 1, 8)
+    table = explanation_scores(dual, prompts, pictures, "val").set_index("metric")["value"]
+    maps = class_maps(dual, prompts, pixels(pictures), torch.from_numpy(pictures.labels), batch=5)
+    assert maps.shape == (12, 6, 8, 8) and not maps.requires_grad
+    assert table["disentanglability"] == pytest.approx(disentanglability(maps[:, 1:]).value)
+    masks = true_masks(pictures, prompts)
+    hits = []
+    for map_, mask in zip(maps[:, 1:].flatten(0, 1), masks.flatten(0, 1)):
+        if mask.any():
+            row, column = divmod(int(map_.argmax()), 8)
+            near = widen(mask[None], 4)[0]
+            hits.append(near[8 * row : 8 * row + 8, 8 * column : 8 * column + 8].double().mean().item())
+    assert table["pointing"] == pytest.approx(100 * sum(hits) / len(hits), rel=1e-3)
+    assert set(table.index) == {"disentanglability", "overlap", "localizability", "part_miou", "part_miou_swapped", "pointing", "pointing_swapped"}
+    assert "localizability" not in set(explanation_scores(dual, prompts, pictures, "val", insertion=False)["metric"])
+
+
+def test_tests_are_the_demo_s_pictures(tmp_path, monkeypatch):
+    from cft.demo import batches, read_set
+
+    monkeypatch.setattr(dealmetrics, "TESTS", ("v2",))
+    monkeypatch.setattr(dealmetrics, "SEGMENTATION_PER_CLASS", 1)
+
+    world = backdrop.write(tmp_path / "w", {"v2": 24}, seed=60003)
+    ours, theirs = drawn_tests(3)["v2"], batches(read_set(world, "v2", base_model(0)))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a["image"], b["image"], atol=1e-6) and torch.equal(a["label"], b["label"]) and torch.equal(a["object"], b["object"])
+
+
+# ---- the dual encoder ----
+
+
+def test_lessons_are_true():
+    lesson = Lessons(3, objects=8, scenes=4).batch(24, np.random.default_rng(0))
+    assert lesson.images.shape == (24, 3, 64, 64) and lesson.true.diagonal().all()
+    for j, text in enumerate(lesson.captions):
+        named = [c for c in CLASSES if text.split()[0].strip(",") == c]
+        if named and "with" in text:  # limited to its class
+            assert lesson.labels[j] == list(CLASSES).index(named[0])
+            assert not lesson.true[lesson.labels != lesson.labels[j], j].any()
+    assert lesson.cover.shape == (24, 64, len(lesson.places)) and lesson.cover.min() >= 0 and lesson.cover.max() <= 1
+    own = lesson.cover[lesson.places, :, range(len(lesson.places))]
+    assert (own.sum(1) * 64 >= 8).all()  # a caption's part is in its picture
+    again = Lessons(3, objects=8, scenes=4).batch(24, np.random.default_rng(0))
+    assert torch.equal(again.images, lesson.images) and again.captions == lesson.captions
+
+
+def test_balanced_is_the_sum_of_two_means():
+    logits, match = torch.randn(5, 4, generator=generator(1)), torch.rand(5, 4, generator=generator(2)) > 0.6
+    counts = torch.rand(5, 4, generator=generator(3)) > 0.3
+    side = lambda want: [math.log(1 + math.exp(-z if want else z)) for z, m, c in zip(logits.flatten().tolist(), match.flatten().tolist(), counts.flatten().tolist())
+                         if m == want and c]
+    assert balanced(logits, match, counts).item() == pytest.approx(sum(sum(s) / len(s) for s in (side(True), side(False))), rel=1e-5)
+
+
+def test_the_dual_encoder_learns_and_is_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(deal, "Lessons", lambda seed: Lessons(seed, objects=8, scenes=4))
+    first, again = (make_dual(0, steps=2, progress=False).state_dict() for _ in range(2))
+    assert all(torch.equal(v, again[k]) for k, v in first.items())
+    torch.manual_seed(0)
+    dual = TinyDual(base_model(0))
+    log = train_dual(dual, Lessons(1, objects=8, scenes=4), 1, steps=6, batch=16, progress=False)
+    assert len(log) == 6 and set(log[0]) == {"captions", "presence", "places"} and log[-1]["captions"] < log[0]["captions"]
+    save_dual(tmp_path, dual.half().float(), steps=6)
+    back = dual_encoder(tmp_path)
+    assert all(torch.equal(v, back.state_dict()[k]) for k, v in dual.state_dict().items()) and not back.training
+    assert torch.equal(dual.tokenize(["bird, which has WINGS"]), dual.tokenize(["bird wings"]))
+    assert dual.encode_text(dual.tokenize(["xyzzy"])).isfinite().all()
+    (tmp_path / "deal_dual.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="does not have the SHA-256"):
+        dual_encoder(tmp_path)
+    with pytest.raises(ValueError, match="install the package again"):
+        dual_encoder(tmp_path / "nowhere")
+
+
+# ---- the experiment ----
+
+
+def test_variants_are_named():
+    prompts = demo_prompts()
+    recipe = deal_settings("released code", 3, prompts)
+    assert recipe.objective.detach and recipe.objective.twins == "ignored" and recipe.seed == 7003 and recipe.epochs == 8
+    assert (recipe.objective.disentangle, recipe.objective.localise) == (0.1, 0.01)
+    for name in (AS_IS, "magic"):
+        with pytest.raises(ValueError, match="variant must be one of contrastive"):
+            deal_settings(name, 0, prompts)
+
+
+def synthetic(shift):
+    rows = []
+    for m, method in enumerate((*VARIANTS, "plain", "cft")):
+        for seed in range(5):
+            value = lambda base, m=m, seed=seed: base + shift[m] + 0.01 * seed
+            for name in ("val", "v2", *backdrop.SHIFTED):
+                rows += [(method, seed, name, split, "top1", value(50), 10) for split in ("all", "fine-tuned", "other")]
+            rows.append((method, seed, "segmentation", "all", "mean_iou", value(50), 10))
+            if method in VARIANTS:
+                for name in ("segmentation", "adversarial"):
+                    for metric in ("disentanglability", "overlap", "part_miou", "part_miou_swapped", "pointing", "pointing_swapped"):
+                        rows.append((method, seed, name, "all", metric, value(0) if "swapped" not in metric else 1.0, 10))
+                rows.append((method, seed, "segmentation", "all", "localizability", value(0), 10))
+                rows.append((method, seed, "val", "all", "top1_by_name", value(50), 10))
+    return pd.DataFrame(rows, columns=["method", "seed", "set", "split", "metric", "value", "n"])
+
+
+def test_claims_have_the_sign_of_the_numbers():
+    results = synthetic([0.0, -1.0, 2.0, 0.5, 1.0, -1.0, 0.0, 3.0])  # in the order of the methods
+    claims = deal_claims(results).set_index("claim")
+    assert len(claims) == len(CLAIMS) + 7 and (claims["seeds"] == 5).all()
+    verdict = claims["verdict"].to_dict()
+    assert verdict["DEAL's maps are further apart than the model's own"] == "holds"
+    assert verdict["Contrastive fine-tuning brings the maps closer together"] == "holds"
+    assert verdict["Without localisation accuracy at home drops"] == "contradicted"
+    assert verdict["CFT from the same weights is more accurate than DEAL on adversarial backgrounds"] == "holds"
+    paper = claims["in the paper"]
+    assert paper["DEAL's maps are further apart than the model's own"] == pytest.approx(0.397 - 0.361)
+    assert paper["Without disentanglement accuracy at home drops"] == pytest.approx(60.4 - 70.8)
+    assert paper["DEAL's maps segment parts better than the model's own"] == pytest.approx((15.69 + 12.73 - 10.49 - 8.79) / 2)
+    assert paper[[c for c in paper.index if "CFT" in c]].isna().all()
+    columns = deal_columns(results)
+    assert columns.query("column == 'specificity' and method == 'DEAL' and seed == 0")["value"].item() == pytest.approx(0.0)
+    table = deal_table(results)
+    assert table.loc["cft", "part_miou"] == "" and table.loc["DEAL", "val"] == "51.0 ± 0.0"
+
+
+def test_the_run_resumes_and_the_released_code_is_contrastive_bit_for_bit(dual, tmp_path, monkeypatch):
+    world = backdrop.write(tmp_path / "small", {"train": 2}, seed=1)
+    folder = scan(world / "images/train", world / "masks/train", world / "objects/train", list(CLASSES)).only([0, 1])
+    monkeypatch.setattr(dealmetrics, "training_images", lambda *_: MaskedImages(folder, Preprocess.of(dual.visual, margin=1.0), train=True, keep=True))
+    monkeypatch.setattr(dealmetrics, "write_world", lambda *_: None)
+    for name in ("EPOCHS", "TEST_PER_CLASS", "SEGMENTATION_PER_CLASS"):
+        monkeypatch.setattr(dealmetrics, name, 1)
+    monkeypatch.setattr(dealmetrics, "TESTS", ("val", "adversarial"))
+    methods = ("contrastive", "DEAL", "released code", "plain")
+    found = run_deal(tmp_path / "out", (0,), methods, tmp_path / "work", dual, progress=False)
+    same = found["results"].query("metric == 'same_weights_as_contrastive'")
+    assert same["value"].tolist() == [1.0]
+    weights = lambda method: (tmp_path / "work/seed_0" / method / "weights.txt").read_text()
+    assert weights("released_code") == weights("contrastive") != weights("DEAL")
+    record = json.loads((tmp_path / "out/deal.json").read_text())
+    assert record["demo"] and record["methods"] == list(methods)
+    kept = tmp_path / "work/seed_0/DEAL/scores.csv"
+    kept.write_text(kept.read_text().replace("disentanglability", "overlap_kept"))
+    again = run_deal(tmp_path / "out", (0,), methods, tmp_path / "work", dual, progress=False)["results"]
+    assert len(again.query("metric == 'overlap_kept'")) == 2  # finished methods are read back
+    with pytest.raises(ValueError, match="methods must be among"):
+        run_deal(tmp_path / "out", (0,), ("magic",))
