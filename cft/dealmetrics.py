@@ -7,7 +7,7 @@ __all__ = ['CUB_PARTS', 'AS_IS', 'VARIANTS', 'RIVALS', 'RATE', 'DRAWN', 'CLAIMS'
            'disentanglability', 'half_blur', 'insertion_scores', 'localizability', 'concept_rows', 'similarity_logits',
            'part_table', 'part_miou', 'PartSet', 'cub_parts', 'partimagenet', 'miniature_parts', 'part_scores',
            'named_parts', 'true_masks', 'pixels', 'class_maps', 'explanation_scores', 'drawn_tests', 'deal_settings',
-           'dual_scores', 'tune_deal', 'deal_columns', 'deal_claims', 'deal_table', 'run_deal']
+           'dual_scores', 'tune_deal', 'selected_rate', 'deal_columns', 'deal_claims', 'deal_table', 'run_deal']
 
 # %% ../nbs/related/03_dealmetrics.ipynb #7e70c7ff
 import json
@@ -31,7 +31,7 @@ from . import backdrop
 from .backdrop import CLASSES, Pictures
 from .data import Preprocess, open_image
 from .datasets import class_names, synsets
-from .deal import Deal, DualEncoder, Explain, Prompts, TinyDual, as_classifier, concept_maps, demo_prompts, dual_encoder, embed, overlap
+from .deal import RELATED, Deal, DualEncoder, Explain, Prompts, TinyDual, as_classifier, concept_maps, demo_prompts, dual_encoder, embed, overlap
 from cft.demo import (
     EPOCHS, POOL_PER_CLASS, SEGMENTATION_PER_CLASS, TEST_PER_CLASS, TESTS, TRAIN_PER_CLASS, batches, headline, measure, read_set,
     settings, swapped_batches, training_images, tuned_classes, write_world,
@@ -399,6 +399,15 @@ def tune_deal(work: str | Path, rates: Sequence[float] = (1e-5, 3e-5, 1e-4, 3e-4
             rows.append({"method": method, "rate": rate, "seed": seed}
                         | {name: 100 * (logits.argmax(1) == labels).double().mean().item() for name, (logits, labels) in found.items()})
     return pd.DataFrame(rows)
+
+
+def selected_rate(trials: pd.DataFrame, least: float = 1.0) -> float:
+    """The smallest rate of `tune_deal` at which contrastive fine-tuning moves the mean of swapped accuracies by more than `least` points."""
+    means = trials.groupby(["method", "rate"], dropna=False)["swapped"].mean()
+    moved = (means["contrastive"] - means[AS_IS].iloc[0]).abs() > least
+    if not moved.any():
+        raise ValueError(f"no rate moves the accuracy by {least} points; the largest was {moved.index.max():g}")
+    return float(moved[moved].index.min())
 
 # %% ../nbs/related/03_dealmetrics.ipynb #450fc6e1
 _TERMS = {"CLIP-zs": AS_IS, "CLIP-ft-full": "contrastive", "DEAL w/o local.": "disentangle only", "DEAL w/o disen.": "localise only", "DEAL": "DEAL", "CFT": "cft"}

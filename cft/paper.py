@@ -225,7 +225,7 @@ def artefact(key: str) -> Artefact:
     return found[key]
 
 # %% ../nbs/21_paper.ipynb #af3e1334
-_VARIANTS = {  # a variant is a method and what it does otherwise; chapter 24 says what the second word stands for
+_VARIANTS = {  # a variant is a method and what it does otherwise; the jobs say what the second word stands for
     "Segmentation": "object", "GSAM-class": "class", "w/o L_cls": "no-classify", "w/o L_non-concept": "no-background",
     "w/o L_concept": "no-concept", "w/ ground-truth CE": "labels", "GradCAM": "gradcam", "Gradient-Rollout": "gradient-rollout",
     "IIA": "iia", "CFT, thresholds 40/40": "strict", "CFT, thresholds 5/10": "loose", "CFT, no validation": "unvalidated",

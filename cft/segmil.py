@@ -7,8 +7,8 @@ __all__ = ['DEMO_RULES', 'DEMO_RECIPE', 'VARIANTS', 'LABELS', 'TRIALS', 'SEGMIL_
            'similarities', 'retrieve', 'ground', 'SegmentRules', 'Segment', 'suppress', 'segments_of', 'cut_out',
            'mean_colour', 'Bags', 'collate', 'BagAnswer', 'SegMil', 'backbone_of', 'Standard', 'segment_targets',
            'alignment', 'segmil_loss', 'SegMilRecipe', 'predict_bags', 'train_segmil', 'Featured', 'featured',
-           'Explanation', 'explain', 'Variant', 'demo_vocabulary', 'demo_bags', 'segmil_trials', 'attention_on',
-           'group_rows', 'run_segmil', 'segmil_table']
+           'Explanation', 'explain', 'Variant', 'demo_vocabulary', 'drawn_bags', 'demo_bags', 'segmil_trials',
+           'attention_on', 'group_rows', 'run_segmil', 'segmil_table']
 
 # %% ../nbs/related/01_segmil.ipynb #c3fd2bf9
 import copy
@@ -45,7 +45,7 @@ from .finetuning import Diverged, FineTuned, _finished, _resume, _save_state, _w
 from .grounding import Grounder
 from .groups import backdrop_set, group_scores, judged
 from .masks import MAX_PIXELS, MaskStore, Work, _build, _recipe, _rows, list_folder
-from .models import SEEDS, base_model, save_model
+from .models import ASSETS, SEEDS, base_model, save_model
 from .paper import Claim, scores_of
 from .suite import accuracy_rows, checkpoint, reading_of, run_pass
 
@@ -621,18 +621,23 @@ def demo_vocabulary(context: bool = False) -> tuple[str, ...]:
     return tuple(sorted({text for _, text in demo_concepts().pairs(MASK_KINDS if context else ("important",))}))
 
 
+def drawn_bags(source: PictureFiles, base: nn.Module, root: str | Path, context: bool = False, rules: SegmentRules = DEMO_RULES,
+               like: tuple[Standard, Tensor] | None = None, known: MaskStore | None = None) -> tuple[Bags, tuple[Standard, Tensor]]:
+    """Bags of drawn pictures: retrieved, grounded (masks go into `root`), cut; and what pictures of use are to be treated `like`."""
+    vocabulary, encoder = demo_vocabulary(context), FinderPairs(finder())
+    similarity = similarities(encoder, (image for image, _ in source), vocabulary)
+    standard, fill = like or (Standard.of(similarity), mean_colour(source))
+    phrases = retrieve(similarity, vocabulary, rules.top)
+    store = ground(source, phrases, finder(), root, known, progress=False)
+    return Bags(source, Preprocess.of(base), store, phrases, rules, fill, {"target": standard.targets(similarity)}), (standard, fill)
+
+
 def demo_bags(world: Path, root: Path, base: nn.Module, context: bool = False, rules: SegmentRules = DEMO_RULES,
               known: MaskStore | None = None, sets: Sequence[str] = ("val", "adversarial")) -> tuple[Bags, Bags]:
     """Bags of the training pictures and of test `sets` together, in groups; masks go below `root`. known: a store of training pictures."""
-    find, vocabulary, made, standard, fill = finder(), demo_vocabulary(context), [], None, None
-    encoder = FinderPairs(find)
-    for name, source in (("train", folder_set(world / "images/train", list(CLASSES), "train")), ("test", backdrop_set(world, sets))):
-        similarity = similarities(encoder, (image for image, _ in source), vocabulary)
-        standard, fill = standard or Standard.of(similarity), mean_colour(source) if fill is None else fill
-        phrases = retrieve(similarity, vocabulary, rules.top)
-        store = ground(source, phrases, find, root / f"{name}{'_context' * context}_{rules.top}", known if name == "train" else None, progress=False)
-        made.append(Bags(source, Preprocess.of(base), store, phrases, rules, fill, {"target": standard.targets(similarity)}))
-    return made[0], made[1]
+    place = lambda name: root / f"{name}{'_context' * context}_{rules.top}"
+    train, like = drawn_bags(folder_set(world / "images/train", list(CLASSES), "train"), base, place("train"), context, rules, known=known)
+    return train, drawn_bags(backdrop_set(world, sets), base, place("test"), context, rules, like)[0]
 
 
 def _new_model(backbone: nn.Module, train: Dataset, features: int, seed: int) -> SegMil:
