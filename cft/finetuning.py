@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,6 +128,14 @@ class FineTuned(NamedTuple):
 
     model: nn.Module  # in evaluation mode
     record: dict  # everything needed to say what this model is
+
+    def _repr_html_(self) -> str:
+        record, made = self.record, self.record.get("provenance", {})
+        parts = [f"{record['recipe']['objective']['name']} at rate {record['recipe']['rate']:g}"] if "recipe" in record else []
+        parts += [f"{record['data']['pictures']} pictures, {record['steps']} steps"] if "data" in record else []
+        parts += [f"{record['seconds']:.1f} s", *(f"{name} {str(made[name])[:12]}" for name in ("cft", "torch", "commit") if made.get(name))]
+        losses = pd.DataFrame(record.get("epochs", [])).rename_axis("epoch").iloc[[0, -1]].to_html(float_format="{:.4f}".format) if record.get("epochs") else ""
+        return f"<b>Fine-tuned {type(self.model).__name__}</b>: {escape('; '.join(parts))}{losses}"
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -277,6 +277,12 @@ class Results:
             raise ValueError(f"no results in {self.root}; expected files in its folder rows")
         return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
 
+    def _repr_html_(self) -> str:
+        if not (self.root / "rows").is_dir():
+            return "<b>Results</b>: none yet"
+        rows = self.rows()
+        return f"<b>Results</b>: {len(rows)} numbers; in percent{headline(rows).round(1).to_html(escape=True, na_rep='')}"
+
 # %% ../nbs/19_suite.ipynb #0a57cb53
 DRAWS = 1000
 

@@ -239,7 +239,10 @@ def test_draw(images):
 
 
 def test_card_and_rehearsal(images, tmp_path):
-    record = fine_tune(base_model(0), images, replace(METHODS["cft"], epochs=1), tmp_path, progress=False).record
+    done = fine_tune(base_model(0), images, replace(METHODS["cft"], epochs=1), tmp_path, progress=False)
+    record, shown = done.record, done._repr_html_()
+    assert f"{record['data']['pictures']} pictures, {record['steps']} steps" in shown and f"{record['epochs'][0]['loss']:.4f}" in shown
+    assert "2.5 s" in FineTuned(done.model, {"seconds": 2.5})._repr_html_()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card == model_card(record, TINY) and record["data"]["digest"] in card and "patented" in card
     price = rehearse(base_model(0), images, METHODS["cft"])

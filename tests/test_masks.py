@@ -414,7 +414,10 @@ def test_one_of_many_takes_a_shard(tmp_path):
     def reach():
         time.sleep(max(0, start - time.time()))
         taken = masks._Shard(tmp_path, 0, 600).take()
-        time.sleep(0.3)
+        (tmp_path / f"tried_{os.getpid()}").touch()
+        until = time.time() + 60
+        while len(list(tmp_path.glob("tried_*"))) < 12 and time.time() < until:  # a writer that is gone would free the shard
+            time.sleep(0.05)
         os._exit(10 if taken else 11)
 
     results = [status_of(child) for child in [in_child(reach) for _ in range(12)]]

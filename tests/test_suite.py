@@ -426,6 +426,7 @@ def test_rows_say_where_they_come_from(tmp_path):
     assert set(rows.split) == {"all", "fine-tuned", "other", "worst group"}
     evaluate_suite(models, [Colours()], tmp_path, loop=Loop(precision="bfloat16"))              # another question, no new pass
     assert set(store.rows().split) == {"all", "worst group"}
+    assert "linear 0" in store._repr_html_() and "none yet" in Results(tmp_path / "nowhere")._repr_html_()
     table = headline(rows)
     assert table.loc[("linear 0", "model"), ("colours", "top1")] == pytest.approx(100 * store.pictures("colours", "linear 0").full_top1.mean())
 
