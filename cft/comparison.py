@@ -28,7 +28,8 @@ from .deal import as_classifier, demo_prompts, dual_encoder
 from .dealmetrics import concept_rows, deal_settings
 from .demo import ANNOTATED, ORIGINAL, batches, find_concepts, read_set, settings, training_images, write_world
 from .demo import LABELS as OF_DEMO
-from .evaluation import COLUMNS, over_seeds
+from .evaluation import COLUMNS
+from .seeds import over_seeds
 from .faithfulness import share_inside
 from .finetuning import fine_tune
 from .groups import backdrop_set, judged

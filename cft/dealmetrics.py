@@ -36,7 +36,8 @@ from cft.demo import (
     EPOCHS, POOL_PER_CLASS, SEGMENTATION_PER_CLASS, TEST_PER_CLASS, TESTS, TRAIN_PER_CLASS, batches, headline, measure, read_set,
     settings, swapped_batches, training_images, tuned_classes, write_world,
 )
-from .evaluation import evaluate, foreground, over_seeds, predict
+from .evaluation import evaluate, foreground, predict
+from .seeds import over_seeds
 from .faithfulness import blend, order_of, pointing
 from .finder import ATOMS, MEANINGS, plural, read_phrase
 from .finetuning import FineTuned, fine_tune, provenance

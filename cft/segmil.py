@@ -39,7 +39,8 @@ from .concepts import MASK_KINDS, ClipText, demo_concepts, need
 from .data import MaskedImages, Preprocess
 from .datasets import PictureFiles, folder_set
 from .demo import POOL_PER_CLASS, TEST_PER_CLASS, settings
-from .evaluation import COLUMNS, over_seeds
+from .evaluation import COLUMNS
+from .seeds import over_seeds
 from .finder import Finder, finder
 from .finetuning import Diverged, FineTuned, _finished, _resume, _save_state, _write_json, fine_tune, provenance
 from .grounding import Grounder

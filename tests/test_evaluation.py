@@ -17,8 +17,6 @@ from cft.evaluation import (
     evaluate,
     foreground,
     image_scores,
-    over_seeds,
-    paired_difference,
     predict,
     prediction_table,
     segmentation_scores,
@@ -27,6 +25,7 @@ from cft.evaluation import (
     top_k,
     wilson_interval,
 )
+from cft.seeds import over_seeds, paired_difference
 
 # quantiles of the t distribution at 97.5 %, from printed tables; the key is the degrees of freedom
 T_TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 29: 2.045}

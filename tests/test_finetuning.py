@@ -13,7 +13,7 @@ import torch
 
 from cft import backdrop
 from cft.data import MaskedImages, Preprocess, scan
-from cft.finetuning import Diverged, Sampler, averaged, draw, fine_tune, model_card, pieces, rehearse
+from cft.finetuning import Diverged, FineTuned, Sampler, averaged, draw, fine_tune, model_card, pieces, rehearse
 from cft.models import TINY, base_model
 from cft.objectives import METHODS, CrossEntropy
 
