@@ -28,7 +28,7 @@ demo: .venv/.ready
 
 page: .venv/.ready
 	@mkdir -p runs
-	@$(PY) -m papermill --no-progress-bar nbs/22_demo.ipynb runs/demo.ipynb -p results $(CURDIR)/figures/demo >runs/demo.log 2>&1 || { tail -30 runs/demo.log; exit 1; }
+	@$(PY) -m papermill --no-progress-bar nbs/23_demo.ipynb runs/demo.ipynb -p results $(CURDIR)/figures/demo >runs/demo.log 2>&1 || { tail -30 runs/demo.log; exit 1; }
 	@echo "The page, executed: runs/demo.ipynb"
 
 reproduce: .venv/.ready
@@ -56,7 +56,7 @@ lab: .venv/.ready
 
 bench: .venv/.ready
 	@mkdir -p runs
-	$(PY) -m papermill nbs/23_bench.ipynb runs/23_bench.ipynb -p full True -p out figures/bench.csv
+	$(PY) -m papermill nbs/24_bench.ipynb runs/24_bench.ipynb -p full True -p out figures/bench.csv
 	@cat figures/bench.csv
 
 clean:

@@ -156,8 +156,9 @@ def test_flips(small):
 
 def test_a_run_is_read_file_by_file(tmp_path):
     """Only the files of an artefact are read, and one that is missing is named."""
-    write_settings(read_settings("smoke"), tmp_path / "settings.yaml")
-    work = Work(read_settings("smoke"), ("table3",))
+    settings = read_settings("smoke").model_copy(update={"our_form": True})
+    write_settings(settings, tmp_path / "settings.yaml")
+    work = Work(settings, ("table3",))
     for model, method, seed, name in work.tested():
         path = tmp_path / rows_file(model, method, seed, name)
         path.parent.mkdir(parents=True, exist_ok=True)
