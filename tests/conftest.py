@@ -4,6 +4,7 @@ import pytest
 LONG = ("test_workflow", "test_notebooks", "test_browser", "test_tutorial", "test_cli")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem != "test_notebooks":
