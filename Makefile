@@ -42,7 +42,7 @@ figures: page
 	$(PY) -c "from cft.pages import write_scoreboard; write_scoreboard('README.md', 'figures/reproduce-demo')"
 
 test: .venv/.ready
-	$(PY) -m pytest -n 2 --dist loadgroup --durations 25
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 export: .venv/.ready
 	.venv/bin/nbdev_export

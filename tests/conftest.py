@@ -1,12 +1,5 @@
-"""Tests that share what is costly to make stay together, and long ones come first."""
-import pytest
-
+"""Long files come first; with `--dist loadfile` the tests of a file share what is costly to make."""
 LONG = ("test_workflow", "test_notebooks", "test_browser", "test_tutorial", "test_cli")
-
-
-def pytest_itemcollected(item):
-    if item.path.stem != "test_notebooks":
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_collection_modifyitems(items):
