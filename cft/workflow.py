@@ -98,8 +98,9 @@ class Graph:
         return json.dumps({name: values[name] for name in names}, sort_keys=True)
 
     def targets(self) -> list[str]:
-        """The pages."""
-        return [page_file(key) for key in self.work.keys]
+        """The pages, and what they rest on: a checkpoint or a result that was deleted is made again."""
+        rest = {*(model_file(*t) for t in self.work.tuned()), *(name for key in self.work.keys for name in self.to_page(key))}
+        return [*(page_file(key) for key in self.work.keys), *sorted(rest)]
 
 # %% ../nbs/28_workflow.ipynb #4780076d
 def serve(path: str, modules: Sequence[str] = ("cft.jobs", "cft.pages")) -> None:
@@ -231,7 +232,7 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
     else:  # looking at some of the jobs that are ready, not at all of them each time, leaves the processor to the jobs
         arguments += ["--scheduler-subsample", str(32 * cores)]
     os.environ["CFT_GPUS"] = str(gpus if cuda and executor == "local" else 0)
-    targets = [*(page_file(key) for key in work.keys), *(page_file(key) for key in related)]
+    targets = [*Graph(work).targets(), *(page_file(key) for key in related)]
     with only_one(root), contextlib.ExitStack() as stack:
         command = stack.enter_context(warm_workers(root)) if executor == "local" and not cuda else plain_command()
         began = time.time()
@@ -247,8 +248,7 @@ def progress_of(root: Path, graph: Graph, shown: bool) -> Iterator[None]:
 
     counted = root / "jobs.jsonl"
     lines = lambda: counted.read_bytes().count(b"\n") if counted.is_file() else 0
-    wanted = {*(model_file(*t) for t in graph.work.tuned()), *(name for key in graph.work.keys for name in graph.to_page(key)), *graph.targets(),
-              *(name for seed in graph.work.seeds for name in graph.world(seed)), "concepts.json"}
+    wanted = {*graph.targets(), *(name for seed in graph.work.seeds for name in graph.world(seed)), "concepts.json"}
     start, ended = lines(), threading.Event()
     bar = tqdm(total=sum(not (root / name).is_file() for name in wanted), desc="jobs", disable=not shown,
                mininterval=0.1 if sys.stderr.isatty() else 30)  # the least: what is stale comes on top
