@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .backdrop import CLASSES
 from .datasets import PictureFiles, folder_set
@@ -28,7 +27,6 @@ from .deal import as_classifier, demo_prompts, dual_encoder
 from .dealmetrics import concept_rows, deal_settings
 from .demo import ANNOTATED, ORIGINAL, batches, find_concepts, read_set, settings, training_images, write_world
 from .demo import LABELS as OF_DEMO
-from .evaluation import COLUMNS
 from .seeds import over_seeds
 from .faithfulness import share_inside
 from .finetuning import fine_tune
@@ -36,7 +34,7 @@ from .groups import backdrop_set, judged
 from .models import SEEDS, base_model
 from .paper import Claim, scores_of
 from .relevance import relevance
-from .segmil import DEMO_RECIPE, _new_model, attention_on, backbone_of, drawn_bags, featured, group_rows, predict_bags, train_segmil
+from .segmil import DEMO_RECIPE, _new_model, attention_on, backbone_of, drawn_bags, featured, group_rows, predict_bags, run_methods, train_segmil
 from .suite import checkpoint, reading_of, run_pass
 
 # %% ../nbs/related/04_comparison.ipynb #28fbfb2c
@@ -113,12 +111,11 @@ class _Seed:
         if method in ("", ORIGINAL):
             return start, 0.0, 0.0
         prepared = self.finding if method.startswith("cft") and method not in ANNOTATED else 0.0
+        images = training_images(self.world, self.seed, start, method, self.work / "found")
         if method in ("contrastive", "DEAL"):
-            images = training_images(self.world, self.seed, self.dual.visual, "plain", self.work / "found")
             done = fine_tune(self.dual, images, deal_settings(method, self.seed, self.prompts), progress=False)
             with torch.no_grad():
                 return as_classifier(done.model, concept_rows(done.model, self.prompts)), prepared, done.record["seconds"]
-        images = training_images(self.world, self.seed, start, method, self.work / "found")
         done = fine_tune(start, images, settings(method, self.seed), progress=False)
         return done.model, prepared, done.record["seconds"]
 
@@ -158,24 +155,9 @@ def run_comparison(out: str | Path, seeds: Sequence[int] = SEEDS, methods: Seque
     top1 and on_object in percent, preparing and training in seconds, answering in units of the plain classifier. What is
     finished below `work` (default: a folder beside `out`) is not run again. Raises ValueError for an unknown method.
     """
-    unknown = set(methods) - set(LABELS)
-    if unknown:
-        raise ValueError(f"expected some of {', '.join(LABELS)}; got {', '.join(sorted(unknown))}")
-    out, tables = Path(out), []
+    out = Path(out)
     work = Path(work) if work else out.with_name(out.name + "_work")
-    for seed in seeds:
-        job = None
-        for name in tqdm(methods, desc=f"seed {seed}", disable=not progress):
-            file = work / f"seed_{seed}" / f"{name.replace(' ', '_')}.csv"
-            if not file.is_file():
-                job = job or _Seed(seed, work)
-                job.rows(name).to_csv(file.with_suffix(".tmp"), index=False, float_format="%.4f")
-                file.with_suffix(".tmp").rename(file)
-            tables.append(pd.read_csv(file).assign(method=name, seed=seed))
-    out.mkdir(parents=True, exist_ok=True)
-    scores = pd.concat(tables, ignore_index=True)[["method", "seed", *COLUMNS]]
-    scores.to_csv(out / "comparison.csv", index=False)
-    return scores
+    return run_methods(out / "comparison.csv", work, lambda seed: _Seed(seed, work), seeds, methods, tuple(LABELS), progress)
 
 # %% ../nbs/related/04_comparison.ipynb #56a40531
 _WORST = ("groups, worst group",)

@@ -15,7 +15,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,7 +26,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -39,7 +37,8 @@ from .backdrop import BACKGROUNDS, CLASSES, SIZE
 from .concepts import FORMATS, SYSTEM, Answer, ClassName, Facts, Question, Record, Sampling, ask, need
 from .data import Preprocess
 from .finder import ATOMS, MEANINGS, PARTS, Meaning, as_rows, known_words, paraphrase
-from .models import ASSETS, TINY, base_model, load_model, read_weights
+from .finetuning import _write_json
+from .models import ASSETS, TINY, base_model, load_model, read_weights, write_safetensors
 from .objectives import Batch, Recipe
 from .relevance import minmax
 from .rules import UnsupportedModule, is_plain
@@ -639,14 +638,8 @@ DUAL = "deal_dual.safetensors"
 
 def save_dual(folder: str | Path, dual: TinyDual, **record: object) -> Path:
     """Write the weights (float16) and deal_dual.json with their SHA-256 into a folder, under temporary names first."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path, listing = folder / DUAL, folder / "deal_dual.json"
-    data = save({key: value.half().contiguous() for key, value in dual.state_dict().items()}, {"format": "pt"})
-    text = json.dumps({**record, "sha256": hashlib.sha256(data).hexdigest()}, indent=1) + "\n"
-    for file, content in ((path, data), (listing, text.encode())):
-        file.with_name(file.name + ".tmp").write_bytes(content)
-        os.replace(file.with_name(file.name + ".tmp"), file)
+    path = write_safetensors(Path(folder) / DUAL, {key: value.half().contiguous() for key, value in dual.state_dict().items()}, {"format": "pt"})
+    _write_json(path.with_name("deal_dual.json"), {**record, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     return path
 
 

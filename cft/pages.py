@@ -469,15 +469,11 @@ def inconsistencies_of(key: str) -> list:
 def notebook_of(key: str) -> Path:
     """The notebook of an artefact: in the installed package, or in the checkout. Raises ValueError if there is none."""
     package = Path(cft.__file__).parent
-    folder, name = ("related", _related_page(key)) if key in RELATED else ("paper", f"{key}.ipynb")
+    folder, name = ("related", RELATED[key]) if key in RELATED else ("paper", f"{key}.ipynb")
     for place in (package / "notebooks" / folder, package.parent / "nbs" / folder):
         if (place / name).is_file():
             return place / name
     raise ValueError(f"no page for {key!r}; expected {name} in nbs/{folder}")
-
-
-def _related_page(key: str) -> str:
-    return {"segmil": "01_segmil.ipynb", "deal": "03_dealmetrics.ipynb", "comparison": "04_comparison.ipynb"}[key]
 
 
 def run_page(notebook: str | Path, out: str | Path, parameters: Mapping[str, object]) -> Path:

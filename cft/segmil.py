@@ -8,20 +8,20 @@ __all__ = ['DEMO_RULES', 'DEMO_RECIPE', 'VARIANTS', 'LABELS', 'TRIALS', 'SEGMIL_
            'mean_colour', 'Bags', 'collate', 'BagAnswer', 'SegMil', 'backbone_of', 'Standard', 'segment_targets',
            'alignment', 'segmil_loss', 'SegMilRecipe', 'predict_bags', 'train_segmil', 'Featured', 'featured',
            'Explanation', 'explain', 'Variant', 'demo_vocabulary', 'drawn_bags', 'demo_bags', 'segmil_trials',
-           'attention_on', 'group_rows', 'run_segmil', 'segmil_table']
+           'attention_on', 'group_rows', 'run_methods', 'run_segmil', 'segmil_table']
 
 # %% ../nbs/related/01_segmil.ipynb #c3fd2bf9
 import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from html import escape
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -728,31 +728,43 @@ class _Seed:
         return pd.concat([group_rows(judged(test.source, predict_bags(model, test))), pd.DataFrame([attention])], ignore_index=True)
 
 
+def run_methods(file: Path, work: Path, begin: Callable[[int], Any], seeds: Sequence[int], methods: Sequence[str], known: Sequence[str],
+                progress: bool = True) -> pd.DataFrame:
+    """The rows of every seed and method, also in `file`: columns method, seed and `evaluation.COLUMNS`.
+
+    begin: makes, when it is first needed, what a seed's methods share, with their rows(method). What is finished below `work`
+    is not run again. Raises ValueError for a method that is not `known`.
+    """
+    unknown = set(methods) - set(known)
+    if unknown:
+        raise ValueError(f"expected some of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    tables = []
+    for seed, name in tqdm([(seed, name) for seed in seeds for name in methods], desc=file.stem, disable=not progress):
+        if name == methods[0]:
+            job = cache(lambda seed=seed: begin(seed))
+        done = work / f"seed_{seed}" / f"{name.replace(' ', '_')}.csv"
+        if not done.is_file():
+            table = job().rows(name)
+            done.parent.mkdir(parents=True, exist_ok=True)
+            table.to_csv(done.with_suffix(".tmp"), index=False, float_format="%.4f")
+            done.with_suffix(".tmp").rename(done)
+        tables.append(pd.read_csv(done).assign(method=name, seed=seed))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scores = pd.concat(tables, ignore_index=True)[["method", "seed", *COLUMNS]]
+    scores.to_csv(file, index=False)
+    return scores
+
+
 def run_segmil(out: str | Path, seeds: Sequence[int] = SEEDS, methods: Sequence[str] = tuple(LABELS), work: str | Path | None = None,
                bases: str | Path | None = None, progress: bool = True) -> pd.DataFrame:
     """Run the experiment in this process and write `out`/segmil.csv: columns method, seed and `evaluation.COLUMNS`, in percent.
 
     What is finished below `work` (default: `out`/segmil_work) is not run again. Raises ValueError for an unknown method.
     """
-    unknown = set(methods) - set(LABELS)
-    if unknown:
-        raise ValueError(f"expected some of {', '.join(LABELS)}; got {', '.join(sorted(unknown))}")
-    out, tables = Path(out), []
+    out = Path(out)
     work = Path(work) if work else out / "segmil_work"
-    for seed, name in tqdm([(seed, name) for seed in seeds for name in methods], desc="SEG-MIL-CBM", disable=not progress):
-        if name == methods[0]:
-            job = cache(lambda seed=seed: _Seed(seed, work, Path(bases) if bases else None))
-        file = work / f"seed_{seed}" / f"{name.replace(' ', '_')}.csv"
-        if not file.is_file():
-            table = job().rows(name)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            table.to_csv(file.with_suffix(".tmp"), index=False, float_format="%.4f")
-            file.with_suffix(".tmp").rename(file)
-        tables.append(pd.read_csv(file).assign(method=name, seed=seed))
-    out.mkdir(parents=True, exist_ok=True)
-    scores = pd.concat(tables, ignore_index=True)[["method", "seed", *COLUMNS]]
-    scores.to_csv(out / "segmil.csv", index=False)
-    return scores
+    begin = lambda seed: _Seed(seed, work, Path(bases) if bases else None)
+    return run_methods(out / "segmil.csv", work, begin, seeds, methods, tuple(LABELS), progress)
 
 # %% ../nbs/related/01_segmil.ipynb #a1d26bf4
 _WORST = ("groups, worst group",)

@@ -115,7 +115,7 @@ def write_settings(settings: Settings, path: str | Path) -> Path:
 # %% ../nbs/25_settings.ipynb #fa43fe19
 ONE_FORM = ("controls", "ledger")
 WITH_MAPS = ("fig1", "fig2")
-RELATED = ("segmil", "deal", "comparison")
+RELATED = {"segmil": "01_segmil.ipynb", "deal": "03_dealmetrics.ipynb", "comparison": "04_comparison.ipynb"}  # the page of each
 MAPPED = {"fig1": ("cft-paper", "cft"), "fig2": ("cft-paper", "cft")}
 
 Tuned = tuple[str, str, int]

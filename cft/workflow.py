@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,24 +191,30 @@ def _snakemake(root: Path, work: Work, command: str, arguments: Sequence[str], t
     (root / "workflow.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     words = [*targets, "--snakefile", str(profile_file("demo").with_name("Snakefile")), "--directory", str(root), "--configfile", str(root / "workflow.yaml"),
              "--keep-going", "--rerun-incomplete", "--nolock", "--rerun-triggers", "mtime", "params", "input", *arguments]
-    here, code = os.getcwd(), []
+    here = os.getcwd()
 
-    def run() -> None:
+    def run() -> int:
         try:
             main(words)
         except SystemExit as end:
-            code.append(int(end.code or 0))
+            return int(end.code or 0)
+        return 0
 
+    try:
+        if not _in_an_event_loop():
+            return run()
+        with ThreadPoolExecutor(1) as thread:  # in JupyterLab: Snakemake wants an event loop of its own, so it gets a thread of its own
+            return thread.submit(run).result()
+    finally:
+        os.chdir(here)
+
+
+def _in_an_event_loop() -> bool:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        run()
-    else:  # in JupyterLab: Snakemake wants an event loop of its own, so it gets a thread of its own
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-    os.chdir(here)
-    return code[0] if code else 0
+        return False
+    return True
 
 
 def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models: Sequence[str] = (), methods: Sequence[str] = (),
@@ -232,11 +239,12 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
     else:  # looking at some of the jobs that are ready, not at all of them each time, leaves the processor to the jobs
         arguments += ["--scheduler-subsample", str(32 * cores)]
     os.environ["CFT_GPUS"] = str(gpus if cuda and executor == "local" else 0)
-    targets = [*Graph(work).targets(), *(page_file(key) for key in related)]
+    graph = Graph(work)
+    targets = [*graph.targets(), *(page_file(key) for key in related)]
     with only_one(root), contextlib.ExitStack() as stack:
         command = stack.enter_context(warm_workers(root)) if executor == "local" and not cuda else plain_command()
         began = time.time()
-        with progress_of(root, Graph(work), not verbose):
+        with progress_of(root, graph, not verbose):
             _snakemake(root, work, command, [*arguments, *options], targets)
         return report(root, work, related, time.time() - began)
 
