@@ -500,11 +500,11 @@ def test_batch_norms_stay_frozen_in_training(resnet):
 
 def test_a_whole_vit_b_32_runs():
     """The real network with random weights: 7 × 7 maps of six texts, with a gradient."""
-    import open_clip
+    from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg, SimpleTokenizer
 
     torch.manual_seed(0)
-    clip = open_clip.model.CLIP(512, open_clip.model.CLIPVisionCfg(12, 768, patch_size=32), open_clip.model.CLIPTextCfg(layers=1))
-    model = OpenClip(clip, open_clip.SimpleTokenizer()).train()
+    clip = CLIP(512, CLIPVisionCfg(12, 768, patch_size=32), CLIPTextCfg(layers=1))
+    model = OpenClip(clip, SimpleTokenizer()).train()
     texts = embed(model, [["a bird", "a pointed beak", "two wings", "a long tail", "thin legs", "an eye"]])
     maps = attention_maps(model, torch.randn(1, 3, 224, 224, generator=generator()), texts)
     assert maps.shape == (1, 6, 7, 7)

@@ -163,10 +163,13 @@ def alive(pid):
 
 
 def wait_for(condition, seconds=60):
+    """What the condition gives once it gives something."""
     until = time.time() + seconds
-    while time.time() < until and not condition():
-        time.sleep(0.1)
-    assert condition()
+    while time.time() < until:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"waited for {seconds} seconds")
 
 
 def children(pid):
@@ -175,21 +178,20 @@ def children(pid):
 
 
 def test_warm_workers(tmp_path):
-    write_settings(read_settings("smoke"), tmp_path / "settings.yaml")
+    write_settings(read_settings("demo"), tmp_path / "settings.yaml")  # its world takes seconds to draw: time to kill it
     with warm_workers(tmp_path) as command:
         assert subprocess.run(f"{command} job.log concepts", shell=True, cwd=tmp_path).returncode == 0 and (tmp_path / "concepts.json").exists()
         assert subprocess.run(f"{command} job.log dance", shell=True, cwd=tmp_path).returncode == 1 and "no job 'dance'" in (tmp_path / "job.log").read_text()
         server = next(p for p in children(os.getpid()) if b"cft.workflow" in Path(f"/proc/{p}/cmdline").read_bytes())
         # a client that is killed takes its job with it
         client = subprocess.Popen(f"exec {command} world.log world seed=0", shell=True, cwd=tmp_path)
-        wait_for(lambda: children(server))
-        job = children(server)[0]
+        job = wait_for(lambda: children(server))[0]
         client.kill()
         wait_for(lambda: not alive(job))
+        assert not (tmp_path / "worlds/0.json").exists()
         # a server that ends takes its jobs with it
         client = subprocess.Popen(f"exec {command} world.log world seed=1", shell=True, cwd=tmp_path, stderr=subprocess.DEVNULL)
-        wait_for(lambda: children(server))
-        job = children(server)[0]
+        job = wait_for(lambda: children(server))[0]
     wait_for(lambda: not alive(job))
     assert client.wait(timeout=20) != 0 and not alive(server) and not (tmp_path / "worlds/1.json").exists()
 
