@@ -9,6 +9,7 @@ __all__ = ['page_file', 'guide_of', 'Graph', 'serve', 'warm_workers', 'only_one'
 # %% ../nbs/28_workflow.ipynb #3c2c2a79
 import asyncio
 import contextlib
+import gc
 import importlib.util
 import io
 import json
@@ -104,17 +105,19 @@ class Graph:
         return [*(page_file(key) for key in self.work.keys), *sorted(rest)]
 
 # %% ../nbs/28_workflow.ipynb #4780076d
-def serve(path: str, modules: Sequence[str] = ("cft.jobs", "cft.pages")) -> None:
+def serve(path: str, modules: Sequence[str] = ("cft.jobs", "cft.pages", "papermill", "torchmetrics")) -> None:
     """Listen on a socket and fork for every request, until standard input closes. A request is a JSON line: arguments, cwd, log."""
-    for name in modules:
-        importlib.import_module(name)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen(64)
     alive, dying = os.pipe()  # the write end closes with this process: children watch the read end
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
-    print("ready", flush=True)
+    print("ready", flush=True)  # first requests wait while the modules load, and Snakemake plans meanwhile
+    for name in modules:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # or a collection in a child would walk through, and so copy, all that was imported
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     while True:
         connection, _ = listener.accept()
         if os.fork() == 0:
@@ -181,11 +184,11 @@ def only_one(root: Path) -> Iterator[None]:
         yield
 
 
-def _snakemake(root: Path, work: Work, command: str, arguments: Sequence[str], targets: Sequence[str]) -> int:
-    """Run Snakemake on the graph, in this process; its exit code."""
+def _snakemake(root: Path, work: Work, command: str, arguments: Sequence[str], targets: Sequence[str], local: bool) -> None:
+    """Run Snakemake on the graph, in this process. What it could not do is in the report; an error of its own is raised."""
     if importlib.util.find_spec("snakemake") is None:
         raise ImportError("`cft reproduce` needs Snakemake and papermill: pip install 'cft[batch]'")
-    from snakemake.cli import main
+    from snakemake.cli import args_to_api, parse_args
 
     config = {"job": command, "keys": list(work.keys), "models": list(work.models), "methods": list(work.methods)}
     (root / "workflow.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -193,18 +196,17 @@ def _snakemake(root: Path, work: Work, command: str, arguments: Sequence[str], t
              "--keep-going", "--rerun-incomplete", "--nolock", "--rerun-triggers", "mtime", "params", "input", *arguments]
     here = os.getcwd()
 
-    def run() -> int:
-        try:
-            main(words)
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
+    def run() -> None:
+        parser, values = parse_args(words)
+        if local:  # a limit of jobs per second costs a timer and a look at all jobs, each second, for every job that was started
+            values.max_jobs_per_timespan = None
+        args_to_api(values, parser)
 
     try:
         if not _in_an_event_loop():
             return run()
         with ThreadPoolExecutor(1) as thread:  # in JupyterLab: Snakemake wants an event loop of its own, so it gets a thread of its own
-            return thread.submit(run).result()
+            thread.submit(run).result()
     finally:
         os.chdir(here)
 
@@ -245,7 +247,7 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
         command = stack.enter_context(warm_workers(root)) if executor == "local" and not cuda else plain_command()
         began = time.time()
         with progress_of(root, graph, not verbose):
-            _snakemake(root, work, command, [*arguments, *options], targets)
+            _snakemake(root, work, command, [*arguments, *options], targets, executor == "local")
         return report(root, work, related, time.time() - began)
 
 
