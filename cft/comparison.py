@@ -27,7 +27,7 @@ from .deal import as_classifier, demo_prompts, dual_encoder
 from .dealmetrics import concept_rows, deal_settings
 from .demo import ANNOTATED, ORIGINAL, batches, find_concepts, read_set, settings, training_images, write_world
 from .demo import LABELS as OF_DEMO
-from .seeds import over_seeds
+from .seeds import table_of_means
 from .faithfulness import share_inside
 from .finetuning import fine_tune
 from .groups import backdrop_set, judged
@@ -187,7 +187,5 @@ def comparison_scores(rows: pd.DataFrame) -> pd.DataFrame:
 
 def comparison_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The experiment as text: methods × columns, mean ± sample standard deviation over seeds."""
-    means = over_seeds(comparison_scores(rows), ["method", "column"])
-    means["cell"] = [f"{v:.1f} ± {s:.1f}" if np.isfinite(s) and v else f"{v:.1f}" for v, s in zip(means["value"], means["std"])]
-    wide = means.pivot(index="method", columns="column", values="cell").reindex(list(dict.fromkeys(rows["method"])))
-    return wide[["val", "adversarial", "groups", *_WORST, *_SHOWN.values()]].rename(index=LABELS).rename_axis(index="demo", columns=None)
+    columns = ["val", "adversarial", "groups", *_WORST, *_SHOWN.values()]
+    return table_of_means(comparison_scores(rows), columns).rename(index=LABELS).rename_axis("demo")

@@ -37,7 +37,7 @@ from .backdrop import BACKGROUNDS, CLASSES, SIZE
 from .concepts import FORMATS, SYSTEM, Answer, ClassName, Facts, Question, Record, Sampling, ask, need
 from .data import Preprocess
 from .finder import ATOMS, MEANINGS, PARTS, Meaning, as_rows, known_words, paraphrase
-from .finetuning import _write_json
+from .finetuning import write_json
 from .models import ASSETS, TINY, base_model, load_model, read_weights, write_safetensors
 from .objectives import Batch, Recipe
 from .relevance import minmax
@@ -639,7 +639,7 @@ DUAL = "deal_dual.safetensors"
 def save_dual(folder: str | Path, dual: TinyDual, **record: object) -> Path:
     """Write the weights (float16) and deal_dual.json with their SHA-256 into a folder, under temporary names first."""
     path = write_safetensors(Path(folder) / DUAL, {key: value.half().contiguous() for key, value in dual.state_dict().items()}, {"format": "pt"})
-    _write_json(path.with_name("deal_dual.json"), {**record, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    write_json(path.with_name("deal_dual.json"), {**record, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     return path
 
 

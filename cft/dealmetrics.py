@@ -37,7 +37,7 @@ from cft.demo import (
     settings, swapped_batches, training_images, tuned_classes, write_world,
 )
 from .evaluation import evaluate, foreground, predict
-from .seeds import over_seeds
+from .seeds import table_of_means
 from .faithfulness import blend, order_of, pointing
 from .finder import ATOMS, MEANINGS, plural, read_phrase
 from .finetuning import FineTuned, fine_tune, provenance
@@ -473,12 +473,8 @@ COLUMNS = ("val", "adversarial", "OOD-7", "disentanglability", "localizability",
 
 def deal_table(results: pd.DataFrame, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
     """The table as text: method × column, mean ± sample standard deviation over seeds; empty where nothing was measured."""
-    means = over_seeds(deal_columns(results), ["method", "column"])
-    digits = lambda c: 3 if c.split(",")[0] in ("disentanglability", "localizability") else 1
-    cells = {(m, c): f"{v:.{digits(c)}f}" + (f" ± {s:.{digits(c)}f}" if np.isfinite(s) else "")
-             for m, c, v, s in means[["method", "column", "value", "std"]].itertuples(index=False)}
-    methods = list(dict.fromkeys(results["method"]))
-    return pd.DataFrame([[cells.get((m, c), "") for c in columns] for m in methods], index=pd.Index(methods, name="demo"), columns=list(columns))
+    digits = {c: 3 for c in columns if c.split(",")[0] in ("disentanglability", "localizability")}
+    return table_of_means(deal_columns(results), columns, digits).rename_axis("demo")
 
 
 def run_deal(out: str | Path, seeds: Sequence[int] = SEEDS, methods: Sequence[str] = (*VARIANTS, *RIVALS), work: str | Path | None = None,

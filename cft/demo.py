@@ -33,7 +33,7 @@ from .backdrop import CLASSES, SHIFTED
 from .concepts import ConceptSet, demo_concepts
 from .data import MaskedImages, Preprocess, scan, swap_background, without_object
 from .evaluation import evaluate, predict, relevance_scores
-from .seeds import over_seeds, paired_difference
+from .seeds import paired_difference, table_of_means
 from .finder import finder
 from .finetuning import FineTuned, fine_tune, provenance
 from .masks import build_masks, list_folder, training_pictures, write_pngs
@@ -326,12 +326,7 @@ COLUMNS = ("val", "v2", "adversarial", "object", "OOD-7", "adversarial, fine-tun
 
 def results_table(scores: pd.DataFrame, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
     """The demo's table as text: method × column, mean ± sample standard deviation over seeds."""
-    means = over_seeds(headline(scores), ["method", "column"])
-    cell = {(m, c): f"{v:.1f} ± {s:.1f}" if np.isfinite(s) else f"{v:.1f}" for m, c, v, s in
-            means[["method", "column", "value", "std"]].itertuples(index=False)}
-    methods = list(dict.fromkeys(scores["method"]))
-    table = pd.DataFrame([[cell.get((m, c), "") for c in columns] for m in methods], columns=list(columns))
-    return table.set_axis([LABELS.get(m, m) for m in methods]).rename_axis("top-1 %, demo")
+    return table_of_means(headline(scores), columns).rename(index=LABELS).rename_axis("top-1 %, demo")
 
 # %% ../nbs/23_demo.ipynb #22d200f8
 CLAIMS: tuple[tuple[str, str, str, str], ...] = (  # sentence, method, against, column

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHANGES', 'GUIDES', 'MAPS_EACH', 'JOBS', 'Change', 'recipe_of', 'given_by', 'guide_concepts', 'World',
-           'FolderSegmentation', 'Drawn', 'ImageNet', 'open_world', 'write_json', 'read_json', 'draw_world', 'propose',
-           'ground', 'keep', 'chosen_pictures', 'paint', 'training_images', 'run_folder', 'tune', 'tuned_network',
-           'test', 'map_pictures', 'measure_costs', 'device_slot', 'note_of', 'run_job']
+           'FolderSegmentation', 'Drawn', 'ImageNet', 'open_world', 'read_json', 'draw_world', 'propose', 'ground',
+           'keep', 'chosen_pictures', 'paint', 'training_images', 'run_folder', 'tune', 'tuned_network', 'test',
+           'map_pictures', 'measure_costs', 'device_slot', 'note_of', 'run_job']
 
 # %% ../nbs/26_jobs.ipynb #5607df0b
 import importlib
@@ -37,7 +37,7 @@ from .data import Folder, MaskedImages, Preprocess, Sample, open_image, open_mas
 from .datasets import class_names, folder_set, open_set, synsets
 from .demo import tuned_classes
 from .finder import finder
-from .finetuning import fine_tune, rehearse
+from .finetuning import fine_tune, rehearse, write_json
 from .grounding import load_grounder
 from .masks import MaskStore, build_masks, import_imagenet_s, list_folder, training_pictures, write_pngs
 from .models import base_model, load_model
@@ -336,16 +336,6 @@ def open_world(settings: Settings, root: str | Path) -> Drawn | ImageNet:
     return (Drawn if settings.world == "drawn" else ImageNet)(settings, Path(root))
 
 # %% ../nbs/26_jobs.ipynb #faee1b7a
-def write_json(path: str | Path, value: object) -> Path:
-    """Write JSON under a temporary name, then rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
-    return path
-
-
 def read_json(path: str | Path) -> dict:
     """Read what `write_json` wrote."""
     return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -40,9 +40,9 @@ from .data import MaskedImages, Preprocess
 from .datasets import PictureFiles, folder_set
 from .demo import POOL_PER_CLASS, TEST_PER_CLASS, settings
 from .evaluation import COLUMNS
-from .seeds import over_seeds
+from .seeds import table_of_means
 from .finder import Finder, finder
-from .finetuning import Diverged, FineTuned, _finished, _resume, _save_state, _write_json, fine_tune, provenance
+from .finetuning import Diverged, FineTuned, _finished, _resume, _save_state, fine_tune, provenance, write_json
 from .grounding import Grounder
 from .groups import backdrop_set, group_scores, judged
 from .masks import MAX_PIXELS, MaskStore, Work, _build, _recipe, _rows, list_folder
@@ -486,7 +486,7 @@ def train_segmil(model: SegMil, bags: Dataset, recipe: SegMilRecipe = SegMilReci
     record = {**job, "epochs": log, "provenance": provenance(), **({"best_epoch": best["epoch"]} if best else {})}
     if run:
         save_model(run / "model.safetensors", tuned)
-        _write_json(run / "record.json", record)
+        write_json(run / "record.json", record)
         (run / "state.pt").unlink(missing_ok=True)
     return FineTuned(tuned, record)
 
@@ -793,8 +793,6 @@ def segmil_table(scores: pd.DataFrame) -> pd.DataFrame:
     scores: as `run_segmil` gives. Raises ValueError for other columns.
     """
     attention = scores[scores["metric"] == "attention"].assign(column="attention on object")
-    means = over_seeds(pd.concat([scores_of(scores), attention[["method", "seed", "column", "value"]]]), ["method", "column"])
-    means["cell"] = [f"{v:.1f} ± {s:.1f}" if np.isfinite(s) else f"{v:.1f}" for v, s in zip(means["value"], means["std"])]
-    wide = means.pivot(index="method", columns="column", values="cell").reindex(list(dict.fromkeys(scores["method"])))
-    wide = wide.reindex(columns=[c for c in ("val", "adversarial", "groups", *_WORST, "attention on object") if c in wide])
-    return wide.fillna("").rename(index=LABELS).rename_axis(index="top-1 %, demo", columns=None)
+    shown = pd.concat([scores_of(scores), attention[["method", "seed", "column", "value"]]])
+    columns = [c for c in ("val", "adversarial", "groups", *_WORST, "attention on object") if c in set(shown["column"])]
+    return table_of_means(shown, columns).rename(index=LABELS).rename_axis("top-1 %, demo")
