@@ -101,9 +101,10 @@ def check_model(model: nn.Module) -> None:
     ):
         raise UnsupportedModule(model, "timm VisionTransformer and ConvNeXt", "the model")
     for path, module in model.named_modules():
-        rate = max(getattr(module, name, 0) or 0 for name in ("p", "drop_prob", "prob"))
-        if module.training and isinstance(module, (nn.modules.dropout._DropoutNd, DropPath, PatchDropout)) and rate > 0:
-            raise UnsupportedModule(module, f"drop rates of 0 in training mode, not {rate:g}, or model.eval()", path)
+        if module.training and isinstance(module, (nn.modules.dropout._DropoutNd, DropPath, PatchDropout)):
+            rate = max(getattr(module, name, 0) or 0 for name in ("p", "drop_prob", "prob"))
+            if rate > 0:
+                raise UnsupportedModule(module, f"drop rates of 0 in training mode, not {rate:g}, or model.eval()", path)
 
 
 def check_images(model: nn.Module, images: Tensor) -> None:

@@ -32,9 +32,9 @@ from .evaluation import COLUMNS, wilson_interval
 from .seeds import CONFIDENCE, over_seeds
 from .faithfulness import blur, share_inside
 from .finetuning import provenance
+from .models import weights_digest
 from .relevance import Method, relevance, thumbnail
 from .rules import UnsupportedModule
-from .suite import weights_digest
 
 # %% ../nbs/21_audit.ipynb #c1dfd96e
 def partners(labels: Sequence[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -219,7 +219,7 @@ class MaskedImages(Dataset):
     def __init__(self, folder: Folder, preprocess: Preprocess, train: bool = False, keep: bool = False):
         if not len(folder):
             raise ValueError(f"{folder.root} has no pictures to load; expected at least one")
-        self.folder, self.preprocess = folder, preprocess
+        self.folder, self.preprocess, self.train = folder, preprocess, train
         self.transform = preprocess.transform(train)
         self._kept: dict[int, tuple] | None = {} if keep else None
 

@@ -41,10 +41,9 @@ from .seeds import table_of_means
 from .faithfulness import blend, order_of, pointing
 from .finder import ATOMS, MEANINGS, plural, read_phrase
 from .finetuning import FineTuned, fine_tune, provenance
-from .models import SEEDS
+from .models import SEEDS, weights_digest
 from .objectives import Recipe
 from .paper import Claim, Profile, reference, verdicts
-from .suite import weights_digest
 
 # %% ../nbs/related/03_dealmetrics.ipynb #628a2dc5
 class Disentanglability(NamedTuple):

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -37,7 +38,7 @@ from .data import Folder, MaskedImages, Preprocess, Sample, open_image, open_mas
 from .datasets import class_names, folder_set, open_set, synsets
 from .demo import tuned_classes
 from .finder import finder
-from .finetuning import fine_tune, rehearse, write_json
+from .finetuning import fine_tune, identity, rehearse, write_json
 from .grounding import load_grounder
 from .masks import MaskStore, build_masks, import_imagenet_s, list_folder, training_pictures, write_pngs
 from .models import base_model, load_model
@@ -407,12 +408,30 @@ def run_folder(root: Path, model: str, method: str, seed: int) -> Path:
 
 
 def tune(settings: Settings, root: Path, model: str, method: str, seed: int) -> None:
-    """models/<model>/<method>/<seed>: one fine-tune; goes on where it was killed."""
+    """models/<model>/<method>/<seed>: one fine-tune; goes on where it was killed.
+
+    Where another method has come to the same run (the same start, recipe, pictures and masks, as when two thresholds keep
+    the same concepts), its files are copied.
+    """
     world, (recipe, change) = open_world(settings, root), recipe_of(method, model, settings, seed)
     network = world.network(model, seed).to(settings.device)
     images = training_images(settings, root, network, seed, change, recipe.objective.needs)
     held = MaskedImages(world.validation(seed), Preprocess.of(network)) if recipe.best else None
-    fine_tune(network, images, recipe, run_folder(root, model, method, seed), progress=sys.stderr.isatty(), validation=held)
+    run, wanted = run_folder(root, model, method, seed), identity(network, images, recipe, held)
+    if not (run / "record.json").exists() and not (run / "state.pt").exists():
+        finished = (record.parent for record in sorted((root / "models" / model).glob(f"*/{seed}/record.json")) if read_json(record).items() >= wanted.items())
+        if (same := next(finished, None)) is not None:
+            _copy_run(same, run)
+    fine_tune(network, images, recipe, run, progress=sys.stderr.isatty(), validation=held)
+
+
+def _copy_run(source: Path, run: Path) -> None:
+    """The files of a finished run, the record last, since it says that all is there."""
+    run.mkdir(parents=True, exist_ok=True)
+    for name in ("model.safetensors", "README.md", "record.json"):
+        draft = run / f"{name}.tmp"
+        shutil.copyfile(source / name, draft)
+        draft.replace(run / name)
 
 
 def tuned_network(settings: Settings, root: Path, model: str, method: str, seed: int) -> tuple[nn.Module, Path | None]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY', 'BROAD', 'SPURIOUS', 'ASSETS', 'SEEDS', 'ConvStem', 'cft_vit_tiny64', 'LinearProbe', 'dinov2_vitb14',
-           'join_dinov2', 'read_weights', 'load_model', 'write_safetensors', 'save_model', 'Stage', 'Layers',
-           'train_stage', 'accuracy_on', 'make_base', 'on_every_core', 'make_bases', 'base_model']
+           'join_dinov2', 'read_weights', 'load_model', 'weights_digest', 'write_safetensors', 'save_model', 'Stage',
+           'Layers', 'train_stage', 'accuracy_on', 'make_base', 'on_every_core', 'make_bases', 'base_model']
 
 # %% ../nbs/02_models.ipynb #da4b9237
 import hashlib
@@ -162,6 +162,15 @@ def load_model(name: str, weights: str | Path | None = None, num_classes: int | 
         raise ValueError(f"{weights} does not fit {name}: {len(wrong)} tensors differ (model ≠ file), first {wrong[0]}")
     model.load_state_dict(state)
     return model.eval(), classes
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors of a model."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def write_safetensors(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:

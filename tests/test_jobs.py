@@ -11,7 +11,7 @@ import timm
 import torch
 from PIL import Image
 
-from cft import jobs
+from cft import finetuning, jobs
 from cft.concepts import ClassName, ConceptSet, concept
 from cft.datasets import CARDS, miniature, synsets
 from cft.grounding import small_grounded_sam
@@ -205,6 +205,26 @@ def test_no_two_jobs_see_the_same_gpu(tmp_path):
         assert all(b <= a for (_, b), (a, _) in zip(spans, spans[1:]))
     with device_slot(tmp_path, "cpu"):
         assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_the_same_run_is_not_done_twice(drawn, monkeypatch):
+    """Other thresholds that keep the same concepts ask for the same run; without augmentation it is another one."""
+    _, root = drawn
+    for method in ("cft-paper", "cft-paper.no-augmentation"):
+        assert run_job(["tune", "model=demo", f"method={method}", "seed=0"], root) == 0
+    steps = []
+    step = finetuning._step
+    monkeypatch.setattr(finetuning, "_step", lambda *a: steps.append(a) or step(*a))
+    masks = {g: sorted((p.name, p.read_bytes()) for p in (root / f"guides/0/{g}").rglob("*.png")) for g in ("kept", "loose", "class")}
+    for method, guide in (("cft-paper.loose", "loose"), ("cft-paper.class", "class")):
+        del steps[:]
+        assert run_job(["tune", "model=demo", f"method={method}", "seed=0"], root) == 0
+        assert bool(steps) == (masks[guide] != masks["kept"])
+    own, other, plain = (root / f"models/demo/{m}/0" for m in ("cft-paper", "cft-paper.loose", "cft-paper.no-augmentation"))
+    assert masks["loose"] == masks["kept"] and masks["class"] != masks["kept"]
+    assert all((own / f).read_bytes() == (other / f).read_bytes() for f in ("model.safetensors", "record.json"))
+    a, b = (read_json(run / "record.json") for run in (own, plain))
+    assert {k for k in a if a[k] != b[k]} - {"seconds", "epochs"} == {"augment"}
 
 
 # ---- ImageNet, in miniature: the real adapters, file formats and code, on small random networks ----

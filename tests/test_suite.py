@@ -18,7 +18,7 @@ from torch import nn
 
 from cft.datasets import EvalSet, folder_set, miniature, open_set
 from cft.evaluation import image_scores, segmentation_table, wilson_interval
-from cft.models import base_model, save_model
+from cft.models import base_model, save_model, weights_digest
 from cft.relevance import relevance
 from cft.suite import (
     BY,
@@ -40,7 +40,6 @@ from cft.suite import (
     segmentation_rows,
     throughput_vs_timm,
     timm_validation,
-    weights_digest,
 )
 
 
