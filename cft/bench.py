@@ -369,7 +369,7 @@ def bench_paper_run(root: str | Path, name: str = "vit_base_patch16_224", steps:
         rows.append(bench_row("paper_run_memory", price["memory"] / 1e9, "GB", "", "", note))
     return rows
 
-# %% ../nbs/24_bench.ipynb #42e00cc1
+# %% ../nbs/24_bench.ipynb #bed0be3a
 def bench_start(rounds: int = 5) -> list[dict]:
     """Seconds of a fresh process for `import cft` and `cft --help`, less those of an empty one; medians."""
     def took(code: str) -> float:

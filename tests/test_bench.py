@@ -161,3 +161,8 @@ def test_no_demo_no_row(tmp_path):
 def test_no_peers_no_rows(tiny, monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     assert bench.bench_peers(tiny, rounds=1) == []
+
+
+def test_the_explorer_is_moved_in_every_way(tmp_path):
+    (row,) = bench.bench_explorer(tmp_path, 1)
+    assert row["value"] > 0 and all(f" {what} " in row["note"] for what in ("class", "picture", "occurrence", "coverage", "concept", "method", "normalize", "explain", "strength"))
