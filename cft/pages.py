@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROW_COLUMNS', 'RUN_COLUMNS', 'KEPT_METRICS', 'published', 'Found', 'open_results', 'numbers', 'averaged_rows',
            'table_of', 'printed', 'scores', 'claims_of', 'gains', 'printed_gains', 'gain_figure', 'relevance_panels',
-           'names_of', 'flips', 'trail', 'resolve', 'keep_page', 'inconsistencies_of', 'notebook_of', 'run_page',
-           'make_page', 'publish', 'scoreboard_rows', 'write_scoreboard']
+           'names_of', 'title_of', 'flips', 'trail', 'resolve', 'keep_page', 'inconsistencies_of', 'notebook_of',
+           'run_page', 'make_page', 'publish', 'scoreboard_rows', 'write_scoreboard']
 
 # %% ../nbs/27_pages.ipynb #762f1b59
 import json
@@ -226,17 +226,24 @@ def table_of(found: Found, key: str, ours: bool = False, metrics: Sequence[str] 
     theirs = printed(key)
     if theirs.empty:
         return _alone(mine, profile, found.work.wanted(key))
-    theirs = theirs[theirs["metric"].isin(metrics)]
+    theirs = _in_order(theirs[theirs["metric"].isin(metrics)], metrics)
     if not profile.comparable:
         theirs = theirs[theirs["model"] == "ViT-B"]
-    return beside(mine, theirs, profile)
+    return beside(_in_order(mine, [METRICS[m] for m in metrics]), theirs, profile)
+
+
+def _in_order(rows: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """Rows by data set as first met, and by metric within it."""
+    place = {value: i for values in (dict.fromkeys(rows["dataset"]), metrics) for i, value in enumerate(values)}
+    return rows.sort_values(["dataset", "metric"], key=lambda column: column.map(place), kind="stable")
 
 
 def printed(key: str) -> pd.DataFrame:
     """The paper's accuracies and map metrics for an artefact, in its terms; empty where it prints none."""
-    names = {"thresholds": ["thresholds"], "no-validation": ["thresholds", "no-validation"]}.get(key, [key])
+    both = ("thresholds", "no-validation")  # one study: each prints what the other compares with
     rows = reference()
-    rows = rows[rows["table"].isin(names) & rows["metric"].isin(METRICS) & (rows["model"] != "mean of four")]
+    rows = rows[rows["table"].isin(both if key in both else (key,)) & rows["metric"].isin(METRICS) & (rows["model"] != "mean of four")
+                & rows["method"].isin(artefact(key).methods)]
     return rows.drop_duplicates(["model", "method", "dataset", "split", "metric"])
 
 
@@ -380,7 +387,7 @@ def relevance_panels(found: Found, key: str, picks: Mapping[str, Sequence[int]],
         for ax in axes.flat:
             ax.set(xticks=[], yticks=[])
             ax.grid(False)
-        for ax, title in zip(axes[:, 0], ("picture", *(_title(found, m) for m in methods))):
+        for ax, title in zip(axes[:, 0], ("picture", *(title_of(m) for m in methods))):
             ax.set_ylabel(title, fontsize=7)
         fig.suptitle(found.profile.stamp, fontsize=7, y=0.998, color="0.35")
         fig.tight_layout(pad=0.3)
@@ -398,7 +405,8 @@ def names_of(found: Found) -> list[str]:
     return list(class_names())
 
 
-def _title(found: Found, method: str) -> str:
+def title_of(method: str) -> str:
+    """A method's name for people."""
     return {"original": "original", "cft-paper": "CFT, paper's form", "cft": "CFT, our form"}.get(method, method)
 
 

@@ -483,11 +483,18 @@ def beside(ours: pd.DataFrame, theirs: pd.DataFrame, profile: Profile = PAPER) -
 _TINTS = ("#e3ecf7", "#fdeedd")  # the paper, ours; both carry black text
 
 
+def _number(value: object) -> object:
+    """Two decimals, unless that would make a small number zero."""
+    if not isinstance(value, float):
+        return value
+    return f"{value:.2f}" if value == 0 or abs(value) >= 0.005 else f"{value:.2g}"
+
+
 def styled(table: pd.DataFrame, caption: str = "") -> Styler:
     """A table as HTML: text escaped, the paper's columns tinted blue and ours orange, verdicts with a sign before the word."""
     table = table.assign(verdict=table["verdict"].map(MARKS)) if "verdict" in table else table
     own = f"{crc32((caption + table.to_csv()).encode()):08x}"  # the same table has the same name on every run, and no other has it
-    sheet = table.style.set_uuid(own).set_caption(escape(caption)).format(escape="html", precision=2, na_rep="")
+    sheet = table.style.set_uuid(own).set_caption(escape(caption)).format(_number, escape="html", na_rep="")
     sheet = sheet.format_index(escape="html", axis=0).format_index(escape="html", axis=1)
     if "source" in table.columns.names:
         paper = table.columns.get_level_values("source").str.startswith("paper")
