@@ -6,7 +6,7 @@ export UV_PYTHON_DOWNLOADS := never
 
 .PHONY: help demo page reproduce smoke test export lint lab bench figures clean
 help:
-	@echo "make demo     repair a spurious classifier; about 5 minutes on two cores"
+	@echo "make demo     repair a spurious classifier; five to six minutes on two cores"
 	@echo "make reproduce  every table and figure of the paper, on the demo; about half an hour on two cores"
 	@echo "make smoke    the same with one seed and a handful of pictures: does everything run?"
 	@echo "make test     export, notebooks, tests and lint"
