@@ -58,7 +58,7 @@ def lab(tmp_path_factory):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, root / "explorer.ipynb")
-    shutil.copytree(ROOT / "nbs", root / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "paper", "related"))
+    shutil.copytree(ROOT / "nbs", root / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copytree(ROOT / "figures", root / "figures")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -164,14 +164,14 @@ def test_a_slider_moved_from_the_keyboard_changes_masks_maps_and_numbers(browser
     page.close()
 
 
-@pytest.mark.parametrize("name", ["index", "30_explorer"])
+@pytest.mark.parametrize("name", ["index", "30_explorer", "paper/table1", "related/04_comparison"])
 def test_a_chapter_opens_as_it_was_saved(browser, lab, tmp_path, name):
     page = opened(browser, lab, f"nbs/{name}.ipynb")
     page.locator(".jp-Notebook h1").first.wait_for()
     page.locator(".jp-OutputArea-output").first.wait_for()
     text = page.locator(".jp-Notebook").inner_text()
     assert "Error displaying widget" not in text and "Traceback" not in text and "Javascript Error" not in text
-    page.screenshot(path=tmp_path / f"{name}.png")
+    page.screenshot(path=tmp_path / f"{Path(name).name}.png")
     page.close()
 
 
