@@ -186,8 +186,6 @@ def only_one(root: Path) -> Iterator[None]:
 
 def _snakemake(root: Path, work: Work, command: str, arguments: Sequence[str], targets: Sequence[str], local: bool) -> None:
     """Run Snakemake on the graph, in this process. What it could not do is in the report; an error of its own is raised."""
-    if importlib.util.find_spec("snakemake") is None:
-        raise ImportError("`cft reproduce` needs Snakemake and papermill: pip install 'cft[batch]'")
     from snakemake.cli import args_to_api, parse_args
 
     config = {"job": command, "keys": list(work.keys), "models": list(work.models), "methods": list(work.methods)}
@@ -230,6 +228,8 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
     options, such as those of the plugin. Raises ValueError for unknown names
     and a folder in use, ImportError without Snakemake.
     """
+    if importlib.util.find_spec("snakemake") is None:
+        raise ImportError("`cft reproduce` needs Snakemake and papermill: pip install 'cft[batch]'")
     root, work, related = prepare(profile, only, models, methods, seeds, device, out)
     cores = cores or os.cpu_count() or 1
     cuda = work.settings.device.startswith("cuda")
