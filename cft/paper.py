@@ -174,6 +174,13 @@ def _read(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def _number(value: object) -> object:
+    """Two decimals, unless that would take the digits of a small number."""
+    if not isinstance(value, float):
+        return value
+    return f"{value:.2f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2g}"
+
+
 @dataclass(frozen=True)
 class Inconsistency:
     """One thing in which the paper disagrees with itself, with its code, or with arithmetic."""
@@ -184,7 +191,7 @@ class Inconsistency:
 
     def _repr_html_(self) -> str:
         with pd.option_context("display.max_colwidth", None):
-            table = "" if self.check is None else self.check().to_html(float_format="{:.2f}".format, na_rep="", border=0)
+            table = "" if self.check is None else self.check().to_html(float_format=_number, na_rep="", border=0)
         return f"<p><b>{self.number}.</b> {escape(self.statement)}</p>{table}"
 
 
@@ -483,13 +490,6 @@ def beside(ours: pd.DataFrame, theirs: pd.DataFrame, profile: Profile = PAPER) -
 _TINTS = ("#e3ecf7", "#fdeedd")  # the paper, ours; both carry black text
 
 
-def _number(value: object) -> object:
-    """Two decimals, unless that would make a small number zero."""
-    if not isinstance(value, float):
-        return value
-    return f"{value:.2f}" if value == 0 or abs(value) >= 0.005 else f"{value:.2g}"
-
-
 def styled(table: pd.DataFrame, caption: str = "") -> Styler:
     """A table as HTML: text escaped, the paper's columns tinted blue and ours orange, verdicts with a sign before the word."""
     table = table.assign(verdict=table["verdict"].map(MARKS)) if "verdict" in table else table
@@ -512,7 +512,7 @@ _LATEX = {"±": r"$\pm$", "−": "$-$", "–": "--", "§": r"\S{}", "×": r"$\ti
 def to_latex(table: pd.DataFrame, caption: str = "", label: str = "") -> str:
     """A table as LaTeX; needs the packages booktabs and multirow."""
     plain = table.assign(verdict=table["verdict"].map(MARKS)) if "verdict" in table else table
-    sheet = plain.style.format(escape="latex", precision=2, na_rep="")
+    sheet = plain.style.format(_number, escape="latex", na_rep="")
     sheet = sheet.format_index(escape="latex", axis=0).format_index(escape="latex", axis=1)
     text = sheet.to_latex(hrules=True, multicol_align="c", caption=caption or None, label=label or None)
     return "".join(_LATEX.get(letter, letter) for letter in text)

@@ -517,3 +517,10 @@ def test_reading_the_module_is_light():
     code = "import cft.paper, sys; print(sorted({'torch', 'matplotlib.pyplot', 'seaborn', 'scipy.stats'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_small_numbers_keep_their_digits():
+    table = pd.DataFrame({"rate": [5e-7, 0.005, 0.0, 12.25]})
+    for text in (paper.styled(table).to_html(), paper.to_latex(table)):
+        assert all(shown in text for shown in ("5e-07", "0.005", "0.00", "12.25"))
+    assert "5e-07" in paper.INCONSISTENCIES[11]._repr_html_()
