@@ -57,6 +57,7 @@ lab: .venv/.ready
 bench: .venv/.ready
 	@mkdir -p runs
 	$(PY) -m papermill nbs/24_bench.ipynb runs/24_bench.ipynb -p full True -p out figures/bench.csv
+	$(PY) -c "import tempfile; from cft.bench import add_bench; from cft.explorer import bench_explorer; add_bench(bench_explorer(tempfile.mkdtemp()), 'figures/bench.csv')"
 	@cat figures/bench.csv
 
 clean:

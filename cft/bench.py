@@ -7,14 +7,13 @@ __all__ = ['BENCH_COLUMNS', 'Objective', 'STEPS', 'GOALS', 'bench_row', 'Case', 
            'LiveBytes', 'peak_bytes', 'seconds', 'wall_ratio', 'bench_rendering', 'checkpointed_objective',
            'official_objective', 'bench_cost', 'step_row', 'bench_wall', 'lxt_copy', 'tokens_x_gradient', 'bench_peers',
            'bench_compiled', 'bench_grounding', 'Stripes', 'bench_store', 'bench_evaluation', 'paper_folder',
-           'bench_paper_run', 'bench_start', 'bench_explorer', 'bench_demo', 'write_bench']
+           'bench_paper_run', 'bench_start', 'bench_demo', 'write_bench', 'add_bench']
 
 # %% ../nbs/24_bench.ipynb #da4b9237
 import copy
 import importlib.util
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -42,14 +41,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import backdrop
 from .anatomy import split
 from .attributions import contribution
-from .concepts import ClassName, Concept, ConceptSet, demo_concepts
+from .concepts import ClassName, Concept, ConceptSet
 from .data import Folder, MaskedImages, Preprocess, scan
-from .finder import finder
 from .finetuning import draw, rehearse
 from .grounding import Grounding, GroundingConfig, per_concept_loop, small_grounded_sam
 from .losses import cft_loss, patch_mask
 from .masks import build_masks, list_folder, read_back
-from .models import ASSETS, TINY
 from .objectives import METHODS, Batch
 from .relevance import bound, minmax, relevance, run
 from .rules import Tape
@@ -372,39 +369,12 @@ def bench_paper_run(root: str | Path, name: str = "vit_base_patch16_224", steps:
 # %% ../nbs/24_bench.ipynb #bed0be3a
 def bench_start(rounds: int = 5) -> list[dict]:
     """Seconds of a fresh process for `import cft` and `cft --help`, less those of an empty one; medians."""
-    def took(code: str) -> float:
-        return statistics.median(seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)) for _ in range(rounds))
+    def took(*command: str) -> float:
+        return statistics.median(seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)) for _ in range(rounds))
 
-    empty, note = took(""), f"median of {rounds} fresh processes, less an empty one"
-    return [bench_row("import_cft_seconds", took("import cft") - empty, "s", "<= 0.3", "", note),
-            bench_row("cft_help_seconds", took("import sys; sys.argv = ['cft', '--help']; from cft.cli import main; main()") - empty, "s", "", "", note)]
-
-
-def bench_explorer(root: str | Path, moves: int = 5) -> list[dict]:
-    """Milliseconds from a move in the explorer to its answer, for the slowest kind of move; medians over `moves` of a kind."""
-    from cft.explorer import Explorer, Material, first_view
-
-    root = Path(root)
-    pictures = backdrop.write(root / "world", {"train": 8}, seed=4) / "images/train"
-    build_masks(list_folder(pictures), demo_concepts(), finder(), root / "store", progress=False)
-    demo_concepts().save(root / "concepts.json")
-    (root / "run").mkdir()
-    shutil.copy(ASSETS / "base_1.safetensors", root / "run/model.safetensors")
-    material = Material.open(pictures, TINY, ASSETS / "base_0.safetensors", store=root / "store", concepts=root / "concepts.json", run=root / "run")
-    live = Explorer(material, first_view(material, "bird"), by="bench")
-    for widget in (live.class_id, live.picture, live.method, live.normalize, live.explain):
-        values = [option[1] if isinstance(option, tuple) else option for option in widget.options]
-        for value in ([value for value in values if value not in ("iia", widget.value)] * moves)[:moves]:
-            widget.value = value
-    for widget in (live.occurrence, live.coverage, live.strength):
-        for k in range(moves):
-            widget.value = (k + 1) / (moves + 1)
-    for box, _ in list(live.boxes.values())[:moves]:
-        box.value = not box.value
-    kinds = {what: 1000 * statistics.median(s for kind, s in live.timings if kind == what) for what, _ in live.timings}
-    worst = max(kinds, key=kinds.get)
-    note = f"{material.folder.root.name}: {len(material.folder)} pictures, {len(backdrop.CLASSES)} classes; medians of {moves}: " + ", ".join(f"{what} {ms:.0f}" for what, ms in kinds.items())
-    return [bench_row("explorer_move_ms", kinds[worst], "ms", "<= 200", "", f"slowest kind, {worst}; {note}")]
+    empty, note = took(sys.executable, "-c", ""), f"median of {rounds} fresh processes, less an empty one"
+    return [bench_row("import_cft_seconds", took(sys.executable, "-c", "import cft") - empty, "s", "<= 0.3", "", note),
+            bench_row("cft_help_seconds", took(str(Path(sys.executable).with_name("cft")), "--help") - empty, "s", "", "", note)]
 
 # %% ../nbs/24_bench.ipynb #5b384ce3
 def bench_demo(record: str | Path) -> list[dict]:
@@ -422,3 +392,10 @@ def write_bench(rows: list[dict], path: str | Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     pd.DataFrame(rows, columns=list(BENCH_COLUMNS)).to_csv(temporary, index=False)
     os.replace(temporary, path)
+
+
+def add_bench(rows: list[dict], path: str | Path) -> None:
+    """Write the rows after those that a CSV has, in place of rows with their names."""
+    names = {row["name"] for row in rows}
+    kept = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+    write_bench([*(row for row in kept if row["name"] not in names), *rows], path)

@@ -2,6 +2,7 @@
 
 import csv
 
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cft.models  # noqa: F401  (registers cft_vit_tiny64)
 from cft import bench
+from cft.explorer import bench_explorer
 from cft.objectives import METHODS
 
 
@@ -164,5 +166,9 @@ def test_no_peers_no_rows(tiny, monkeypatch):
 
 
 def test_the_explorer_is_moved_in_every_way(tmp_path):
-    (row,) = bench.bench_explorer(tmp_path, 1)
+    (row,) = bench_explorer(tmp_path / "e", 1)
     assert row["value"] > 0 and all(f" {what} " in row["note"] for what in ("class", "picture", "occurrence", "coverage", "concept", "method", "normalize", "explain", "strength"))
+    bench.write_bench([bench.bench_row("a", 1, "s", "", "", "x, y"), bench.bench_row("explorer_move_ms", 9, "ms", "", "", "old")], tmp_path / "b.csv")
+    bench.add_bench([row], tmp_path / "b.csv")
+    table = pd.read_csv(tmp_path / "b.csv")
+    assert table["name"].tolist() == ["a", "explorer_move_ms"] and table["value"].tolist() == [1, row["value"]]

@@ -81,7 +81,7 @@ def test_a_chapter_is_its_module_and_imports_only_earlier_ones(notebook):
     code = "\n".join(source(c) for c in cells(notebook) if c["cell_type"] == "code")
     assert f"#| default_exp {name}\n" in code + "\n" and (ROOT / "cft" / f"{name}.py").exists()
     used = set(re.findall(r"(?:from|import) cft\.(\w+)", code)) | {w for line in re.findall(r"from cft import (.+)", code) for w in re.split(r"[ ,]+", line)}
-    later = order[order.index(name) + 1:] if name != "bench" else []  # it measures the whole house
+    later = order[order.index(name) + 1:]
     assert not used & set(later), f"{name} uses later chapters"
 
 
