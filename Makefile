@@ -28,7 +28,7 @@ demo: .venv/.ready
 
 page: .venv/.ready
 	@mkdir -p runs
-	@$(PY) -m papermill --no-progress-bar nbs/23_demo.ipynb runs/demo.ipynb -p results $(CURDIR)/figures/demo >runs/demo.log 2>&1 || { tail -30 runs/demo.log; exit 1; }
+	@$(PY) -m papermill --no-progress-bar nbs/23_experiment.ipynb runs/demo.ipynb -p results $(CURDIR)/figures/demo >runs/demo.log 2>&1 || { tail -30 runs/demo.log; exit 1; }
 	@echo "The page, executed: runs/demo.ipynb"
 
 reproduce: .venv/.ready
@@ -38,8 +38,8 @@ smoke: .venv/.ready
 	.venv/bin/cft reproduce --profile smoke --out runs/smoke
 
 figures: page
-	$(PY) -c "from cft.demo import write_readme; write_readme('README.md', 'figures/full')"
-	$(PY) -c "from cft.pages import write_scoreboard; write_scoreboard('README.md', 'figures/reproduce-demo')"
+	$(PY) -c "from cft.demo.experiment import write_readme; write_readme('README.md', 'figures/full')"
+	$(PY) -c "from cft.reproduce.pages import write_scoreboard; write_scoreboard('README.md', 'figures/reproduce-demo')"
 
 test: .venv/.ready
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
@@ -56,8 +56,8 @@ lab: .venv/.ready
 
 bench: .venv/.ready
 	@mkdir -p runs
-	$(PY) -m papermill nbs/24_bench.ipynb runs/24_bench.ipynb -p full True -p out figures/bench.csv
-	$(PY) -c "import tempfile; from cft.bench import add_bench; from cft.explorer import bench_explorer; add_bench(bench_explorer(tempfile.mkdtemp()), 'figures/bench.csv')"
+	$(PY) -m papermill nbs/appendix/14_bench.ipynb runs/24_bench.ipynb -p full True -p out figures/bench.csv
+	$(PY) -c "import tempfile; from cft.evaluate.bench import add_bench; from cft.apps.explorer import bench_explorer; add_bench(bench_explorer(tempfile.mkdtemp()), 'figures/bench.csv')"
 	@cat figures/bench.csv
 
 clean:

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from cft.grounding import (
+from cft.concepts.grounding import (
     PAPER_GROUNDING,
     SMALL_BERT,
     GroundedSAM,

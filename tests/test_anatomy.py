@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_relevance import FAMILIES, Stem, make, make_convnext, pictures
 
-from cft import anatomy
-from cft.rules import Tape
+from cft.explain import anatomy
+from cft.explain.rules import Tape
 
 
 def logits_by_steps(parts):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_relevance import directional_error, make, pictures, scalar
 
-import cft.relevance as r
-from cft import attributions as a
+import cft.explain.maps as r
+from cft.explain import attributions as a
 
 TARGET = torch.tensor([1, 3])
 FAMILIES = ["plain", "dinov2", "avg_prefix", "qk_norm"]

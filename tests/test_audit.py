@@ -12,8 +12,10 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import default_collate
 
-from cft import backdrop
-from cft.audit import (
+from cft.data import backdrop
+from cft.data.folders import MaskedImages, Preprocess, scan
+from cft.data.models import base_model
+from cft.evaluate.audit import (
     CLEARED,
     LEANS,
     LITTLE,
@@ -28,10 +30,8 @@ from cft.audit import (
     summarise,
     variants,
 )
-from cft.data import MaskedImages, Preprocess, scan
-from cft.evaluation import COLUMNS, wilson_interval
-from cft.models import base_model
-from cft.relevance import relevance
+from cft.evaluate.metrics import COLUMNS, wilson_interval
+from cft.explain.maps import relevance
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
 EVIL = '<img src=x onerror="alert(1)">&'

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cft import backdrop
-from cft.backdrop import CLASSES, SETS, SIZE, capsule, ellipse, polygon, render, write
+from cft.data import backdrop
+from cft.data.backdrop import CLASSES, SETS, SIZE, capsule, ellipse, polygon, render, write
 
 STILL = (0.0, 0.0, 1.0)
 POINTS = np.random.default_rng(0).uniform(-1.5, 1.5, (200, 2))

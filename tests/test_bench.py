@@ -10,10 +10,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import cft.models  # noqa: F401  (registers cft_vit_tiny64)
-from cft import bench
-from cft.explorer import bench_explorer
-from cft.objectives import METHODS
+import cft.data.models  # noqa: F401  (registers cft_vit_tiny64)
+from cft.apps.explorer import bench_explorer
+from cft.evaluate import bench
+from cft.train.objectives import METHODS
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from cft import backdrop
-from cft.audit import audit
-from cft.concepts import demo_concepts
-from cft.data import scan
-from cft.finder import finder
-from cft.masks import build_masks, list_folder
-from cft.models import ASSETS, TINY, base_model
-from cft.report import DARK, Report
+from cft.apps.report import DARK, Report
+from cft.concepts.language import demo_concepts
+from cft.concepts.masks import build_masks, list_folder
+from cft.data import backdrop
+from cft.data.folders import scan
+from cft.data.models import ASSETS, TINY, base_model
+from cft.demo.toy_grounder import finder
+from cft.evaluate.audit import audit
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -52,7 +52,7 @@ def lab(tmp_path_factory):
     (root / "run").mkdir()
     for seed, file in ((0, "base.safetensors"), (1, "run/model.safetensors")):
         shutil.copy(ASSETS / f"base_{seed}.safetensors", root / file)
-    cells = ["from cft.explorer import Explorer, Material, first_view",
+    cells = ["from cft.apps.explorer import Explorer, Material, first_view",
              f"material = Material.open('world/images/train', '{TINY}', 'base.safetensors', store='store', concepts='concepts.json', run='run')\n"
              "explorer = Explorer(material, first_view(material, 'bird'), by='Ada')\nexplorer"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
@@ -164,7 +164,7 @@ def test_a_slider_moved_from_the_keyboard_changes_masks_maps_and_numbers(browser
     page.close()
 
 
-@pytest.mark.parametrize("name", ["index", "30_explorer", "paper/table1", "related/04_comparison"])
+@pytest.mark.parametrize("name", ["index", "appendix/12_explorer", "paper/table1", "related/04_comparison"])
 def test_a_chapter_opens_as_it_was_saved(browser, lab, tmp_path, name):
     page = opened(browser, lab, f"nbs/{name}.ipynb")
     page.locator(".jp-Notebook h1").first.wait_for()

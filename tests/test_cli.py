@@ -20,15 +20,16 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 from typer.main import get_command
 
-from cft import backdrop, cli
-from cft.cli import app, main
-from cft.concepts import ANSWERS, ConceptSet, Sampling
-from cft.data import MaskedImages, Preprocess, scan
-from cft.datasets import CARDS, miniature, open_set
-from cft.grounding import WEIGHTS
-from cft.masks import MaskStore
-from cft.models import ASSETS, SEEDS, TINY, save_model
-from cft.objectives import METHODS
+from cft.apps import cli
+from cft.apps.cli import app, main
+from cft.concepts.grounding import WEIGHTS
+from cft.concepts.language import ANSWERS, ConceptSet, Sampling
+from cft.concepts.masks import MaskStore
+from cft.data import backdrop
+from cft.data.folders import MaskedImages, Preprocess, scan
+from cft.data.models import ASSETS, SEEDS, TINY, save_model
+from cft.data.testsets import CARDS, miniature, open_set
+from cft.train.objectives import METHODS
 
 VIT = "vit_tiny_patch16_224"
 CFT = Path(sys.executable).with_name("cft")
@@ -203,14 +204,14 @@ def test_help_teaches_with_examples_that_parse(capsys, name):
 @pytest.mark.parametrize("words", [["--help"], ["--version"], [], ["fit", "--help"], ["fit", "--frobnicate"], ["fiit"],
                                    ["fit", "x", "--model", "m", "--out", "o", "--method", "magic"], ["demo", "--seeds", "one"]], ids=" ".join)
 def test_what_needs_no_model_loads_none(words, tmp_path):
-    code = f"import sys; from cft.cli import main\ntry: main({words})\nexcept SystemExit: print(sorted({HEAVY} & set(sys.modules)))"
+    code = f"import sys; from cft.apps.cli import main\ntry: main({words})\nexcept SystemExit: print(sorted({HEAVY} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout
 
 
 def test_completion_offers_commands_and_names_without_a_model(tmp_path):
     def offered(line):
-        code = f"import sys; from cft.cli import main\ntry: main()\nexcept SystemExit: assert not {HEAVY} & set(sys.modules)"
+        code = f"import sys; from cft.apps.cli import main\ntry: main()\nexcept SystemExit: assert not {HEAVY} & set(sys.modules)"
         environment = {**os.environ, "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1), "_CFT_COMPLETE": "complete_bash"}
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True).stdout.split("\n")
 
@@ -268,7 +269,7 @@ def test_a_missing_extra_is_named_with_its_install_line(tmp_path, drawn):
              "llm": ("concepts", tmp_path / "classes.csv", "--yes", "--base-url", "http://127.0.0.1:9", "--out", tmp_path / "d.json")}
     assert run(*demo) == 0
     for extra, words in cases.items():
-        code = BLOCK + f"from cft.cli import main\nmain({[str(w) for w in words]})"
+        code = BLOCK + f"from cft.apps.cli import main\nmain({[str(w) for w in words]})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
         said = [line for line in done.stderr.splitlines() if line.startswith("cft:")]
         assert done.returncode == 2 and len(said) == 1 and f"pip install 'cft[{extra}]'" in said[0], done.stderr
@@ -287,7 +288,7 @@ def test_mistakes_say_what_to_do_next(capsys):
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("cft.demo.run_demo", lambda *a, **k: {}["table"])
+    monkeypatch.setattr("cft.demo.experiment.run_demo", lambda *a, **k: {}["table"])
     with pytest.raises(KeyError):
         main(["demo"])
 
@@ -305,7 +306,7 @@ def test_evaluate_is_right(tmp_path, capsys):
     assert run("evaluate", *sets, "--model", TINY, "--weights", ASSETS / "base_1.safetensors", "--out", tmp_path / "t.csv", "--threads", 1) == 0
     import pandas as pd
 
-    from cft.models import base_model
+    from cft.data.models import base_model
 
     table = pd.read_csv(tmp_path / "t.csv")
     model = base_model(1)
@@ -404,7 +405,7 @@ def test_suite_on_miniatures(tmp_path, capsys, monkeypatch):
     save_model(tmp_path / "a.safetensors", timm.create_model(VIT, num_classes=1000))
     words = ("evaluate", root, "--suite", "in-a", "--model", VIT, "--weights", tmp_path / "a.safetensors", "--out", tmp_path / "results", "--threads", 1)
     assert run(*words) == 2 and "7,500" in capsys.readouterr().err.replace("7500", "7,500")  # the real set has as many pictures
-    monkeypatch.setattr("cft.datasets.open_set", partial(open_set, check_counts=False))
+    monkeypatch.setattr("cft.data.testsets.open_set", partial(open_set, check_counts=False))
     assert run(*words) == 0 and "top1" in capsys.readouterr().out
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "results").rglob("pictures/**/*.parquet")}
     assert stamps and run(*words) == 0 and stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "results").rglob("pictures/**/*.parquet")}

@@ -6,9 +6,14 @@ import pandas as pd
 import pytest
 import torch
 
-from cft import backdrop, comparison
-from cft.backdrop import CLASSES
-from cft.comparison import (
+from cft.data import backdrop
+from cft.data.backdrop import CLASSES
+from cft.data.models import base_model
+from cft.demo.experiment import LABELS as OF_DEMO
+from cft.demo.experiment import read_set
+from cft.explain.maps import relevance
+from cft.related import comparison
+from cft.related.comparison import (
     BASES,
     CLAIMS,
     DUALS,
@@ -19,12 +24,8 @@ from cft.comparison import (
     run_comparison,
     times_slower,
 )
-from cft.demo import LABELS as OF_DEMO
-from cft.demo import read_set
-from cft.models import base_model
-from cft.paper import verdicts
-from cft.relevance import relevance
-from cft.segmil import SegMilRecipe
+from cft.related.segmil import SegMilRecipe
+from cft.reproduce.paper import verdicts
 
 
 def test_times_are_medians_taken_in_turn(monkeypatch):

@@ -18,9 +18,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cft import backdrop
-from cft import concepts as module
-from cft.concepts import (
+from cft.concepts import language as module
+from cft.concepts.language import (
     ANSWERS,
     KINDS,
     RECORDED,
@@ -61,6 +60,7 @@ from cft.concepts import (
     too_long,
     unfit,
 )
+from cft.data import backdrop
 
 SECRET = "sk-proj-S3cr3tS3cr3tS3cr3tS3cr3t"
 GOOD = '{"items": ["a beak", "wings"]}'
@@ -300,7 +300,7 @@ def test_threads_append_whole_lines(record):
 
 RUN = """
 import sys
-from cft.concepts import *
+from cft.concepts.language import *
 ask(questions([ClassName(f"n{k}", f"bird {k}") for k in range(20)], Sampling(samples=1)), Record(sys.argv[1]),
     Chat(base_url=sys.argv[2], workers=3, per_minute=1e6), yes=True, progress=False)
 """
@@ -930,7 +930,7 @@ def test_a_missing_extra_says_what_to_install(monkeypatch, tmp_path, name, call)
 
 
 def test_the_module_needs_no_extra():
-    code = "import sys, cft.concepts; sys.exit(bool({'openai', 'open_clip', 'sentence_transformers', 'torch', 'nbdev'} & set(sys.modules)))"
+    code = "import sys, cft.concepts.language; sys.exit(bool({'openai', 'open_clip', 'sentence_transformers', 'torch', 'nbdev'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

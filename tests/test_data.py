@@ -5,7 +5,7 @@ import timm
 import torch
 from PIL import Image
 
-from cft.data import (
+from cft.data.folders import (
     MaskedImages,
     Preprocess,
     UnreadableImage,

@@ -21,9 +21,9 @@ from timm.data import ImageNetInfo
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-import cft.datasets
-from cft.data import UnreadableImage, scan
-from cft.datasets import (
+import cft.data.testsets
+from cft.data.folders import UnreadableImage, scan
+from cft.data.testsets import (
     CARDS,
     MAPPINGS,
     EvalSet,
@@ -38,7 +38,7 @@ from cft.datasets import (
     synsets,
     tar_set,
 )
-from cft.evaluation import top_k
+from cft.evaluate.metrics import top_k
 
 PICTURES = [key for key in CARDS if key != "in-segmentation"]
 WNID = ["in-v", "in-a", "in-r", "in-sketch"]
@@ -666,7 +666,7 @@ def test_a_missing_package_is_named(minis, tmp_path, monkeypatch, module, call):
 
 
 def test_the_module_imports_without_extras():
-    tree = ast.parse(Path(cft.datasets.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(cft.data.testsets.__file__).read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not {"h5py", "datasets", "webdataset"} & {name.split(".")[0] for name in names if name}

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cft.concepts import Answer, ClassName, Record, Reply, ask
-from cft.deal import (
+from cft.concepts.language import Answer, ClassName, Record, Reply, ask
+from cft.related.deal import (
     BATCHES,
     DEAL_ANSWERS,
     DEAL_RECORDED,
@@ -33,7 +33,7 @@ from cft.deal import (
     overlap,
     sparsity_loss,
 )
-from cft.objectives import Batch
+from cft.train.objectives import Batch
 
 torch.set_num_threads(1)
 

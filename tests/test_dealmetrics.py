@@ -11,10 +11,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from cft import backdrop, deal, dealmetrics
-from cft.backdrop import CLASSES
-from cft.data import MaskedImages, Preprocess, scan
-from cft.deal import (
+from cft.data import backdrop
+from cft.data.backdrop import CLASSES
+from cft.data.folders import MaskedImages, Preprocess, scan
+from cft.data.models import base_model
+from cft.evaluate.faithfulness import widen
+from cft.related import deal
+from cft.related import deal_metrics as dealmetrics
+from cft.related.deal import (
     Lessons,
     TinyDual,
     as_classifier,
@@ -25,7 +29,7 @@ from cft.deal import (
     save_dual,
     train_dual,
 )
-from cft.dealmetrics import (
+from cft.related.deal_metrics import (
     AS_IS,
     CLAIMS,
     CUB_PARTS,
@@ -54,8 +58,6 @@ from cft.dealmetrics import (
     similarity_logits,
     true_masks,
 )
-from cft.faithfulness import widen
-from cft.models import base_model
 
 torch.set_num_threads(1)
 
@@ -314,7 +316,7 @@ def test_scores_of_maps_are_those_of_the_pieces(dual):
 
 
 def test_tests_are_the_demo_s_pictures(tmp_path, monkeypatch):
-    from cft.demo import batches, read_set
+    from cft.demo.experiment import batches, read_set
 
     monkeypatch.setattr(dealmetrics, "TESTS", ("v2",))
     monkeypatch.setattr(dealmetrics, "SEGMENTATION_PER_CLASS", 1)

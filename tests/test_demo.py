@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cft import backdrop, demo
-from cft.demo import (
+from cft.data import backdrop
+from cft.demo import experiment as demo
+from cft.demo.experiment import (
     ANNOTATED,
     BORROWED,
     CLAIMS,

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from cft.evaluation import (
+from cft.evaluate.intervals import over_seeds, paired_difference
+from cft.evaluate.metrics import (
     COLUMNS,
     accuracy_table,
     evaluate,
@@ -25,7 +26,6 @@ from cft.evaluation import (
     top_k,
     wilson_interval,
 )
-from cft.seeds import over_seeds, paired_difference
 
 # quantiles of the t distribution at 97.5 %, from printed tables; the key is the degrees of freedom
 T_TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 29: 2.045}

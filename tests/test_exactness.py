@@ -11,12 +11,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-import cft.exactness as e
-from cft import attributions
-from cft.anatomy import pooled_tokens, split
-from cft.objectives import METHODS, Batch
-from cft.relevance import Relevance, run
-from cft.rules import Tape, UnsupportedModule, activation, attention, norm
+import cft.evaluate.exactness as e
+from cft.explain import attributions
+from cft.explain.anatomy import pooled_tokens, split
+from cft.explain.maps import Relevance, run
+from cft.explain.rules import Tape, UnsupportedModule, activation, attention, norm
+from cft.train.objectives import METHODS, Batch
 
 FAMILIES = {
     "plain": {},

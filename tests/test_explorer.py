@@ -12,10 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cft import backdrop, explorer
-from cft.concepts import ClassName, Concept, ConceptSet, demo_concepts
-from cft.data import MaskedImages, Preprocess
-from cft.explorer import (
+from cft.apps import explorer
+from cft.apps.explorer import (
     DROPPED,
     KEPT,
     OFF,
@@ -32,12 +30,15 @@ from cft.explorer import (
     see,
     union,
 )
-from cft.finder import finder
-from cft.grounding import Grounding
-from cft.masks import build_masks, list_folder, masked_folder
-from cft.models import ASSETS, TINY, base_model
-from cft.relevance import relevance
-from cft.validation import conclude, measure
+from cft.concepts.grounding import Grounding
+from cft.concepts.language import ClassName, Concept, ConceptSet, demo_concepts
+from cft.concepts.masks import build_masks, list_folder, masked_folder
+from cft.concepts.validation import conclude, measure
+from cft.data import backdrop
+from cft.data.folders import MaskedImages, Preprocess
+from cft.data.models import ASSETS, TINY, base_model
+from cft.demo.toy_grounder import finder
+from cft.explain.maps import relevance
 
 KNOWN = ("bird", "fish", "turtle")
 EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)>'

@@ -8,8 +8,8 @@ import torch
 from scipy.stats import rankdata, spearmanr
 from torch import nn
 
-import cft.faithfulness as f
-from cft.models import TINY, load_model
+import cft.evaluate.faithfulness as f
+from cft.data.models import TINY, load_model
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_measure_is_tidy_and_summary_averages(tiny):
 
 
 def test_all_maps_explain_one_class(tiny):
-    from cft.relevance import METHODS, Method, relevance
+    from cft.explain.maps import METHODS, Method, relevance
 
     x = images(2)
     found = f.all_maps(tiny, x, methods={"quick": Method("iia", steps=1), "cp": "cp"})

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cft import backdrop, finder
-from cft.finder import ATOMS, HELD_OUT, HELD_OUT_ABSENT, MEANINGS, FinderConfig, Judgement, regions
+from cft.data import backdrop
+from cft.demo import toy_grounder as finder
+from cft.demo.toy_grounder import ATOMS, HELD_OUT, HELD_OUT_ABSENT, MEANINGS, FinderConfig, Judgement, regions
 
 RNG = np.random.default_rng(0)
 

@@ -11,11 +11,11 @@ import pytest
 import timm
 import torch
 
-from cft import backdrop
-from cft.data import MaskedImages, Preprocess, scan
-from cft.finetuning import Diverged, FineTuned, Sampler, averaged, draw, fine_tune, model_card, pieces, rehearse
-from cft.models import TINY, base_model
-from cft.objectives import METHODS, CrossEntropy
+from cft.data import backdrop
+from cft.data.folders import MaskedImages, Preprocess, scan
+from cft.data.models import TINY, base_model
+from cft.train.loop import Diverged, FineTuned, Sampler, averaged, draw, fine_tune, model_card, pieces, rehearse
+from cft.train.objectives import METHODS, CrossEntropy
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_schedule_and_order(images):
             rates.append(optimizer_rate())
             return super().__call__(model, original, batch)
 
-    import cft.finetuning as module
+    import cft.train.loop as module
 
     seen = {}
     adamw = torch.optim.AdamW
@@ -159,11 +159,11 @@ import torch
 from dataclasses import replace
 from pathlib import Path
 torch.set_num_threads(1)
-from cft import backdrop
-from cft.data import MaskedImages, Preprocess, scan
-from cft.finetuning import Diverged, fine_tune
-from cft.models import base_model
-from cft.objectives import METHODS
+from cft.data import backdrop
+from cft.data.folders import MaskedImages, Preprocess, scan
+from cft.train.loop import Diverged, fine_tune
+from cft.data.models import base_model
+from cft.train.objectives import METHODS
 root, out = Path(sys.argv[1]), Path(sys.argv[2])
 folder = scan(root / "images/train", root / "masks/train", root / "objects/train", list(backdrop.CLASSES)).only([0, 2, 4])
 images = MaskedImages(folder, Preprocess.of(base_model(0), margin=1.0), train=True, keep=True)

@@ -16,8 +16,8 @@ import torch
 from grounding_models import BACKENDS, check_grounder, check_grounding, same, small_dino, small_sam2, small_transformers
 from PIL import Image
 
-from cft import backdrop, grounding
-from cft.grounding import (
+from cft.concepts import grounding
+from cft.concepts.grounding import (
     WEIGHTS,
     GroundedSAM,
     GroundingConfig,
@@ -35,6 +35,7 @@ from cft.grounding import (
     small_tokenizer,
     to_pixels,
 )
+from cft.data import backdrop
 
 TEN = ["a beak", "wings", "a long tail", "legs", "eye", "a small head", "feather", "sky", "a branch", "nest"]
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -608,7 +609,7 @@ def test_the_table_of_weights():
 
 
 def test_the_module_needs_no_extra(monkeypatch):
-    code = "import sys, cft.grounding; assert not {'transformers', 'groundingdino', 'segment_anything', 'cv2'} & set(sys.modules)"
+    code = "import sys, cft.concepts.grounding; assert not {'transformers', 'groundingdino', 'segment_anything', 'cv2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     monkeypatch.setattr(grounding.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'cft\[grounding\]'"):

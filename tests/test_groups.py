@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import cft.groups
-from cft import backdrop
-from cft.groups import (
+import cft.related.groups
+from cft.data import backdrop
+from cft.evaluate.passes import accuracy_rows
+from cft.related.groups import (
     BIRD_COUNTS,
     CORRUPTIONS,
     GROUP_CARDS,
@@ -33,7 +34,6 @@ from cft.groups import (
     severity_table,
     spawrious_parts,
 )
-from cft.suite import accuracy_rows
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_cards_and_splits_agree():
     assert set(SPLITS) == set(GROUP_CARDS)
     assert all(SPLITS[key]["test"] == card.pictures for key, card in GROUP_CARDS.items())
     assert {split: sum(n) for split, n in BIRD_COUNTS.items()} == SPLITS["waterbirds"]
-    assert all(sum(n for *_, n in spawrious_parts(split, c)) == SPLITS["spawrious"][split] for split in ("train", "test") for c in cft.groups.O2O)
+    assert all(sum(n for *_, n in spawrious_parts(split, c)) == SPLITS["spawrious"][split] for split in ("train", "test") for c in cft.related.groups.O2O)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -103,7 +103,7 @@ def test_spawrious_takes_the_first_files_by_name(minis, copy, monkeypatch):
     home = copy("spawrious")
     (home / "0/jungle/bulldog/.hidden").touch()
     (home / "0/jungle/bulldog/a_first.png").write_bytes((home / "0/jungle/bulldog/node_0.png").read_bytes())
-    monkeypatch.setattr(cft.groups, "TOTAL", 2)
+    monkeypatch.setattr(cft.related.groups, "TOTAL", 2)
     found = loose("spawrious", home.parent, "train")
     assert [n for n in found.ids if n.startswith("0/jungle/bulldog")] == ["0/jungle/bulldog/a_first.png"]
     shutil.rmtree(home / "1/beach/corgi")

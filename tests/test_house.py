@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted(n for n in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in n.parts)
-CHAPTERS = [n for n in NOTEBOOKS if n.parent == ROOT / "nbs" and n.stem[0].isdigit()]
-RELATED = [n for n in NOTEBOOKS if n.parent.name == "related"]  # these may import all chapters
+PATH, APPENDIX, RELATED = ([n for n in NOTEBOOKS if n.parent.name == room and n.stem[0].isdigit()] for room in ("nbs", "appendix", "related"))
+ORDER = [*PATH, *APPENDIX, *RELATED]  # a chapter imports only what stands before it
 
 
 def cells(notebook):
@@ -44,8 +44,9 @@ def same(a, b, pattern):
 
 
 def test_the_package_is_what_the_notebooks_export(copy):
-    for file in (copy / "cft").glob("*.py"):
-        file.unlink()
+    for file in (copy / "cft").rglob("*.py"):
+        if file.name != "__init__.py":
+            file.unlink()
     subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True, capture_output=True)
     assert same(ROOT / "cft", copy / "cft", "*.py") == []
 
@@ -65,22 +66,32 @@ def test_wheel_holds_the_package_and_its_assets(copy, tmp_path):
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, copy], check=True, capture_output=True)
     wheel = next(tmp_path.glob("*.whl"))
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"cft/cli.py", "cft/demo.py", "cft/assets/bases.json", "cft/assets/base_4.safetensors"} <= names
+    assert {"cft/apps/cli.py", "cft/demo/toy_grounder.py", "cft/assets/bases.json", "cft/assets/base_4.safetensors"} <= names
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import cft.cli, cft.models, cft.demo; "
-            "assert cft.__file__.startswith(sys.argv[1]); cft.models.base_model(0); "
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import cft.apps.cli, cft.data.models, cft.demo.experiment; "
+            "assert cft.__file__.startswith(sys.argv[1]); cft.data.models.base_model(0); "
             "assert not {'nbdev', 'fastcore', 'execnb'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "site")], check=True, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("notebook", CHAPTERS + RELATED, ids=lambda n: n.stem)
+def code_of(notebook):
+    return "\n".join(source(c) for c in cells(notebook) if c["cell_type"] == "code")
+
+
+def module_of(notebook):
+    """The module that a chapter exports, as room.stem; None for a page without one."""
+    found = re.search(r"#\| default_exp ([\w.]+)", code_of(notebook))
+    return found and found.group(1)
+
+
+@pytest.mark.parametrize("notebook", ORDER, ids=lambda n: n.stem)
 def test_a_chapter_is_its_module_and_imports_only_earlier_ones(notebook):
-    order = [n.stem.split("_", 1)[1] for n in CHAPTERS + RELATED]
-    name = notebook.stem.split("_", 1)[1]
-    code = "\n".join(source(c) for c in cells(notebook) if c["cell_type"] == "code")
-    assert f"#| default_exp {name}\n" in code + "\n" and (ROOT / "cft" / f"{name}.py").exists()
-    used = set(re.findall(r"(?:from|import) cft\.(\w+)", code)) | {w for line in re.findall(r"from cft import (.+)", code) for w in re.split(r"[ ,]+", line)}
+    order, name = [module_of(n) for n in ORDER], module_of(notebook)
+    code = code_of(notebook)
+    assert name.rpartition(".")[2] == notebook.stem.split("_", 1)[1] and (ROOT / "cft" / f"{name.replace('.', '/')}.py").exists()
+    used = set(re.findall(r"(?:from|import) cft\.(\w+\.\w+)", code))
+    used |= {f"{room}.{w.split()[0]}" for room, line in re.findall(r"from cft\.(\w+) import ([^(\n]+)", code) for w in line.split(",")}
     later = order[order.index(name) + 1:]
     assert not used & set(later), f"{name} uses later chapters"
 
@@ -114,7 +125,7 @@ def test_no_machine_is_named():
 
 
 def test_public_names_are_typed_and_documented():
-    for module in (ROOT / "cft").glob("*.py"):
+    for module in (ROOT / "cft").rglob("*.py"):
         if module.name.startswith("_"):
             continue
         for node in ast.parse(module.read_text(encoding="utf-8")).body:

@@ -11,11 +11,14 @@ import timm
 import torch
 from PIL import Image
 
-from cft import finetuning, jobs
-from cft.concepts import ClassName, ConceptSet, concept
-from cft.datasets import CARDS, miniature, synsets
-from cft.grounding import small_grounded_sam
-from cft.jobs import (
+from cft.concepts.grounding import small_grounded_sam
+from cft.concepts.language import ClassName, ConceptSet, concept
+from cft.concepts.masks import MaskStore
+from cft.data.models import read_weights, save_model
+from cft.data.testsets import CARDS, miniature, synsets
+from cft.evaluate.passes import Results
+from cft.reproduce import jobs
+from cft.reproduce.jobs import (
     CHANGES,
     device_slot,
     given_by,
@@ -26,12 +29,10 @@ from cft.jobs import (
     run_job,
     write_json,
 )
-from cft.masks import MaskStore
-from cft.models import read_weights, save_model
-from cft.objectives import METHODS
-from cft.paper import ARTEFACTS, DEMO, PAPER, in_our_form, needed
-from cft.settings import read_settings, rows_file, write_settings
-from cft.suite import Results
+from cft.reproduce.paper import ARTEFACTS, DEMO, PAPER, in_our_form, needed
+from cft.reproduce.settings import read_settings, rows_file, write_settings
+from cft.train import loop as finetuning
+from cft.train.objectives import METHODS
 
 DEMO_SETTINGS = read_settings("demo")
 
@@ -270,7 +271,7 @@ def test_the_whole_way_on_imagenet(imagenet, monkeypatch):
     grounder = small_grounded_sam()
     monkeypatch.setattr(jobs, "load_grounder", lambda name, weights, device: grounder)
     monkeypatch.setattr(jobs, "open_set", lambda key, place: jobs_open(key, place))
-    from cft.datasets import open_set as real
+    from cft.data.testsets import open_set as real
 
     jobs_open = lambda key, place: real(key, place, check_counts=False)
     vit = "model=vit_base_patch16_224"

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from cft.losses import (
+from cft.train.losses import (
     LossWeights,
     alignment_loss,
     background_loss,

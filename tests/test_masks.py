@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from cft import data, masks
-from cft.concepts import ClassName, Concept, ConceptSet
-from cft.grounding import PAPER_GROUNDING, Grounding, small_grounded_sam
-from cft.masks import MaskStore, build_masks, list_folder, plan, training_pictures, work_list
+from cft.concepts import masks
+from cft.concepts.grounding import PAPER_GROUNDING, Grounding, small_grounded_sam
+from cft.concepts.language import ClassName, Concept, ConceptSet
+from cft.concepts.masks import MaskStore, build_masks, list_folder, plan, training_pictures, work_list
+from cft.data import folders as data
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
 

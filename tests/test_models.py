@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cft import backdrop
-from cft.models import (
+from cft.data import backdrop
+from cft.data.models import (
     ASSETS,
     SEEDS,
     TINY,

@@ -8,13 +8,13 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from cft import backdrop
-from cft.data import MaskedImages, Preprocess, scan
-from cft.finetuning import Sampler
-from cft.losses import LossWeights
-from cft.models import TINY, base_model
-from cft.objectives import METHODS, Align, Batch, GradMask, Recipe, RightReasons
-from cft.relevance import Method, relevance
+from cft.data import backdrop
+from cft.data.folders import MaskedImages, Preprocess, scan
+from cft.data.models import TINY, base_model
+from cft.explain.maps import Method, relevance
+from cft.train.loop import Sampler
+from cft.train.losses import LossWeights
+from cft.train.objectives import METHODS, Align, Batch, GradMask, Recipe, RightReasons
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 from scipy import stats
 
-from cft import pages
-from cft.pages import (
+from cft.reproduce import pages
+from cft.reproduce.pages import (
     averaged_rows,
     claims_of,
     flips,
@@ -28,8 +28,8 @@ from cft.pages import (
     table_of,
     trail,
 )
-from cft.paper import ARTEFACTS, INCONSISTENCIES, PAPER, in_our_form, reference
-from cft.settings import Work, read_settings, rows_file, write_settings
+from cft.reproduce.paper import ARTEFACTS, INCONSISTENCIES, PAPER, in_our_form, reference
+from cft.reproduce.settings import Work, read_settings, rows_file, write_settings
 
 ROOT = Path(__file__).parents[1]
 SETS = ("val", "v2", "adversarial", "rendition", "sketch", "object", "si_location", "si_rotation", "si_size")
@@ -174,7 +174,7 @@ def test_a_run_is_read_file_by_file(tmp_path):
 
 def test_one_original_stands_beside_every_seed_on_imagenet(tmp_path):
     """The published networks are the same for all seeds; their halves of the classes are not."""
-    from cft.jobs import open_world
+    from cft.reproduce.jobs import open_world
 
     settings = read_settings("paper", classes=500)
     write_settings(settings, tmp_path / "settings.yaml")

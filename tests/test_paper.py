@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cft import backdrop, paper
-from cft.datasets import CARDS
-from cft.objectives import METHODS, RATES
-from cft.paper import (
+from cft.data import backdrop
+from cft.data.testsets import CARDS
+from cft.reproduce import paper
+from cft.reproduce.paper import (
     ARTEFACTS,
     DEMO,
     DEVIATIONS,
@@ -46,6 +46,7 @@ from cft.paper import (
     to_latex,
     verdicts,
 )
+from cft.train.objectives import METHODS, RATES
 
 ROOT = Path(__file__).parents[1]
 ROWS = {"table1": 240, "table2": 120, "table3": 24, "table4": 216, "table5": 54, "table6": 54, "table7": 8, "table8": 80, "table9": 48,
@@ -514,7 +515,7 @@ def test_scoreboard_has_every_artefact():
 
 
 def test_reading_the_module_is_light():
-    code = "import cft.paper, sys; print(sorted({'torch', 'matplotlib.pyplot', 'seaborn', 'scipy.stats'} & set(sys.modules)))"
+    code = "import cft.reproduce.paper, sys; print(sorted({'torch', 'matplotlib.pyplot', 'seaborn', 'scipy.stats'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 

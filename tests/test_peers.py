@@ -14,7 +14,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from cft.relevance import relevance
+from cft.explain.maps import relevance
 
 SHAPE = {"img_size": 24, "patch_size": 6, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 7}
 
@@ -46,7 +46,7 @@ def distance(ours, theirs):
 
 def attnlrp_of_timm():
     """AttnLRP by lxt's functions on the layers of a copy, for a plain ViT and one with LayerScale and registers."""
-    from cft.bench import lxt_copy, tokens_x_gradient
+    from cft.evaluate.bench import lxt_copy, tokens_x_gradient
 
     images, target = pictures()
     found = {}

@@ -11,9 +11,9 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, V
 from torch import nn
 from torch.func import functional_call
 
-import cft.relevance as r
-from cft.anatomy import split
-from cft.models import LinearProbe
+import cft.explain.maps as r
+from cft.data.models import LinearProbe
+from cft.explain.anatomy import split
 
 FAMILIES = {
     "plain": {},

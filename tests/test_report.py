@@ -12,12 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cft import backdrop
-from cft.audit import Rule, audit, paired_interval
-from cft.data import scan
-from cft.evaluation import COLUMNS
-from cft.models import base_model
-from cft.report import (
+from cft.apps.report import (
     DARK,
     LIGHT,
     SIDES,
@@ -38,6 +33,11 @@ from cft.report import (
     strip,
     table,
 )
+from cft.data import backdrop
+from cft.data.folders import scan
+from cft.data.models import base_model
+from cft.evaluate.audit import Rule, audit, paired_interval
+from cft.evaluate.metrics import COLUMNS
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>\u202e&'
 VOID = {"meta", "img", "br", "hr", "link", "input"}

@@ -9,7 +9,7 @@ from timm.layers import GluMlp, SwiGLU
 from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
-from cft import rules
+from cft.explain import rules
 
 torch.manual_seed(0)
 

@@ -12,17 +12,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cft import backdrop
-from cft.concepts import demo_concepts
-from cft.data import Preprocess
-from cft.datasets import PictureFiles, folder_set
-from cft.finder import finder
-from cft.finetuning import Diverged
-from cft.groups import backdrop_set, judged
-from cft.masks import build_masks, list_folder
-from cft.models import base_model
-from cft.paper import scores_of, verdicts
-from cft.segmil import (
+from cft.concepts.language import demo_concepts
+from cft.concepts.masks import build_masks, list_folder
+from cft.data import backdrop
+from cft.data.folders import Preprocess
+from cft.data.models import base_model
+from cft.data.testsets import PictureFiles, folder_set
+from cft.demo.toy_grounder import finder
+from cft.evaluate.passes import checkpoint, reading_of, run_pass
+from cft.related.groups import backdrop_set, judged
+from cft.related.segmil import (
     DEMO_RULES,
     LABELS,
     SEGMIL_CLAIMS,
@@ -57,7 +56,8 @@ from cft.segmil import (
     suppress,
     train_segmil,
 )
-from cft.suite import checkpoint, reading_of, run_pass
+from cft.reproduce.paper import scores_of, verdicts
+from cft.train.loop import Diverged
 
 torch.set_num_threads(1)
 NAMES = list(backdrop.CLASSES)
@@ -482,7 +482,7 @@ def test_training_learns_and_leaves_the_model_alone(ready):
 
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_killed_run_goes_on_bit_by_bit(ready, tmp_path, monkeypatch, stop):
-    import cft.segmil as module
+    import cft.related.segmil as module
 
     recipe, model = SegMilRecipe(rate=1e-3, backbone_rate=0, epochs=5, seed=4), fresh(ready.extra["target"].shape[1])
     straight = train_segmil(model, ready, recipe, progress=False)
@@ -517,7 +517,7 @@ def test_the_backbone_trains_at_its_own_rate(bags):
 
 
 def test_the_best_worst_group_is_kept(ready, monkeypatch):
-    import cft.segmil as module
+    import cft.related.segmil as module
 
     worst = iter([10.0, 40.0, 40.0, 20.0])
     weights = []
@@ -605,7 +605,7 @@ def test_vocabularies_and_variants():
 
 
 def test_the_experiment_runs_and_goes_on(tmp_path, monkeypatch):
-    import cft.segmil as module
+    import cft.related.segmil as module
 
     monkeypatch.setattr(module, "POOL_PER_CLASS", 1)
     monkeypatch.setattr(module, "TEST_PER_CLASS", 1)

@@ -3,8 +3,8 @@ import itertools
 
 import pytest
 
-from cft.paper import ARTEFACTS, PAPER, artefact
-from cft.settings import (
+from cft.reproduce.paper import ARTEFACTS, PAPER, artefact
+from cft.reproduce.settings import (
     Cost,
     Work,
     hours,

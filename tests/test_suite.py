@@ -16,11 +16,10 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from cft.datasets import EvalSet, folder_set, miniature, open_set
-from cft.evaluation import image_scores, segmentation_table, wilson_interval
-from cft.models import base_model, save_model, weights_digest
-from cft.relevance import relevance
-from cft.suite import (
+from cft.data.models import base_model, save_model, weights_digest
+from cft.data.testsets import EvalSet, folder_set, miniature, open_set
+from cft.evaluate.metrics import image_scores, segmentation_table, wilson_interval
+from cft.evaluate.passes import (
     BY,
     ROWS,
     Checkpoint,
@@ -41,6 +40,7 @@ from cft.suite import (
     throughput_vs_timm,
     timm_validation,
 )
+from cft.explain.maps import relevance
 
 
 class Colours(EvalSet):
@@ -500,6 +500,6 @@ def test_our_loop_and_timms_give_the_same_answers(tmp_path):
     found = throughput_vs_timm(model, tmp_path, Loop(batch=4), rounds=1)
     (pictures,) = run_pass(folder_set(tmp_path), [Checkpoint("a", model, "")], reading_of(model))
     assert found.hits == (pictures.full_top1.sum(),) * 2 and found.ratio > 0 and found.ours > 0
-    from cft.data import scan
+    from cft.data.folders import scan
     top1, top5 = timm_validation(model, scan(tmp_path), Loop(batch=4))
     assert top1 == pytest.approx(100 * pictures.full_top1.mean(), abs=1e-3) and top5 == pytest.approx(100 * pictures.full_top5.mean(), abs=1e-3)

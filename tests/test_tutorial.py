@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.main import get_command
 
-from cft.cli import app
-from cft.concepts import ConceptSet
-from cft.masks import MaskStore
-from cft.models import TINY, base_model
+from cft.apps.cli import app
+from cft.concepts.language import ConceptSet
+from cft.concepts.masks import MaskStore
+from cft.data.models import TINY, base_model
 
 TUTORIAL = Path(__file__).parents[1] / "nbs/tutorial.ipynb"
 NOTEBOOK = nbformat.read(TUTORIAL, 4)

@@ -7,12 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cft import masks
-from cft.concepts import ClassName, Concept, ConceptSet, refine
-from cft.data import open_image
-from cft.grounding import Grounding
-from cft.masks import MaskStore, build_masks, list_folder
-from cft.validation import (
+from cft.concepts import masks
+from cft.concepts.grounding import Grounding
+from cft.concepts.language import ClassName, Concept, ConceptSet, refine
+from cft.concepts.masks import MaskStore, build_masks, list_folder
+from cft.concepts.validation import (
     GRID,
     PAPER_THRESHOLDS,
     conclude,
@@ -27,6 +26,7 @@ from cft.validation import (
     validate,
     without_context,
 )
+from cft.data.folders import open_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
 

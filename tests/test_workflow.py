@@ -13,9 +13,9 @@ import nbformat
 import pandas as pd
 import pytest
 
-from cft.paper import ARTEFACTS, PAPER
-from cft.settings import Work, model_file, read_settings, rows_file, write_settings
-from cft.workflow import Graph, only_one, plain_command, plan_text, report, reproduce, warm_workers
+from cft.reproduce.paper import ARTEFACTS, PAPER
+from cft.reproduce.settings import Work, model_file, read_settings, rows_file, write_settings
+from cft.reproduce.workflow import Graph, only_one, plain_command, plan_text, report, reproduce, warm_workers
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -107,7 +107,7 @@ def test_failures_do_not_stop_the_rest(tmp_path):
     assert found.failures["job"].tolist() == ["tune model=demo method=rrr seed=0"]
     text = str(found)
     for part in ("1 of 2 pages", "no learning rate for rrr on demo; set rates.demo.rrr", "log: logs/tune--model=demo--method=rrr--seed=0.log",
-                 "again: cd ", "-m cft.jobs tune model=demo method=rrr seed=0", "inputs are missing, first results/rows/"):
+                 "again: cd ", "-m cft.reproduce.jobs tune model=demo method=rrr seed=0", "inputs are missing, first results/rows/"):
         assert part in text, text
     command = found.failures["command"].iloc[0].replace("python", sys.executable, 1)
     again = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=ENV)
@@ -182,7 +182,7 @@ def test_warm_workers(tmp_path):
     with warm_workers(tmp_path) as command:
         assert subprocess.run(f"{command} job.log concepts", shell=True, cwd=tmp_path).returncode == 0 and (tmp_path / "concepts.json").exists()
         assert subprocess.run(f"{command} job.log dance", shell=True, cwd=tmp_path).returncode == 1 and "no job 'dance'" in (tmp_path / "job.log").read_text()
-        server = next(p for p in children(os.getpid()) if b"cft.workflow" in Path(f"/proc/{p}/cmdline").read_bytes())
+        server = next(p for p in children(os.getpid()) if b"cft.reproduce.workflow" in Path(f"/proc/{p}/cmdline").read_bytes())
         # a client that is killed takes its job with it
         client = subprocess.Popen(f"exec {command} world.log world seed=0", shell=True, cwd=tmp_path)
         job = wait_for(lambda: children(server))[0]
