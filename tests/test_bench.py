@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import cft.data.models  # noqa: F401  (registers cft_vit_tiny64)
 from cft.apps.explorer import bench_explorer
 from cft.evaluate import bench
-from cft.train.objectives import METHODS
+from cft.train.objectives import RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_wall_ratio_is_slow_over_fast(monkeypatch):
 
 def test_a_checkpointed_step_is_the_same_step(tiny):
     gradients = []
-    for objective in (METHODS["cft"].objective, bench.checkpointed_objective):
+    for objective in (RECIPES["cft"].objective, bench.checkpointed_objective):
         bench.training_step(tiny, objective)()
         gradients.append([p.grad.clone() for p in tiny.model.parameters()])
     for a, b in zip(*gradients, strict=True):

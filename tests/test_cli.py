@@ -29,7 +29,7 @@ from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, scan
 from cft.data.models import ASSETS, SEEDS, TINY, save_model
 from cft.data.testsets import CARDS, miniature, open_set
-from cft.train.objectives import METHODS
+from cft.train.objectives import RECIPES
 
 VIT = "vit_tiny_patch16_224"
 CFT = Path(sys.executable).with_name("cft")
@@ -221,7 +221,7 @@ def test_completion_offers_commands_and_names_without_a_model(tmp_path):
 
 
 def test_names_listed_without_imports_are_the_real_ones():
-    assert cli.METHODS == tuple(METHODS) and cli.SUITES == tuple(CARDS)
+    assert cli.METHODS == tuple(RECIPES) and cli.SUITES == tuple(CARDS)
     assert cli.LANGUAGE_MODEL == Sampling().model and cli.DEMO_SEEDS == ",".join(map(str, SEEDS))
     detector, segmenter = cli.GROUNDERS[0].split("+")
     assert {detector, segmenter} <= set(WEIGHTS)

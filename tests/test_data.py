@@ -129,7 +129,7 @@ def test_picture_and_mask_move_together(folder):
         mask.save(folder / "m/ant" / f"{file.stem}.png")
     found = scan(folder / "i", folder / "m").only([0])
     images = MaskedImages(found, Preprocess((12, 20), margin=1.0, interpolation="nearest"), train=True)
-    wide = MaskedImages(found, Preprocess((12, 20), margin=2.0, interpolation="nearest"), train=True, keep=True)
+    wide = MaskedImages(found, Preprocess((12, 20), margin=2.0, interpolation="nearest"), train=True, cached=True)
     torch.manual_seed(0)
     flipped = 0
     for i in range(12):

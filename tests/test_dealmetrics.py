@@ -426,7 +426,7 @@ def test_claims_have_the_sign_of_the_numbers():
 def test_the_run_resumes_and_the_released_code_is_contrastive_bit_for_bit(dual, tmp_path, monkeypatch):
     world = backdrop.write(tmp_path / "small", {"train": 2}, seed=1)
     folder = scan(world / "images/train", world / "masks/train", world / "objects/train", list(CLASSES)).only([0, 1])
-    monkeypatch.setattr(dealmetrics, "training_images", lambda *_: MaskedImages(folder, Preprocess.of(dual.visual, margin=1.0), train=True, keep=True))
+    monkeypatch.setattr(dealmetrics, "training_images", lambda *_: MaskedImages(folder, Preprocess.of(dual.visual, margin=1.0), train=True, cached=True))
     monkeypatch.setattr(dealmetrics, "write_world", lambda *_: None)
     for name in ("EPOCHS", "TEST_PER_CLASS", "SEGMENTATION_PER_CLASS"):
         monkeypatch.setattr(dealmetrics, name, 1)

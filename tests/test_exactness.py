@@ -16,7 +16,7 @@ from cft.explain import attributions
 from cft.explain.anatomy import pooled_tokens, split
 from cft.explain.maps import Relevance, run
 from cft.explain.rules import Tape, UnsupportedModule, activation, attention, norm
-from cft.train.objectives import METHODS, Batch
+from cft.train.objectives import RECIPES, Batch
 
 FAMILIES = {
     "plain": {},
@@ -197,7 +197,7 @@ def test_frozen_inputs_of_the_naive_way(batch):
 # --- who is reached -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("align", [METHODS["cft"].objective, METHODS["cft-paper"].objective])
+@pytest.mark.parametrize("align", [RECIPES["cft"].objective, RECIPES["cft-paper"].objective])
 def test_the_rollout_never_reaches_the_top(batch, align):
     model = make()
     silent = e.unreached(e.gradient(model, batch, "rollout", align))

@@ -221,13 +221,13 @@ def test_measure_is_tidy_and_summary_averages(tiny):
 
 
 def test_all_maps_explain_one_class(tiny):
-    from cft.explain.maps import METHODS, Method, relevance
+    from cft.explain.maps import ATTRIBUTIONS, Method, relevance
 
     x = images(2)
     found = f.all_maps(tiny, x, methods={"quick": Method("iia", steps=1), "cp": "cp"})
     assert list(found) == ["quick", "cp"]
     assert torch.equal(found["cp"], relevance(tiny, x, tiny(x).argmax(1), "cp", differentiable=False).patches)
-    assert set(f.all_maps(tiny, x, torch.tensor([1, 2]), [m for m in METHODS if m != "iia"])) == set(METHODS) - {"iia"}
+    assert set(f.all_maps(tiny, x, torch.tensor([1, 2]), [m for m in ATTRIBUTIONS if m != "iia"])) == set(ATTRIBUTIONS) - {"iia"}
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

@@ -15,18 +15,18 @@ from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, scan
 from cft.data.models import TINY, base_model
 from cft.train.loop import Diverged, FineTuned, Sampler, averaged, draw, fine_tune, model_card, pieces, rehearse
-from cft.train.objectives import METHODS, CrossEntropy
+from cft.train.objectives import RECIPES, CrossEntropy
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     root = backdrop.write(tmp_path_factory.mktemp("w") / "b", {"train": 2}, seed=1)
     folder = scan(root / "images/train", root / "masks/train", root / "objects/train", list(backdrop.CLASSES)).only([0, 2, 4])
-    return MaskedImages(folder, Preprocess.of(timm.create_model(TINY), margin=1.0), train=True, keep=True)
+    return MaskedImages(folder, Preprocess.of(timm.create_model(TINY), margin=1.0), train=True, cached=True)
 
 
 def test_schedule_and_order(images):
-    recipe = replace(METHODS["plain"], epochs=50, batch=1, rate=1.0)
+    recipe = replace(RECIPES["plain"], epochs=50, batch=1, rate=1.0)
     sampler = Sampler(images, recipe)
     assert sampler.steps == 300 and sorted(i for s in range(6) for i in sampler.indices(s)) == list(range(6))
     assert [sampler.indices(s) for s in range(6)] != [sampler.indices(s) for s in range(6, 12)]
@@ -53,15 +53,15 @@ def test_schedule_and_order(images):
 
 
 def test_contexts_come_from_other_classes(images):
-    sampler = Sampler(images, METHODS["swap"])
+    sampler = Sampler(images, RECIPES["swap"])
     labels = torch.tensor([s.label for s in images.folder.samples])
     assert all((labels[sampler._others[k]] != k).all() for k in (0, 2, 4))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_method_runs_and_head_only_means_head_only(images, name):
     model = base_model(0)
-    tuned, record = fine_tune(model, images, replace(METHODS[name], rate=1e-4, epochs=1), progress=False, validation=images)
+    tuned, record = fine_tune(model, images, replace(RECIPES[name], rate=1e-4, epochs=1), progress=False, validation=images)
     changed = {n for (n, a), b in zip(model.named_parameters(), tuned.parameters()) if not torch.equal(a, b)}
     assert changed == {"head.weight", "head.bias"} if name == "last-layer" else len(changed) > 20
     assert math.isfinite(record["epochs"][0]["loss"]) and json.dumps(record)
@@ -69,7 +69,7 @@ def test_every_method_runs_and_head_only_means_head_only(images, name):
 
 
 def test_resume_is_bit_equal(images, tmp_path):
-    recipe = replace(METHODS["cft+"], rate=1e-4, epochs=4, batch=2)
+    recipe = replace(RECIPES["cft+"], rate=1e-4, epochs=4, batch=2)
     whole = fine_tune(base_model(0), images, recipe, progress=False).model
     for stop in (0, 5, 10):
         def cut(step, _, stop=stop):
@@ -88,13 +88,13 @@ def test_resume_is_bit_equal(images, tmp_path):
 def test_random_state_and_model_are_left_alone(images):
     model = base_model(0)
     weights, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
-    fine_tune(model, images, replace(METHODS["cft+"], rate=1e-3, epochs=1), progress=False)
+    fine_tune(model, images, replace(RECIPES["cft+"], rate=1e-3, epochs=1), progress=False)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(weights.values(), model.state_dict().values()))
 
 
 def test_another_job_is_refused(images, tmp_path):
-    recipe = replace(METHODS["plain"], epochs=1)
+    recipe = replace(RECIPES["plain"], epochs=1)
     fine_tune(base_model(0), images, recipe, tmp_path / "a", progress=False)
     with pytest.raises(ValueError, match="finished run of another job"):
         fine_tune(base_model(0), images, replace(recipe, rate=1e-3), tmp_path / "a", progress=False)
@@ -109,7 +109,7 @@ def test_another_job_is_refused(images, tmp_path):
 
 
 def test_divergence_names_the_pictures(images, tmp_path):
-    recipe = replace(METHODS["plain"], rate=1e20, epochs=20, batch=3)
+    recipe = replace(RECIPES["plain"], rate=1e20, epochs=20, batch=3)
     with pytest.raises(Diverged, match=r"step \d+: .*batch: .*\.png") as error:
         fine_tune(base_model(0), images, recipe, tmp_path / "r", progress=False, save_every=1)
     step = int(str(error.value).split(":")[0].split()[1])
@@ -127,7 +127,7 @@ def test_averaging():
 def test_missing_masks_and_bad_settings(images):
     bare = MaskedImages(replace(images.folder, samples=tuple(replace(s, mask=None) for s in images.folder.samples)), images.preprocess)
     with pytest.raises(ValueError, match="needs mask masks"):
-        fine_tune(base_model(0), bare, METHODS["cft"])
+        fine_tune(base_model(0), bare, RECIPES["cft"])
 
 
 def same_up_to_rounding(one, other):
@@ -140,7 +140,7 @@ def same_up_to_rounding(one, other):
 
 def test_a_batch_in_chunks_is_the_batch(images):
     for name in ("cft", "cft+", "rrr"):
-        recipe = replace(METHODS[name], rate=1e-4, epochs=2, batch=5)
+        recipe = replace(RECIPES[name], rate=1e-4, epochs=2, batch=5)
         whole, parts = (fine_tune(base_model(0), images, replace(recipe, chunk=chunk), progress=False) for chunk in (0, 2))
         same_up_to_rounding(whole.model, parts.model)
         assert whole.record["epochs"][-1]["loss"] == pytest.approx(parts.record["epochs"][-1]["loss"], rel=1e-3)
@@ -163,15 +163,15 @@ from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, scan
 from cft.train.loop import Diverged, fine_tune
 from cft.data.models import base_model
-from cft.train.objectives import METHODS
+from cft.train.objectives import RECIPES
 root, out = Path(sys.argv[1]), Path(sys.argv[2])
 folder = scan(root / "images/train", root / "masks/train", root / "objects/train", list(backdrop.CLASSES)).only([0, 2, 4])
-images = MaskedImages(folder, Preprocess.of(base_model(0), margin=1.0), train=True, keep=True)
-recipe = replace(METHODS["cft+"], rate=1e-4, epochs=3, batch=5)
+images = MaskedImages(folder, Preprocess.of(base_model(0), margin=1.0), train=True, cached=True)
+recipe = replace(RECIPES["cft+"], rate=1e-4, epochs=3, batch=5)
 tuned, record = fine_tune(base_model(0), images, recipe, out / "run", progress=False)
 print(f"processes {record['processes']}\\n", end="", flush=True)
 try:
-    fine_tune(base_model(0), images, replace(METHODS["plain"], rate=1e20, epochs=9, batch=5), progress=False)
+    fine_tune(base_model(0), images, replace(RECIPES["plain"], rate=1e20, epochs=9, batch=5), progress=False)
 except Diverged as error:
     print(f"stopped {str(error)[:6]}\\n", end="", flush=True)
 """
@@ -185,15 +185,15 @@ def test_two_processes_are_one(images, tmp_path):
                           env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("processes 2") == 2 and done.stdout.count("stopped step ") == 2, done.stdout + done.stderr[-2000:]
-    alone = fine_tune(base_model(0), images, replace(METHODS["cft+"], rate=1e-4, epochs=3, batch=5), progress=False)
-    together = fine_tune(base_model(0), images, replace(METHODS["cft+"], rate=1e-4, epochs=3, batch=5), tmp_path / "run", progress=False)
+    alone = fine_tune(base_model(0), images, replace(RECIPES["cft+"], rate=1e-4, epochs=3, batch=5), progress=False)
+    together = fine_tune(base_model(0), images, replace(RECIPES["cft+"], rate=1e-4, epochs=3, batch=5), tmp_path / "run", progress=False)
     assert together.record["processes"] == 2
     same_up_to_rounding(alone.model, together.model)
     assert alone.record["epochs"][-1]["loss"] == pytest.approx(together.record["epochs"][-1]["loss"], rel=1e-4)
 
 
 def test_the_best_epoch_is_kept(images, tmp_path):
-    recipe = replace(METHODS["plain"], rate=3e-2, epochs=4, batch=3, best=True, decays=0)  # such a rate does harm
+    recipe = replace(RECIPES["plain"], rate=3e-2, epochs=4, batch=3, best=True, decays=0)  # such a rate does harm
     with pytest.raises(ValueError, match="needs validation pictures"):
         fine_tune(base_model(0), images, recipe)
 
@@ -220,7 +220,7 @@ def test_the_best_epoch_is_kept(images, tmp_path):
 
 
 def test_half_precision_is_close(images):
-    recipe = replace(METHODS["cft"], rate=1e-5, epochs=1)
+    recipe = replace(RECIPES["cft"], rate=1e-5, epochs=1)
     full, half = (fine_tune(base_model(0), images, replace(recipe, precision=p), progress=False) for p in ("no", "bf16"))
     assert half.record["epochs"][0]["loss"] == pytest.approx(full.record["epochs"][0]["loss"], rel=0.03)
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in half.model.parameters())
@@ -239,11 +239,11 @@ def test_draw(images):
 
 
 def test_card_and_rehearsal(images, tmp_path):
-    done = fine_tune(base_model(0), images, replace(METHODS["cft"], epochs=1), tmp_path, progress=False)
+    done = fine_tune(base_model(0), images, replace(RECIPES["cft"], epochs=1), tmp_path, progress=False)
     record, shown = done.record, done._repr_html_()
     assert f"{record['data']['pictures']} pictures, {record['steps']} steps" in shown and f"{record['epochs'][0]['loss']:.4f}" in shown
     assert "2.5 s" in FineTuned(done.model, {"seconds": 2.5})._repr_html_()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card == model_card(record, TINY) and record["data"]["digest"] in card and "patented" in card
-    price = rehearse(base_model(0), images, METHODS["cft"])
+    price = rehearse(base_model(0), images, RECIPES["cft"])
     assert price["steps"] == 50 and price["seconds"] == pytest.approx(50 * price["seconds_per_step"]) and price["seconds"] > 0

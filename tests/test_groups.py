@@ -27,7 +27,7 @@ from cft.related.groups import (
     csv_set,
     group_scores,
     group_table,
-    judged,
+    answer_table,
     miniature_groups,
     open_groups,
     plain_pickle,
@@ -329,7 +329,7 @@ def test_folders_keep_order_and_pixels(minis, tmp_path, world):
 def test_scores_by_counting(minis):
     source = loose("waterbirds", minis)
     logits = torch.randn(len(source), 2, generator=torch.Generator().manual_seed(4))
-    pictures = judged(source, logits)
+    pictures = answer_table(source, logits)
     right, seen = Counter(), Counter()
     for row, (label,), group in zip(logits.tolist(), source.targets, source.groups):
         seen[group] += 1
@@ -345,14 +345,14 @@ def test_scores_by_counting(minis):
     with pytest.raises(ValueError, match="no test pictures of ostrich"):
         group_scores(pictures, ["ostrich"])
     with pytest.raises(ValueError, match="expected logits of 12 pictures"):
-        judged(source, logits[:5])
+        answer_table(source, logits[:5])
 
 
 def test_groups_that_are_the_classes_have_a_worst_one_too(minis):
     source = loose("spawrious", minis)
     logits = torch.nn.functional.one_hot(torch.tensor([t[0] for t in source.targets]), 4).float()
     logits[:2] = logits[:2].roll(1, 1)
-    scores = group_scores(judged(source, logits))
+    scores = group_scores(answer_table(source, logits))
     assert (scores["worst_group"], scores["worst"]) == ("bulldog in mountain", pytest.approx(100 * 4 / 6))
 
 
@@ -360,9 +360,9 @@ def test_severities_by_hand(minis):
     source = loose("cifar-10-c", minis)
     logits = torch.randn(len(source), 10, generator=torch.Generator().manual_seed(0))
     logits[range(len(source)), [t[0] for t in source.targets]] += 1.5
-    table = severity_table(judged(source, logits))
+    table = severity_table(answer_table(source, logits))
     hits = (logits.argmax(1).numpy() == [t[0] for t in source.targets]).reshape(15, 5, 3).mean(2) * 100
     assert list(table.index) == [*CORRUPTIONS, "mean"] and np.allclose(table.iloc[:15, :5], hits)
     assert np.allclose(table.loc["mean"], [*hits.mean(0), hits.mean()]) and np.allclose(table["mean"].iloc[:15], hits.mean(1))
     with pytest.raises(ValueError, match="expected groups like fog/3, got '[lw]a"):
-        severity_table(judged(loose("waterbirds", minis), torch.zeros(12, 2)))
+        severity_table(answer_table(loose("waterbirds", minis), torch.zeros(12, 2)))

@@ -32,7 +32,7 @@ from cft.reproduce.jobs import (
 from cft.reproduce.paper import ARTEFACTS, DEMO, PAPER, in_our_form, needed
 from cft.reproduce.settings import read_settings, rows_file, write_settings
 from cft.train import loop as finetuning
-from cft.train.objectives import METHODS
+from cft.train.objectives import RECIPES
 
 DEMO_SETTINGS = read_settings("demo")
 
@@ -46,7 +46,7 @@ def difference(a, b, at=""):
 
 @pytest.mark.parametrize("change, fields", [
     ("no-classify", ["objective.weights.classify"]), ("no-background", ["objective.weights.background"]), ("no-concept", ["objective.weights.concept"]),
-    ("labels", ["objective.keep"]), ("original", ["objective.keep"]), ("object", ["objective.guide"]), ("gradcam", ["objective.method"]),
+    ("labels", ["objective.anchor"]), ("original", ["objective.anchor"]), ("object", ["objective.guide"]), ("gradcam", ["objective.method"]),
     ("gradient-rollout", ["objective.method"]), ("iia", ["objective.method"]), ("cp", ["objective.method"]), ("eq2", ["objective.method"]),
     ("gae", ["objective.method"]), ("frozen", ["objective.method"]), ("predicted", ["objective.explain"]), ("saturating", ["objective.normalize"]),
     ("image-means", ["objective.norm"]), ("patches", ["objective.grid"]), ("constant-rate", ["decay"]), ("no-decay", ["weight_decay"]),
@@ -296,4 +296,4 @@ def test_places_that_are_empty_are_named(imagenet, tmp_path):
                                   ({"answers": None}, lambda w: w.concepts(), "answers is empty")):
         with pytest.raises(ValueError, match=message):
             call(open_world(settings.model_copy(update=change), root))
-    assert set(PAPER.sets.values()) == set(CARDS) and set(METHODS) >= {m.partition(".")[0] for m in PAPER.methods.values()} - {"original"} and asdict(CHANGES["iia"])
+    assert set(PAPER.sets.values()) == set(CARDS) and set(RECIPES) >= {m.partition(".")[0] for m in PAPER.methods.values()} - {"original"} and asdict(CHANGES["iia"])

@@ -201,15 +201,15 @@ def test_the_choice_is_a_seeded_permutation_of_sorted_files(tmp_path):
     folder = pictures(tmp_path / "i", classes=3, each=40)
     names = sorted(f"c1/{i:04d}.png" for i in range(40))
     random.Random(5).shuffle(names)
-    chosen = masks.choose(folder, 30, seed=5)
+    chosen = masks.ranked_pictures(folder, 30, seed=5)
     assert {p: r for p, c, r in chosen if c == "c1"} == {p: r for r, p in enumerate(names[:30])}
-    assert {x for x in chosen if x[2] < 3} == set(masks.choose(folder, 3, seed=5))
-    assert [x for x in chosen if x[1] == "c1"] == masks.choose(folder.only([1]), 30, seed=5)
+    assert {x for x in chosen if x[2] < 3} == set(masks.ranked_pictures(folder, 3, seed=5))
+    assert [x for x in chosen if x[1] == "c1"] == masks.ranked_pictures(folder.only([1]), 30, seed=5)
     backwards = replace(folder, samples=folder.samples[::-1])
-    assert masks.choose(backwards, 30, seed=5) == chosen == sorted(chosen)
-    assert len(masks.choose(folder)) == 120
+    assert masks.ranked_pictures(backwards, 30, seed=5) == chosen == sorted(chosen)
+    assert len(masks.ranked_pictures(folder)) == 120
     with pytest.raises(ValueError, match="at least 1"):
-        masks.choose(folder, 0)
+        masks.ranked_pictures(folder, 0)
 
 
 def test_work_is_the_concepts_and_the_class(world):
@@ -227,7 +227,7 @@ def test_work_is_the_concepts_and_the_class(world):
 
 def test_a_store_holds_what_the_grounder_found(world, store, tmp_path):
     folder, concepts = world
-    table, ranks = store.table(), {p: r for p, _, r in masks.choose(folder)}
+    table, ranks = store.table(), {p: r for p, _, r in masks.ranked_pictures(folder)}
     assert store.pictures == tuple(sorted(masks.picture_name(folder, s) for s in folder.samples)) and len(table) == 12 * 5
     for picture in store.pictures:
         image = data.open_image(folder.root / picture)
@@ -686,7 +686,7 @@ def test_masks_become_a_folder_for_training(world, store, tmp_path):
 
 def test_training_takes_the_next_usable_picture(tmp_path):
     folder, concepts = pictures(tmp_path / "i", each=8), concept_set("c0", "c1")
-    order = [p for p, _, _ in sorted((x for x in masks.choose(folder) if x[1] == "c0"), key=lambda x: x[2])]
+    order = [p for p, _, _ in sorted((x for x in masks.ranked_pictures(folder) if x[1] == "c0"), key=lambda x: x[2])]
     bad = {order[0]: 0, order[2]: 1, order[3]: 2}  # empty, everything, one pixel of 120
     sums = {zlib.crc32(data.open_image(folder.root / p).tobytes()): kind for p, kind in bad.items()}
 

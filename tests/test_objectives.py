@@ -14,26 +14,26 @@ from cft.data.models import TINY, base_model
 from cft.explain.maps import Method, relevance
 from cft.train.loop import Sampler
 from cft.train.losses import LossWeights
-from cft.train.objectives import METHODS, Align, Batch, GradMask, Recipe, RightReasons
+from cft.train.objectives import RECIPES, Align, Batch, GradMask, Recipe, RightReasons
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     root = backdrop.write(tmp_path_factory.mktemp("w") / "b", {"train": 2}, seed=1)
     folder = scan(root / "images/train", root / "masks/train", root / "objects/train", list(backdrop.CLASSES)).only([0, 2, 4])
-    return MaskedImages(folder, Preprocess.of(timm.create_model(TINY), margin=1.0), train=True, keep=True)
+    return MaskedImages(folder, Preprocess.of(timm.create_model(TINY), margin=1.0), train=True, cached=True)
 
 
 @pytest.fixture(scope="module")
 def batch(images):
     torch.manual_seed(0)
-    return Sampler(images, Recipe(METHODS["cft+"].objective, batch=6)).batch(0)
+    return Sampler(images, Recipe(RECIPES["cft+"].objective, batch=6)).batch(0)
 
 
 def loss_of(name, batch, model=None):
     model = model or base_model(0)
     torch.manual_seed(0)
-    return METHODS[name].objective(model, copy.deepcopy(model), batch)
+    return RECIPES[name].objective(model, copy.deepcopy(model), batch)
 
 
 def test_controls(batch):
@@ -75,7 +75,7 @@ def test_cft_is_equation_7(batch, name, norm):
 
 
 def test_keep_original_ignores_the_swap(batch):
-    objective = replace(METHODS["cft+ without alignment"].objective, swap=0.0)
+    objective = replace(RECIPES["cft+ without alignment"].objective, swap=0.0)
     model, other = base_model(0), base_model(1)
     loss, _ = objective(model, other, batch)
     p, q = other(batch.images).softmax(1), model(batch.images).softmax(1)
@@ -91,7 +91,7 @@ def test_keep_original_ignores_the_swap(batch):
 def test_alignment_gradient_against_finite_differences(batch, grid):
     model = base_model(0).double()
     small = Batch(*(t[:2].double() if t.is_floating_point() else t[:2] for t in batch))
-    objective = Align(grid=grid, normalize="saturating", norm="image", keep="labels")
+    objective = Align(grid=grid, normalize="saturating", norm="image", anchor="labels")
     loss = lambda: objective(model, model, small)[0]
     loss().backward()
     for name in ("blocks.1.attn.qkv.weight", "blocks.2.mlp.fc1.weight", "head.weight", "patch_embed.net.0.weight"):
@@ -111,9 +111,9 @@ def test_the_class_that_is_explained(batch):
     model = base_model(0)
     guess = model(batch.images).argmax(1)
     batch = batch._replace(labels=(guess + 1) % 12)
-    told = Align(keep="original")(model, model, batch._replace(labels=guess))[0]
-    assert Align(keep="original", explain="predicted")(model, model, batch)[0].item() == told.item()
-    assert Align(keep="original")(model, model, batch)[0].item() != told.item()
+    told = Align(anchor="original")(model, model, batch._replace(labels=guess))[0]
+    assert Align(anchor="original", explain="predicted")(model, model, batch)[0].item() == told.item()
+    assert Align(anchor="original")(model, model, batch)[0].item() != told.item()
 
 
 def test_frozen_coefficients_change_the_gradient_and_not_the_value(batch):
@@ -186,14 +186,14 @@ def test_first_order_is_plain_fine_tuning(batch):
     model, small = base_model(0).double(), doubled(batch)
     for objective, scale in ((GradMask(second_order=False), 0.1), (RightReasons(second_order=False), 1.0)):
         ours = torch.autograd.grad(objective(model, model, small)[0], list(model.parameters()))
-        plain = torch.autograd.grad(METHODS["plain"].objective(model, model, small)[0], list(model.parameters()))
+        plain = torch.autograd.grad(RECIPES["plain"].objective(model, model, small)[0], list(model.parameters()))
         for a, b in zip(ours, plain):
             torch.testing.assert_close(a, scale * b, rtol=1e-8, atol=1e-12)
 
 
 def test_checkpointed_is_the_same(batch):
     model = base_model(0)
-    losses = [replace(METHODS["cft"].objective, checkpointed=c)(model, model, batch)[0] for c in (False, True)]
+    losses = [replace(RECIPES["cft"].objective, checkpointed=c)(model, model, batch)[0] for c in (False, True)]
     grads = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
     assert torch.allclose(*losses) and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
 
@@ -201,12 +201,12 @@ def test_checkpointed_is_the_same(batch):
 def test_bad_settings():
     for bad in (dict(rate=0), dict(epochs=0), dict(batch=0), dict(average=0)):
         with pytest.raises(ValueError, match="expected rate > 0"):
-            replace(METHODS["cft"], **bad)
-    for bad in (dict(grid="hex"), dict(keep="?"), dict(guide="?"), dict(swap=2)):
+            replace(RECIPES["cft"], **bad)
+    for bad in (dict(grid="hex"), dict(anchor="?"), dict(guide="?"), dict(swap=2)):
         with pytest.raises(ValueError, match="must be"):
-            replace(METHODS["cft"].objective, **bad)
+            replace(RECIPES["cft"].objective, **bad)
     for bad in (dict(precision="fp8"), dict(chunk=-1)):
         with pytest.raises(ValueError, match="precision no or bf16 and chunk"):
-            replace(METHODS["cft"], **bad)
+            replace(RECIPES["cft"], **bad)
     with pytest.raises(ValueError):
         LossWeights(align=-1)

@@ -49,15 +49,15 @@ def hash_of(*parts):
     return sum(ord(c) * (i + 3) for i, c in enumerate("".join(map(str, parts))))
 
 
-METHODS = ["original", "gradmask", "rrr", "swap", "cft-paper", "cft"]
+RECIPES = ["original", "gradmask", "rrr", "swap", "cft-paper", "cft"]
 
 
 @pytest.fixture
 def small(tmp_path):
     """A published folder with made-up numbers for Tables 1 and 2."""
     write_settings(read_settings("demo"), tmp_path / "settings.yaml")
-    made_rows(METHODS, 5).to_csv(tmp_path / "rows.csv", index=False)
-    runs = [("demo", m, s, f"{m}{s}", 1.0, 120, "d" * 64, json.dumps({"rate": 1e-5}), "c" * 40, "0.1") for m in METHODS[1:] for s in range(5)]
+    made_rows(RECIPES, 5).to_csv(tmp_path / "rows.csv", index=False)
+    runs = [("demo", m, s, f"{m}{s}", 1.0, 120, "d" * 64, json.dumps({"rate": 1e-5}), "c" * 40, "0.1") for m in RECIPES[1:] for s in range(5)]
     pd.DataFrame(runs, columns=list(pages.RUN_COLUMNS)).to_csv(tmp_path / "runs.csv", index=False)
     pd.DataFrame({"pool": ["0"], "guide": ["kept"], "unique": [10], "pairs": [12]}).to_csv(tmp_path / "concepts.csv", index=False)
     return tmp_path
@@ -66,8 +66,8 @@ def small(tmp_path):
 def test_numbers_are_those_of_the_artefact(small):
     found = open_results(small, "table2")
     rows = numbers(found, "table2")
-    assert set(rows["set"]) == {"si_location", "si_rotation", "si_size"} and set(rows["method"]) == set(METHODS) - {"cft"}
-    assert set(numbers(found, "table2", in_our_form(found.profile))["method"]) == set(METHODS) - {"cft-paper"}
+    assert set(rows["set"]) == {"si_location", "si_rotation", "si_size"} and set(rows["method"]) == set(RECIPES) - {"cft"}
+    assert set(numbers(found, "table2", in_our_form(found.profile))["method"]) == set(RECIPES) - {"cft-paper"}
     narrow = open_results(small, "table2", methods=("RRDA",), seeds=2)
     assert set(numbers(narrow, "table2")["method"]) == {"original", "swap"} and set(numbers(narrow, "table2")["seed"]) == {0, 1}
 
@@ -106,7 +106,7 @@ def test_the_paper_and_the_demo_share_no_column(small):
     sets = {s: set(table.xs(s, axis=1, level="source").columns.get_level_values(0)) for s in sources}
     assert not set.intersection(*sets.values()) and "27.76" in table.to_string() and "seeds: 5" in table.to_string()
     ours = table_of(open_results(small, "table1"), "table1", ours=True, metrics=("R@1",))
-    mean = made_rows(METHODS, 5).query("method == 'cft' and set == 'sketch' and metric == 'top1'")["value"].mean()
+    mean = made_rows(RECIPES, 5).query("method == 'cft' and set == 'sketch' and metric == 'top1'")["value"].mean()
     assert f"{mean:.2f} [" in ours.loc["CFT"].to_string()
 
 

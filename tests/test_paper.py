@@ -46,7 +46,7 @@ from cft.reproduce.paper import (
     to_latex,
     verdicts,
 )
-from cft.train.objectives import METHODS, RATES
+from cft.train.objectives import RECIPES, RATES
 
 ROOT = Path(__file__).parents[1]
 ROWS = {"table1": 240, "table2": 120, "table3": 24, "table4": 216, "table5": 54, "table6": 54, "table7": 8, "table8": 80, "table9": 48,
@@ -272,7 +272,7 @@ def test_artefacts_claims_and_ledger_fit_together():
 
 def test_our_terms_exist():
     assert set(PAPER.models.values()) == set(RATES)
-    assert {slug.partition(".")[0] for slug in paper._METHODS.values()} <= {"original", *METHODS}
+    assert {slug.partition(".")[0] for slug in paper._METHODS.values()} <= {"original", *RECIPES}
     assert set(PAPER.sets.values()) == set(CARDS)
     assert set(DEMO.sets.values()) - {"segmentation"} <= set(backdrop.SETS)
     assert DEMO.set("IN-A, other") == "adversarial, other" and PAPER.set("mIoU") == "mIoU"

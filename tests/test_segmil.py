@@ -20,7 +20,7 @@ from cft.data.models import base_model
 from cft.data.testsets import PictureFiles, folder_set
 from cft.demo.toy_grounder import finder
 from cft.evaluate.passes import checkpoint, reading_of, run_pass
-from cft.related.groups import backdrop_set, judged
+from cft.related.groups import backdrop_set, answer_table
 from cft.related.segmil import (
     DEMO_RULES,
     LABELS,
@@ -87,7 +87,7 @@ def bags(world, tools, tmp_path_factory):
     phrases = retrieve(similarity, vocabulary)
     store = ground(source, phrases, find, tmp_path_factory.mktemp("store") / "s", progress=False)
     preprocess = Preprocess.of(base_model(0))
-    return Bags(source, preprocess, store, phrases, fill=mean_colour(source), extra={"target": Standard.of(similarity).targets(similarity)}, keep=True)
+    return Bags(source, preprocess, store, phrases, fill=mean_colour(source), extra={"target": Standard.of(similarity).targets(similarity)}, cached=True)
 
 
 def small(concepts=7, classes=3, features=5, **changes):
@@ -590,7 +590,7 @@ def test_rows_of_a_test_in_groups(world):
     logits = torch.randn(len(source), 12, generator=torch.Generator().manual_seed(2))
     logits[range(len(source)), [t[0] for t in source.targets]] += 2
     hits = logits.argmax(1).numpy() == [t[0] for t in source.targets]
-    rows = group_rows(judged(source, logits)).set_index(["set", "split"])["value"]
+    rows = group_rows(answer_table(source, logits)).set_index(["set", "split"])["value"]
     val = np.array([name.startswith("val/") for name in source.ids])
     assert rows["groups", "all"] == pytest.approx(100 * hits.mean()) and rows["val", "all"] == pytest.approx(100 * hits[val].mean())
     assert rows["adversarial", "all"] == pytest.approx(100 * hits[~val].mean()) and len(rows) == 4

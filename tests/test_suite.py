@@ -31,7 +31,7 @@ from cft.evaluate.passes import (
     compare_methods,
     evaluate_suite,
     headline,
-    judge,
+    answer_columns,
     macro_accuracy,
     paired_pictures,
     reading_of,
@@ -112,7 +112,7 @@ def test_judge_against_sorting():
         logits = [[float(rng.randrange(4)) for _ in range(classes)] for _ in range(n)]          # ties everywhere
         targets = [tuple(rng.sample(range(classes), rng.randrange(1, 4))) for _ in range(n)]
         present = sorted({c for accepted in targets for c in accepted} | {rng.randrange(classes)})
-        found = judge(torch.tensor(logits), targets, present)
+        found = answer_columns(torch.tensor(logits), targets, present)
         for i in range(n):
             shown = [logits[i][c] if c in present else -math.inf for c in range(classes)]
             for space, scores in (("full", logits[i]), ("subset", shown)):
@@ -128,9 +128,9 @@ def test_judge_against_sorting():
 
 def test_judge_refuses_what_cannot_be_judged():
     with pytest.raises(ValueError, match="NaN"):
-        judge(torch.full((1, 4), float("nan")), [(0,)], (0,))
+        answer_columns(torch.full((1, 4), float("nan")), [(0,)], (0,))
     with pytest.raises(ValueError, match="class 4; the model has 4"):
-        judge(torch.zeros(1, 4), [(4,)], (4,))
+        answer_columns(torch.zeros(1, 4), [(4,)], (4,))
 
 
 def test_full_is_never_above_subset_on_the_miniatures(tmp_path):

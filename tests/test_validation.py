@@ -18,8 +18,8 @@ from cft.concepts.validation import (
     coverages,
     draw_sweep,
     iou,
-    judged_pictures,
-    measure,
+    first_pictures,
+    gather_evidence,
     measuring,
     occurrences,
     sweep,
@@ -91,7 +91,7 @@ def only_first(n, texts):
 
 
 def slow_occurrence(concepts, folder, n):
-    chosen = [(p, c) for p, c, rank in masks.choose(folder) if rank < n]
+    chosen = [(p, c) for p, c, rank in masks.ranked_pictures(folder) if rank < n]
     found = {}
     for class_id, text in concepts.pairs():
         mine = [open_image(folder.root / p).getpixel((0, 0)) for p, c in chosen if c == class_id]
@@ -202,7 +202,7 @@ def test_four_of_thirty_are_too_few_and_five_are_enough(tmp_path):
     s = result.summary
     assert (s["phrases"], s["of phrases"], s["pairs"], s["of pairs"]) == (2, 4, 2, 4) and s["mean occurrence"] == pytest.approx(35 / 60)
     twenty = validate(store, concepts, occurrence=3 / 20, pictures=20).concepts.set_index("concept")
-    ranks = {p: r for p, _, r in masks.choose(folder)}
+    ranks = {p: r for p, _, r in masks.ranked_pictures(folder)}
     hits = sum(ranks[f"c0/{i:03d}.png"] < 20 for i in range(4))
     assert twenty.loc["hat", "hits"] == hits and twenty.loc["hat", "accepted"] == (hits >= 3)
 
@@ -273,8 +273,8 @@ def test_pictures_set_aside_do_not_count(tmp_path):
     store = build_masks(folder, concepts, Scripted(only_first({"hat": 2}, TEXTS)), tmp_path / "s", progress=False)
     row = occurrences(store, concepts).iloc[0]
     assert (row.hits, row.pictures) == (1, 6)
-    three = judged_pictures(store, 3).picture.tolist()
-    order = [p for p, _, _ in sorted(masks.choose(folder), key=lambda x: x[2]) if p not in ("c0/001.png", "c0/005.png")]
+    three = first_pictures(store, 3).picture.tolist()
+    order = [p for p, _, _ in sorted(masks.ranked_pictures(folder), key=lambda x: x[2]) if p not in ("c0/001.png", "c0/005.png")]
     assert three == order[:3]
 
 
@@ -303,7 +303,7 @@ def test_skipping_drops_nothing_but_measures(case):
 
 def test_the_sweep_is_validation_at_each_threshold(case):
     store, concepts, _ = case
-    evidence = measure(store, concepts)
+    evidence = gather_evidence(store, concepts)
     table = sweep(evidence, [(a, b) for a in (0, 0.3, 0.5, 1) for b in (0.3, 1)])
     for row in table.itertuples():
         one = validate(store, concepts, row.occurrence, row.coverage)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIGNED', 'EXPLAIN', 'KEPT', 'DROPPED', 'OFF', 'UNASKED', 'WHICH', 'SIDE', 'Memory', 'Seen', 'Material',
-           'output_names', 'see', 'View', 'first_view', 'Line', 'Judged', 'judge', 'lines', 'union', 'explained',
-           'drawn_map', 'Panel', 'Answer', 'Scene', 'scene', 'summary', 'edited', 'save_version', 'Explorer',
-           'bench_explorer']
+           'output_names', 'see', 'View', 'first_view', 'Line', 'Thresholded', 'at_thresholds', 'lines', 'union',
+           'explained', 'drawn_map', 'Panel', 'Answer', 'Scene', 'scene', 'summary', 'edited', 'save_version',
+           'Explorer', 'bench_explorer']
 
 # %% ../../nbs/appendix/12_explorer.ipynb #da4b9237
 import getpass
@@ -31,9 +31,9 @@ from ..data.folders import Folder, Preprocess, class_folders, open_image
 from ..evaluate.faithfulness import share_inside
 from ..concepts.masks import MaskStore, list_folder, picture_name
 from ..data.models import load_model
-from ..explain.maps import METHODS, NORMALIZATIONS, Relevance, named, relevance
+from ..explain.maps import ATTRIBUTIONS, NORMALIZATIONS, Relevance, named, relevance
 from .report import data_uri, overlay
-from ..concepts.validation import Evidence, conclude, iou, measure
+from ..concepts.validation import Evidence, conclude, iou, gather_evidence
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -118,7 +118,7 @@ class Material:
         if self.store is None or self.concepts is None:
             return None
         try:
-            return measure(self.store, self.concepts)
+            return gather_evidence(self.store, self.concepts)
         except ValueError as error:
             self.missing += (f"{error}",)
             return None
@@ -238,30 +238,30 @@ class Line(NamedTuple):
         return f"{self.state}: {rare}{where}{here}"
 
 
-class Judged(NamedTuple):
+class Thresholded(NamedTuple):
     """`Evidence.judge` by class, for many looks."""
 
     pairs: dict[str, list]  # class id → its rows of the first table, the most frequent first
     classes: dict[str, Any]  # class id → its row of the second table
 
 
-def judge(material: Material, view: View) -> Judged | None:
+def at_thresholds(material: Material, view: View) -> Thresholded | None:
     """The evidence at the thresholds of a view, remembered; None without evidence."""
     key = (view.occurrence, view.coverage)
-    return None if material.evidence is None else material.judged.get(key, lambda: _judge(material.evidence, *key))
+    return None if material.evidence is None else material.judged.get(key, lambda: _at_thresholds(material.evidence, *key))
 
 
-def _judge(evidence: Evidence, occurrence: float, coverage: float) -> Judged:
+def _at_thresholds(evidence: Evidence, occurrence: float, coverage: float) -> Thresholded:
     pairs, classes = evidence.judge(occurrence, coverage)
     found: dict[str, list] = {}
     for row in pairs.itertuples():
         found.setdefault(row.class_id, []).append(row)
-    return Judged(found, {row.class_id: row for row in classes.itertuples()})
+    return Thresholded(found, {row.class_id: row for row in classes.itertuples()})
 
 
 def lines(material: Material, view: View) -> list[Line]:
     """The concepts of the view's class, the most frequent first."""
-    seen, judged = see(material, view.picture, view.class_id), judge(material, view)
+    seen, judged = see(material, view.picture, view.class_id), at_thresholds(material, view)
     if judged is None:
         return [_line(view, seen, phrase, None) for phrase in material.phrases(view.class_id)]
     return [_line(view, seen, row.concept, row) for row in judged.pairs.get(view.class_id, ())]
@@ -420,7 +420,7 @@ def _answers(material: Material, which: str, found: Relevance, view: View, best:
 
 def summary(material: Material, view: View) -> str:
     """What the thresholds do to the class and to all classes, in words."""
-    judged = judge(material, view)
+    judged = at_thresholds(material, view)
     if judged is None:
         return "Nothing to judge by: thresholds need masks and concepts."
     mine = judged.classes.get(view.class_id)
@@ -498,7 +498,7 @@ class Explorer:
         self.earlier, self.later = (w.Button(description=text, tooltip=f"{text} picture of the class", layout=w.Layout(width="8em")) for text in ("◀ previous", "next ▶"))
         self.occurrence = w.FloatSlider(value=v.occurrence, description="occurrence ≥", **percent)
         self.coverage = w.FloatSlider(value=v.coverage, description="coverage ≥", **percent)
-        self.method = w.Dropdown(options=[(f"{name} (slow)" if named(name).name == "iia" else name, name) for name in METHODS], value=v.method, description="relevance", **many)
+        self.method = w.Dropdown(options=[(f"{name} (slow)" if named(name).name == "iia" else name, name) for name in ATTRIBUTIONS], value=v.method, description="relevance", **many)
         self.normalize = w.Dropdown(options=[SIGNED, *NORMALIZATIONS], value=v.normalize, description="normalisation", **many)
         self.explain = w.Dropdown(options=[("the answer of each model", "predicted"), ("the picture's own class", "label")], value=v.explain, description="explains", **many)
         self.strength = w.FloatSlider(value=v.strength, description="overlay", **percent)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Array', 'AREA', 'MAX_PIXELS', 'SCHEMA', 'ASIDE', 'Segment', 'RELEASED', 'GROUP', 'PER_SHARD', 'IGNORED',
            'encode_mask', 'decode_mask', 'status_of', 'unite', 'pixel_grid', 'patch_grid', 'list_folder',
-           'picture_name', 'choose', 'Work', 'work_list', 'shard_name', 'build_masks', 'Record', 'MaskStore',
+           'picture_name', 'ranked_pictures', 'Work', 'work_list', 'shard_name', 'build_masks', 'Record', 'MaskStore',
            'changed_pictures', 'Plan', 'plan', 'Choice', 'training_pictures', 'write_pngs', 'masked_folder',
            'read_imagenet_s', 'import_imagenet_s', 'read_back']
 
@@ -128,7 +128,7 @@ def picture_name(folder: Folder, sample: Sample) -> str:
     return sample.path.relative_to(folder.root).as_posix()
 
 
-def choose(folder: Folder, per_class: int | None = None, seed: int = 0) -> list[tuple[str, str, int]]:
+def ranked_pictures(folder: Folder, per_class: int | None = None, seed: int = 0) -> list[tuple[str, str, int]]:
     """(picture, class id, rank) of the first `per_class` pictures of every class (None: all), sorted by picture.
 
     Raises ValueError if `per_class` is below 1.
@@ -170,7 +170,7 @@ def work_list(folder: Folder, concepts: ConceptSet, per_class: int | None = None
                          f"it has {', '.join(sorted(names)[:5])}, …")
     wanted = {c: tuple(dict.fromkeys((name, *concepts.of(c)))) for c, name in names.items()}
     work = []
-    for picture, class_id, rank in choose(folder, per_class, seed):
+    for picture, class_id, rank in ranked_pictures(folder, per_class, seed):
         there = known.phrases(picture) if known is not None else ()
         phrases = tuple(p for p in wanted[class_id] if p not in there)
         if phrases:
@@ -453,7 +453,7 @@ def _agree(root: Path, recipe: dict) -> None:
     there = json.loads(file.read_text(encoding="utf-8"))
     differ = [f"{k}: {str(there.get(k))[:60]} there, {str(recipe.get(k))[:60]} now" for k in sorted({*there, *recipe}) if there.get(k) != recipe.get(k)]
     if differ:
-        raise ValueError(f"the mask store in {root} was begun differently ({'; '.join(differ)}); choose another folder")
+        raise ValueError(f"the mask store in {root} was begun differently ({'; '.join(differ)}); ranked_pictures another folder")
 
 # %% ../../nbs/07_masks.ipynb #c5b76da3
 def _fill(job: _Shard, work: Sequence[Work], rows_of: Callable[[Work], list[dict]], streak: int, patience: int, tick: Callable[[], None]) -> int:
@@ -512,7 +512,7 @@ def build_masks(folder: Folder, concepts: ConceptSet, grounder: Grounder, root: 
     """Ground the concepts of every picture's class, and the class's name, and keep the masks in the folder `root`.
 
     Goes on where an earlier call stopped or was killed, and shares the work with other processes that make the same
-    call. `per_class` and `seed` choose the pictures (see `choose`; 30 in the paper's validation); `shards` is the
+    call. `per_class` and `seed` ranked_pictures the pictures (see `ranked_pictures`; 30 in the paper's validation); `shards` is the
     number of parts (None: one for 64 pictures) and `shard` the only one to build here; phrases in `known` are left
     out; `patience` is the number of pictures set aside in a row that stops the build.
 

@@ -38,7 +38,7 @@ from .toy_grounder import finder
 from ..train.loop import FineTuned, fine_tune, provenance
 from ..concepts.masks import build_masks, list_folder, training_pictures, write_pngs
 from ..data.models import SEEDS, base_model, make_bases, on_every_core, read_weights
-from ..train.objectives import METHODS, Recipe
+from ..train.objectives import RECIPES, Recipe
 from ..explain.maps import relevance
 from ..concepts.validation import validate
 
@@ -74,7 +74,7 @@ QUICK = (ORIGINAL, "plain", "swap", "last-layer", "cft-paper", "cft", "cft+", "c
 
 def settings(method: str, seed: int, **changes) -> Recipe:
     """The demo's recipe for a method and seed; `changes` override its settings."""
-    recipe = METHODS[method.removesuffix(" annotated").removesuffix(" context")]
+    recipe = RECIPES[method.removesuffix(" annotated").removesuffix(" context")]
     return replace(recipe, epochs=EPOCHS, seed=7000 + seed, **{**SETTINGS[BORROWED.get(method, method)], **changes})
 
 
@@ -145,7 +145,7 @@ def training_images(world: Path, seed: int, model: nn.Module, method: str = "cft
     named = [(s, s.path.relative_to(folder.root)) for s in folder.samples]
     samples = tuple(replace(s, mask=(masks / name).with_suffix(".png"), object=(objects / name).with_suffix(".png"))
                     for s, name in named if name.as_posix() in chosen)
-    return MaskedImages(replace(folder, samples=samples), Preprocess.of(model, margin=1.0), train=True, keep=True)
+    return MaskedImages(replace(folder, samples=samples), Preprocess.of(model, margin=1.0), train=True, cached=True)
 
 
 def batches(images: MaskedImages, size: int = 120) -> list[dict]:

@@ -8,7 +8,7 @@ __all__ = ['ATOMS', 'PARTS', 'VOCABULARY', 'MEANINGS', 'MODIFIERS', 'ENDINGS', '
            'as_rows', 'plural', 'known_words', 'invented', 'paraphrase', 'distractor', 'read_phrase', 'letter_groups',
            'TextEncoder', 'train_text', 'Scenes', 'ImageEncoder', 'at', 'sample_pixels', 'orthogonalise', 'Muon',
            'normalise', 'train_image', 'FinderConfig', 'regions', 'FinderNet', 'Finder', 'vocabulary_digest',
-           'train_finder', 'save_finder', 'finder', 'Judgement', 'judge', 'calibrate']
+           'train_finder', 'save_finder', 'finder', 'Judgement', 'score_grounder', 'calibrate']
 
 # %% ../../nbs/06_toy_grounder.ipynb #da4b9237
 import functools
@@ -713,7 +713,7 @@ class Judgement:
             "area": (self.areas * there).sum(0) / some(there.sum(0))}, index=pd.Index(phrases, name="phrase"))
 
 
-def judge(find: Finder, pictures: Pictures, phrases: Mapping[str, frozenset[int]]) -> Judgement:
+def score_grounder(find: Finder, pictures: Pictures, phrases: Mapping[str, frozenset[int]]) -> Judgement:
     """Ask for all phrases (with the atoms that they name) in all pictures and compare with the exact masks."""
     truth = as_rows(list(phrases.values()))
     scores, areas, overlaps = (np.zeros((len(pictures), len(phrases))) for _ in range(3))
@@ -730,7 +730,7 @@ def calibrate(find: Finder, pictures: Pictures, thresholds: Sequence[float]) -> 
     """Mean F1 over the meanings at each threshold. Choose on one draw of pictures, report on another."""
     asked = {meaning.nouns[0]: meaning.atoms for meaning in MEANINGS.values()}
     eager = Finder(find.net, replace(find.config, threshold=0.0))
-    judgement = judge(eager, pictures, asked)
+    judgement = score_grounder(eager, pictures, asked)
     return pd.Series({t: judgement.f1(t).mean() for t in thresholds}, name="mean F1").rename_axis("threshold")
 
 # %% ../../nbs/06_toy_grounder.ipynb #59129aac

@@ -47,7 +47,7 @@ from ..train.loop import draw, rehearse
 from ..concepts.grounding import Grounding, GroundingConfig, per_concept_loop, small_grounded_sam
 from ..train.losses import cft_loss, patch_mask
 from ..concepts.masks import build_masks, list_folder, read_back
-from ..train.objectives import METHODS, Batch
+from ..train.objectives import RECIPES, Batch
 from ..explain.maps import bound, minmax, relevance, run
 from ..explain.rules import Tape
 from .passes import Loop, throughput_vs_timm
@@ -167,8 +167,8 @@ def bench_rendering(per_class: int = 16) -> list[dict]:
 
 # %% ../../nbs/appendix/14_bench.ipynb #b3f0c7f6
 def checkpointed_objective(model: nn.Module, original: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of METHODS["cft"], its relevance checkpointed block by block."""
-    align = METHODS["cft"].objective
+    """The loss of RECIPES["cft"], its relevance checkpointed block by block."""
+    align = RECIPES["cft"].objective
     result = relevance(model, batch.images, batch.labels, align.method, differentiable=True, checkpointed=True)
     phi = result.map(align.normalize, epsilon=align.epsilon)
     return cft_loss(phi, patch_mask(batch.masks, result.grid), result.logits, weights=align.weights, norm=align.norm)
@@ -190,7 +190,7 @@ def official_objective(model: VisionTransformer, original: nn.Module, batch: Bat
 
 # %% ../../nbs/appendix/14_bench.ipynb #d435a6cd
 STEPS: dict[str, Objective] = {
-    "cft_step": METHODS["cft"].objective, "checkpointed": checkpointed_objective, "official_step": official_objective,
+    "cft_step": RECIPES["cft"].objective, "checkpointed": checkpointed_objective, "official_step": official_objective,
 }
 GOALS = {"cft_step_flops_ratio": "<= 2.1", "cft_step_memory_ratio": "<= 2.5", "cft_step_wall_ratio": "<= 3",
          "checkpointed_flops_ratio": "<= 3.8", "checkpointed_memory_ratio": "<= 1.2"}
@@ -205,7 +205,7 @@ def bench_cost(case: Case, kinds: tuple[str, ...] = tuple(STEPS), suffix: str = 
         return flops, peak_bytes(training_step(case, objective))
 
     how = "allocator's peak" if torch.cuda.is_available() else "peak of storages alive that the step made, weights and gradients not counted"
-    plain, rows = cost(METHODS["plain"].objective), []
+    plain, rows = cost(RECIPES["plain"].objective), []
     for kind in kinds:
         for quantity, ours, theirs, note in zip(("flops", "memory"), cost(STEPS[kind]), plain, ("counted on one picture", how)):
             rows.append(step_row(f"{kind}_{quantity}_ratio", suffix, ours / theirs, f"{note}; {case.note}"))
@@ -220,7 +220,7 @@ def step_row(name: str, suffix: str, value: float, note: str) -> dict:
 # %% ../../nbs/appendix/14_bench.ipynb #4d134bc0
 def bench_wall(case: Case, kinds: tuple[str, ...] = ("cft_step", "official_step"), rounds: int = 3, suffix: str = "") -> list[dict]:
     """Wall time of each of STEPS over that of a plain step."""
-    plain = training_step(case, METHODS["plain"].objective)
+    plain = training_step(case, RECIPES["plain"].objective)
     return [step_row(f"{kind}_wall_ratio", suffix, wall_ratio(training_step(case, STEPS[kind]), plain, rounds),
                      f"median of {rounds} alternating pairs; {case.note}") for kind in kinds]
 
@@ -271,7 +271,7 @@ def bench_peers(case: Case, rounds: int = 5) -> list[dict]:
 # %% ../../nbs/appendix/14_bench.ipynb #22d200f8
 def bench_compiled(case: Case, rounds: int = 3) -> list[dict]:
     """Wall time of a CFT step through `torch.compile` over the same step as it is."""
-    objective = METHODS["cft"].objective
+    objective = RECIPES["cft"].objective
     ratio = wall_ratio(training_step(case, torch.compile(objective)), training_step(case, objective), rounds)
     torch.compiler.reset()
     blocks = len(case.model.blocks)
@@ -358,7 +358,7 @@ def bench_paper_run(root: str | Path, name: str = "vit_base_patch16_224", steps:
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     model = timm.create_model(name, num_classes=1000).to(device)
     images = MaskedImages(paper_folder(root), Preprocess.of(model), train=True)
-    price = rehearse(model, images, replace(METHODS["cft-paper"], precision=precision), steps)
+    price = rehearse(model, images, replace(RECIPES["cft-paper"], precision=precision), steps)
     note = f"{name}, {len(images)} pictures, {price['steps']} steps of 8, {precision} autocast, random weights, {steps} steps measured, {where}"
     rows = [bench_row("paper_run_step_seconds", price["seconds_per_step"], "s", "", "", note),
             bench_row("paper_run_hours", price["seconds"] / 3600, "h, extrapolated", "", "", note)]

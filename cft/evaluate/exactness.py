@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from ..explain.anatomy import check_model, check_target, split
 from ..train.losses import alignment_loss, patch_mask
-from ..train.objectives import METHODS, Align, Batch
+from ..train.objectives import RECIPES, Align, Batch
 from ..explain.maps import Method, Relevance, relevance
 from ..explain.rules import GATES, LAYER_NORMS, UnsupportedModule, is_plain
 
 # %% ../../nbs/19_exactness.ipynb #fe5dbbce
-DEFAULT: Align = METHODS["cft"].objective
+DEFAULT: Align = RECIPES["cft"].objective
 
 
 def map_loss(result: Relevance, masks: Tensor, align: Align = DEFAULT) -> Tensor:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'Score', 'zeros', 'mean', 'blur', 'baseline_of', 'order_of', 'Curve', 'blend', 'deletion', 'insertion',
-           'widen', 'pointing', 'share_inside', 'ranks', 'rank_correlation', 'agreement', 'all_maps', 'measure',
-           'summary']
+           'widen', 'pointing', 'share_inside', 'ranks', 'rank_correlation', 'agreement', 'all_maps',
+           'faithfulness_table', 'summary']
 
 # %% ../../nbs/18_faithfulness.ipynb #da4b9237
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from .metrics import predict
 from .intervals import over_seeds
 from ..train.losses import patch_mask
-from ..explain.maps import METHODS, Method, relevance
+from ..explain.maps import ATTRIBUTIONS, Method, relevance
 
 # %% ../../nbs/18_faithfulness.ipynb #c1dfd96e
 def zeros(images: Tensor) -> Tensor:
@@ -221,10 +221,10 @@ def agreement(maps: Mapping[str, Tensor]) -> pd.DataFrame:
 
 # %% ../../nbs/18_faithfulness.ipynb #0a57cb53
 def all_maps(model: nn.Module, images: Tensor, target: Tensor | None = None,
-             methods: Sequence[str | Method] | Mapping[str, str | Method] = tuple(METHODS)) -> dict[str, Tensor]:
+             methods: Sequence[str | Method] | Mapping[str, str | Method] = tuple(ATTRIBUTIONS)) -> dict[str, Tensor]:
     """Signed maps (batch, rows, columns) by several methods, all for the same class (None: the predicted one).
 
-    methods: names from METHODS, or a mapping from a name of your own to a method. Errors as `relevance`.
+    methods: names from ATTRIBUTIONS, or a mapping from a name of your own to a method. Errors as `relevance`.
     """
     pairs = methods.items() if isinstance(methods, Mapping) else [(getattr(m, "name", m), m) for m in methods]
     maps = {}
@@ -234,7 +234,7 @@ def all_maps(model: nn.Module, images: Tensor, target: Tensor | None = None,
     return maps
 
 # %% ../../nbs/18_faithfulness.ipynb #b6692ea5
-def measure(
+def faithfulness_table(
     model: nn.Module, images: Tensor, maps: Mapping[str, Tensor], masks: Tensor, target: Tensor | None = None, *,
     baseline: str | Tensor = "zeros", steps: int = 16, score: Score = "probability", seed: int = 0,
 ) -> pd.DataFrame:

@@ -30,7 +30,7 @@ from ..demo.experiment import LABELS as OF_DEMO
 from ..evaluate.intervals import table_of_means
 from ..evaluate.faithfulness import share_inside
 from ..train.loop import fine_tune
-from .groups import backdrop_set, judged
+from .groups import backdrop_set, answer_table
 from ..data.models import SEEDS, base_model
 from ..reproduce.paper import Claim, scores_of
 from ..explain.maps import relevance
@@ -132,7 +132,7 @@ class _Seed:
         clock.append(time.perf_counter())
         seen = drawn_bags(self.tests, self.base, place / "test", like=like)[0]
         test = featured(seen, backbone_of(self.base))
-        pictures, on_object = judged(test.source, predict_bags(model, test)), attention_on(model, test, seen, self.world / "objects")
+        pictures, on_object = answer_table(test.source, predict_bags(model, test)), attention_on(model, test, seen, self.world / "objects")
         model.backbone = backbone_of(self.base)
 
         def whole() -> Tensor:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUP_CARDS', 'SPLITS', 'BIRDS', 'PLACES', 'BIRD_SPLITS', 'BIRD_COUNTS', 'BREEDS', 'TOTAL', 'TIED', 'O2O',
            'CORRUPTIONS', 'SEVERITIES', 'csv_set', 'spawrious_parts', 'plain_pickle', 'ArraySet', 'cifar_names',
-           'open_groups', 'miniature_groups', 'backdrop_set', 'as_files', 'as_folder', 'judged', 'group_table',
+           'open_groups', 'miniature_groups', 'backdrop_set', 'as_files', 'as_folder', 'answer_table', 'group_table',
            'group_scores', 'severity_table']
 
 # %% ../../nbs/related/00_groups.ipynb #81201f25
@@ -25,7 +25,7 @@ from ..data.backdrop import CLASSES
 from ..data.folders import EXTENSIONS, Folder, Sample
 from ..data.testsets import DatasetCard, EvalSet, PictureFiles, _noise, _targets
 from ..evaluate.metrics import accuracy_table
-from ..evaluate.passes import answers, judge
+from ..evaluate.passes import answers, answer_columns
 
 # %% ../../nbs/related/00_groups.ipynb #8d3ff726
 _CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -446,7 +446,7 @@ def as_folder(source: PictureFiles, classes: Sequence[str]) -> Folder:
     return Folder(source.root, tuple(classes), tuple(Sample(source.root / name, accepted[0]) for name, accepted in zip(source.ids, source.targets)))
 
 # %% ../../nbs/related/00_groups.ipynb #bf9683fe
-def judged(source: EvalSet, logits: Tensor) -> pd.DataFrame:
+def answer_table(source: EvalSet, logits: Tensor) -> pd.DataFrame:
     """One row per picture as `passes.run_pass` gives it, from logits (pictures, classes) in the order of the set.
 
     Raises ValueError for another number of rows, NaN, and classes that the logits do not have.
@@ -454,7 +454,7 @@ def judged(source: EvalSet, logits: Tensor) -> pd.DataFrame:
     if len(logits) != len(source):
         raise ValueError(f"expected logits of {len(source)} pictures, got {tuple(logits.shape)}")
     known = {"id": source.ids, "group": source.groups, "targets": source.targets}
-    return pd.DataFrame(known | judge(logits, source.targets, source.classes_present))
+    return pd.DataFrame(known | answer_columns(logits, source.targets, source.classes_present))
 
 
 def group_table(pictures: pd.DataFrame, space: str = "full") -> pd.DataFrame:

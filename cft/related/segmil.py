@@ -44,7 +44,7 @@ from ..evaluate.intervals import table_of_means
 from ..demo.toy_grounder import Finder, finder
 from ..train.loop import Diverged, FineTuned, _finished, _resume, _save_state, fine_tune, provenance, write_json
 from ..concepts.grounding import Grounder
-from .groups import backdrop_set, group_scores, judged
+from .groups import backdrop_set, group_scores, answer_table
 from ..concepts.masks import MAX_PIXELS, MaskStore, Work, _build, _recipe, _rows, list_folder
 from ..data.models import ASSETS, SEEDS, base_model, save_model
 from ..reproduce.paper import Claim, scores_of
@@ -252,7 +252,7 @@ class Bags(Dataset):
             raise ValueError(f"expected one entry for each of {len(source)} pictures, got {wrong}")
         self.source, self.preprocess, self.store, self.phrases, self.rules = source, preprocess, store, list(phrases), rules
         self.fill = torch.full((3,), 0.5) if fill is None else fill
-        self.extra, self._kept = dict(extra or {}), {} if keep else None
+        self.extra, self._kept = dict(extra or {}), {} if cached else None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -475,7 +475,7 @@ def train_segmil(model: SegMil, bags: Dataset, recipe: SegMilRecipe = SegMilReci
             tuned.backbone.eval()
         log.append(_epoch(tuned, bags, recipe, optimizer, epoch, workers))
         if validation:
-            log[-1]["worst"] = float(group_scores(judged(validation.source, predict_bags(tuned, validation)))["worst"])
+            log[-1]["worst"] = float(group_scores(answer_table(validation.source, predict_bags(tuned, validation)))["worst"])
             if best is None or log[-1]["worst"] > best["worst"]:
                 best = {"worst": log[-1]["worst"], "epoch": epoch, "weights": {k: v.clone() for k, v in tuned.state_dict().items()}}
         if run:
@@ -712,7 +712,7 @@ class _Seed:
             source, model = backdrop_set(self.world), self.base
             if name == "plain":
                 folder = list_folder(self.world / "images/train", list(CLASSES))
-                images = MaskedImages(folder, Preprocess.of(self.base, margin=1.0), train=True, keep=True)
+                images = MaskedImages(folder, Preprocess.of(self.base, margin=1.0), train=True, cached=True)
                 model = fine_tune(self.base, images, settings("plain", self.seed), progress=False).model
             return group_rows(run_pass(source, [checkpoint(model, name)], reading_of(model))[0])
         variant = VARIANTS[name]
@@ -725,7 +725,7 @@ class _Seed:
         model = _new_model(nn.Identity(), train, self.base.num_features, self.seed)
         model = train_segmil(model, train, replace(DEMO_RECIPE, weight=variant.weight, level=variant.level, seed=self.seed), progress=False).model
         attention = {"set": "groups", "split": "all", "metric": "attention", "n": len(test), "value": attention_on(model, test, bags, self.world / "objects")}
-        return pd.concat([group_rows(judged(test.source, predict_bags(model, test))), pd.DataFrame([attention])], ignore_index=True)
+        return pd.concat([group_rows(answer_table(test.source, predict_bags(model, test))), pd.DataFrame([attention])], ignore_index=True)
 
 
 def run_methods(file: Path, work: Path, begin: Callable[[int], Any], seeds: Sequence[int], methods: Sequence[str], known: Sequence[str],

@@ -42,7 +42,7 @@ from ..train.loop import fine_tune, identity, rehearse, write_json
 from ..concepts.grounding import load_grounder
 from ..concepts.masks import MaskStore, build_masks, import_imagenet_s, list_folder, training_pictures, write_pngs
 from ..data.models import base_model, load_model
-from ..train.objectives import METHODS, RATES, Recipe
+from ..train.objectives import RECIPES, RATES, Recipe
 from ..explain.maps import Method, relevance
 from .settings import Settings, maps_file, model_file
 from ..evaluate.passes import Loop, checkpoint, evaluate_suite, reading_of, run_pass
@@ -65,8 +65,8 @@ CHANGES: dict[str, Change] = {
     "no-classify": Change(weights={"classify": 0.0}),
     "no-background": Change(weights={"background": 0.0}),
     "no-concept": Change(weights={"concept": 0.0}),
-    "labels": Change(objective={"keep": "labels"}),
-    "original": Change(objective={"keep": "original"}),
+    "labels": Change(objective={"anchor": "labels"}),
+    "original": Change(objective={"anchor": "original"}),
     "object": Change(objective={"guide": "object"}),
     "class": Change(guide="class"),
     "gradcam": Change(objective={"method": "gradcam"}),
@@ -101,9 +101,9 @@ def recipe_of(method: str, model: str, settings: Settings, seed: int) -> tuple[R
     Raises ValueError for a name that does not exist and for a network without a rate.
     """
     base, _, name = method.partition(".")
-    if base not in METHODS or (name and name not in CHANGES):
-        raise ValueError(f"no method {method!r}; expected one of {', '.join(METHODS)}, perhaps with one of {', '.join(CHANGES)} after a dot")
-    change, recipe, rates = CHANGES.get(name, Change()), METHODS[base], settings.rates.get(model, {})
+    if base not in RECIPES or (name and name not in CHANGES):
+        raise ValueError(f"no method {method!r}; expected one of {', '.join(RECIPES)}, perhaps with one of {', '.join(CHANGES)} after a dot")
+    change, recipe, rates = CHANGES.get(name, Change()), RECIPES[base], settings.rates.get(model, {})
     rate = rates.get(base)
     if rate is None:
         raise ValueError(f"no learning rate for {base} on {model}; set rates.{model}.{base} in the settings")
@@ -399,7 +399,7 @@ def training_images(settings: Settings, root: Path, network: nn.Module, seed: in
         roots["object"] = world.objects(seed, pictures)
     drawn = settings.world == "drawn"
     how = Preprocess.of(network, margin=1.0) if drawn else Preprocess.of(network)
-    return MaskedImages(_with_files(folder, **roots), how, train=change.augment, keep=drawn)
+    return MaskedImages(_with_files(folder, **roots), how, train=change.augment, cached=drawn)
 
 
 def run_folder(root: Path, model: str, method: str, seed: int) -> Path:
@@ -482,7 +482,7 @@ def measure_costs(settings: Settings, root: Path, model: str, steps: int = 2) ->
     folder = replace(folder, samples=tuple(replace(s, object=s.mask) for s in folder.samples))
     images, rows = MaskedImages(folder, Preprocess.of(network), train=True), []
     for what in ("cft-paper", "cft", "plain", "self", "swap", "gradmask", "rrr"):
-        recipe = replace(METHODS[what], epochs=1, batch=settings.batch, precision=settings.precision, chunk=settings.chunk)
+        recipe = replace(RECIPES[what], epochs=1, batch=settings.batch, precision=settings.precision, chunk=settings.chunk)
         rows.append({"what": "step" if what == "cft-paper" else what, "seconds": rehearse(network, images, recipe, steps)["seconds_per_step"]})
     tested = folder_set(folder)
     began = time.perf_counter()
