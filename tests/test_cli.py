@@ -221,7 +221,7 @@ def test_completion_offers_commands_and_names_without_a_model(tmp_path):
 
 
 def test_names_listed_without_imports_are_the_real_ones():
-    assert cli.METHODS == tuple(RECIPES) and cli.SUITES == tuple(CARDS)
+    assert cli.RECIPE_NAMES == tuple(RECIPES) and cli.SUITES == tuple(CARDS)
     assert cli.LANGUAGE_MODEL == Sampling().model and cli.DEMO_SEEDS == ",".join(map(str, SEEDS))
     detector, segmenter = cli.GROUNDERS[0].split("+")
     assert {detector, segmenter} <= set(WEIGHTS)

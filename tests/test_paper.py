@@ -46,7 +46,7 @@ from cft.reproduce.paper import (
     to_latex,
     verdicts,
 )
-from cft.train.objectives import RECIPES, RATES
+from cft.train.objectives import RATES, RECIPES
 
 ROOT = Path(__file__).parents[1]
 ROWS = {"table1": 240, "table2": 120, "table3": 24, "table4": 216, "table5": 54, "table6": 54, "table7": 8, "table8": 80, "table9": 48,

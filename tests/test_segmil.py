@@ -20,7 +20,7 @@ from cft.data.models import base_model
 from cft.data.testsets import PictureFiles, folder_set
 from cft.demo.toy_grounder import finder
 from cft.evaluate.passes import checkpoint, reading_of, run_pass
-from cft.related.groups import backdrop_set, answer_table
+from cft.related.groups import answer_table, backdrop_set
 from cft.related.segmil import (
     DEMO_RULES,
     LABELS,

@@ -241,11 +241,11 @@ class Bags(Dataset):
     """A set as bags. Item k is a dict: bag (segments, 3, height, width) normalised, label, index, and what `extra` adds.
 
     phrases: those of each picture that were looked for; without a `store` every bag is the whole picture alone. fill: colour (3,)
-    outside of a segment. extra: name → tensor (pictures, …). keep: hold finished bags in memory.
+    outside of a segment. extra: name → tensor (pictures, …). cached: hold finished bags in memory.
     """
 
     def __init__(self, source: PictureFiles, preprocess: Preprocess, store: MaskStore | None = None, phrases: Sequence[Sequence[str]] = (),
-                 rules: SegmentRules = SegmentRules(), fill: Tensor | None = None, extra: Mapping[str, Tensor] | None = None, keep: bool = False):
+                 rules: SegmentRules = SegmentRules(), fill: Tensor | None = None, extra: Mapping[str, Tensor] | None = None, cached: bool = False):
         lengths = {"phrases": len(phrases)} if store else {}
         wrong = {name: n for name, n in (lengths | {k: len(v) for k, v in (extra or {}).items()}).items() if n != len(source)}
         if wrong:
