@@ -48,7 +48,7 @@ from cft.reproduce.paper import (
 )
 from cft.train.objectives import RATES, RECIPES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROWS = {"table1": 240, "table2": 120, "table3": 24, "table4": 216, "table5": 54, "table6": 54, "table7": 8, "table8": 80, "table9": 48,
         "thresholds": 9, "no-validation": 4, "deal1": 108, "deal2": 48, "deal3": 12, "deal4": 15, "deal5": 15, "segmil": 4, "timm": 100}
 KEYS = ["table", "model", "method", "dataset", "split", "metric"]

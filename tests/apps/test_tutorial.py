@@ -17,7 +17,7 @@ from cft.concepts.language import ConceptSet
 from cft.concepts.masks import MaskStore
 from cft.data.models import TINY, base_model
 
-TUTORIAL = Path(__file__).parents[1] / "nbs/tutorial.ipynb"
+TUTORIAL = Path(__file__).parents[2] / "nbs/tutorial.ipynb"
 NOTEBOOK = nbformat.read(TUTORIAL, 4)
 
 

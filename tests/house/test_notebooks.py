@@ -8,7 +8,7 @@ from pathlib import Path
 import papermill
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted(n for n in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in n.parts
                    and n.stem != "tutorial" and (n.parent.name != "paper" or n.stem in ("table1", "fig2")))
 

@@ -31,7 +31,7 @@ from cft.reproduce.pages import (
 from cft.reproduce.paper import ARTEFACTS, INCONSISTENCIES, PAPER, in_our_form, reference
 from cft.reproduce.settings import Work, read_settings, rows_file, write_settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETS = ("val", "v2", "adversarial", "rendition", "sketch", "object", "si_location", "si_rotation", "si_size")
 
 

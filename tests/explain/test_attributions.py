@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_relevance import directional_error, make, pictures, scalar
+from small_models import directional_error, make, pictures, scalar
 
 import cft.explain.maps as r
 from cft.explain import attributions as a
@@ -172,7 +172,7 @@ def test_constant_gradient_of_gae_by_hand():
     torch.testing.assert_close(fast, by_hand, rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", r.METHODS)
+@pytest.mark.parametrize("name", r.ATTRIBUTIONS)
 def test_no_graph_without_gradients(name):
     model, images = make(), pictures()
     method = r.Method("iia", steps=1) if name == "iia" else name
@@ -188,7 +188,7 @@ def test_no_graph_without_gradients(name):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in r.METHODS if name != "iia"])
+@pytest.mark.parametrize("name", [name for name in r.ATTRIBUTIONS if name != "iia"])
 def test_autocast(name):
     model, images = make(dtype=torch.float32), pictures(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted(n for n in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in n.parts)
 PATH, APPENDIX, RELATED = ([n for n in NOTEBOOKS if n.parent.name == room and n.stem[0].isdigit()] for room in ("nbs", "appendix", "related"))

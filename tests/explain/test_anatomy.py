@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_relevance import FAMILIES, Stem, make, make_convnext, pictures
+from small_models import FAMILIES, Stem, make, make_convnext, pictures
 
 from cft.explain import anatomy
 from cft.explain.rules import Tape

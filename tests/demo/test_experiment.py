@@ -27,7 +27,7 @@ from cft.demo.experiment import (
     settings,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def made_up(values):

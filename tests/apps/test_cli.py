@@ -229,7 +229,7 @@ def test_names_listed_without_imports_are_the_real_ones():
 
 def settings():
     parser = configparser.ConfigParser(delimiters=["="])
-    parser.read(Path(__file__).parents[1] / "settings.ini", encoding="utf-8")
+    parser.read(Path(__file__).parents[2] / "settings.ini", encoding="utf-8")
     return parser["DEFAULT"]
 
 
