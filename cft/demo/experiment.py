@@ -31,12 +31,12 @@ from torch.utils.data import DataLoader
 from ..data import backdrop
 from ..data.backdrop import CLASSES, SHIFTED
 from ..concepts.language import ConceptSet, demo_concepts
-from ..data.folders import MaskedImages, Preprocess, scan, swap_background, without_object
+from ..data.folders import MaskedImages, Preprocess, list_folder, scan, swap_background, without_object
 from ..evaluate.metrics import evaluate, predict, relevance_scores
 from ..evaluate.intervals import paired_difference, table_of_means
 from .toy_grounder import finder
 from ..train.loop import FineTuned, fine_tune, provenance
-from ..concepts.masks import build_masks, list_folder, training_pictures, write_pngs
+from ..concepts.masks import build_masks, training_pictures, write_pngs
 from ..data.models import SEEDS, base_model, make_bases, on_every_core, read_weights
 from ..train.objectives import RECIPES, Recipe
 from ..explain.maps import relevance

@@ -12,7 +12,6 @@ __all__ = ['DEMO_RULES', 'DEMO_RECIPE', 'VARIANTS', 'LABELS', 'TRIALS', 'SEGMIL_
 
 # %% ../../nbs/related/01_segmil.ipynb #c3fd2bf9
 import copy
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,7 +35,7 @@ from tqdm.auto import tqdm
 from ..data import backdrop
 from ..data.backdrop import CLASSES
 from ..concepts.language import MASK_KINDS, ClipText, demo_concepts, need
-from ..data.folders import MaskedImages, Preprocess
+from ..data.folders import MaskedImages, Preprocess, list_folder
 from ..data.testsets import PictureFiles, folder_set
 from ..demo.experiment import POOL_PER_CLASS, TEST_PER_CLASS, settings
 from ..evaluate.metrics import COLUMNS
@@ -45,7 +44,7 @@ from ..demo.toy_grounder import Finder, finder
 from ..train.loop import Diverged, FineTuned, _finished, _resume, _save_state, fine_tune, provenance, write_json
 from ..concepts.grounding import Grounder
 from .groups import backdrop_set, group_scores, answer_table
-from ..concepts.masks import MAX_PIXELS, MaskStore, Work, _build, _recipe, _rows, list_folder
+from ..concepts.masks import MaskStore, Work, ground_pictures
 from ..data.models import ASSETS, SEEDS, base_model, save_model
 from ..reproduce.paper import Claim, scores_of
 from ..evaluate.passes import accuracy_rows, checkpoint, reading_of, run_pass
@@ -140,7 +139,7 @@ def ground(source: PictureFiles, phrases: Sequence[Sequence[str]], grounder: Gro
     """Look for phrases of its own in each picture of a set; the masks go into the folder `root`.
 
     phrases: those of each picture, in the order of the set. What the store `known` holds is left out, and the result reads from both.
-    Goes on where an earlier call stopped. Raises ValueError for another number of lists, and as `masks.build_masks` does.
+    Goes on where an earlier call stopped. Raises ValueError for another number of lists, and as `masks.ground_pictures` does.
     """
     if len(phrases) != len(source):
         raise ValueError(f"expected phrases for each of {len(source)} pictures, got {len(phrases)} lists")
@@ -152,10 +151,9 @@ def ground(source: PictureFiles, phrases: Sequence[Sequence[str]], grounder: Gro
             work.append(Work(name, Path(name).parent.name, 0, "", missing))
     if known and not work:
         return known
-    listed = hashlib.sha256(json.dumps([w.phrases for w in work]).encode()).hexdigest()
-    recipe = _recipe(grounder.name, grounder.settings(), listed, work, shards, per_class=None, seed=0, max_pixels=MAX_PIXELS)
-    rows_of = lambda w: _rows(w, source.root, lambda item, image: grounder(image, item.phrases), MAX_PIXELS)
-    _build(Path(root), recipe, work, rows_of, None, 600.0, 10, progress)
+    made_by = {"grounder": grounder.name, "settings": grounder.settings()}
+    ground_pictures(work, source.root, lambda item, image: grounder(image, item.phrases), root, made_by, shards=shards,
+                    progress=progress)
     return MaskStore(*(known.roots if known else ()), root)
 
 # %% ../../nbs/related/01_segmil.ipynb #ffc67c20

@@ -34,13 +34,13 @@ from torch.utils.data import Dataset
 from ..data import backdrop
 from ..evaluate.bench import paper_folder
 from ..concepts.language import Chat, ClassName, ConceptSet, Record, Sampling, Similarity, concept, demo_concepts, discover
-from ..data.folders import Folder, MaskedImages, Preprocess, Sample, open_image, open_mask
+from ..data.folders import Folder, MaskedImages, Preprocess, Sample, list_folder, open_image, open_mask
 from ..data.testsets import class_names, folder_set, open_set, synsets
 from ..demo.experiment import tuned_classes
 from ..demo.toy_grounder import finder
 from ..train.loop import fine_tune, identity, rehearse, write_json
 from ..concepts.grounding import load_grounder
-from ..concepts.masks import MaskStore, build_masks, import_imagenet_s, list_folder, training_pictures, write_pngs
+from ..concepts.masks import MaskStore, build_masks, import_imagenet_s, training_pictures, write_pngs
 from ..data.models import base_model, load_model
 from ..train.objectives import RECIPES, RATES, Recipe
 from ..explain.maps import Method, relevance

@@ -15,9 +15,9 @@ import pytest
 
 from cft.apps.report import DARK, Report
 from cft.concepts.language import demo_concepts
-from cft.concepts.masks import build_masks, list_folder
+from cft.concepts.masks import build_masks
 from cft.data import backdrop
-from cft.data.folders import scan
+from cft.data.folders import list_folder, scan
 from cft.data.models import ASSETS, TINY, base_model
 from cft.demo.toy_grounder import finder
 from cft.evaluate.audit import audit

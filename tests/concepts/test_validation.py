@@ -10,7 +10,7 @@ from PIL import Image
 from cft.concepts import masks
 from cft.concepts.grounding import Grounding
 from cft.concepts.language import ClassName, Concept, ConceptSet, refine
-from cft.concepts.masks import MaskStore, build_masks, list_folder
+from cft.concepts.masks import MaskStore, build_masks
 from cft.concepts.validation import (
     GRID,
     PAPER_THRESHOLDS,
@@ -26,7 +26,7 @@ from cft.concepts.validation import (
     validate,
     without_context,
 )
-from cft.data.folders import open_image
+from cft.data.folders import list_folder, open_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
 
@@ -239,7 +239,7 @@ def test_class_masks_from_elsewhere(tmp_path, case):
     for sample in folder.samples:
         ids = np.zeros((5, 6, 3), np.uint8)
         ids[:2] = (0, 1, 0)
-        file = tmp_path / "m" / masks.picture_name(folder, sample)
+        file = tmp_path / "m" / folder.name(sample)
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(ids).save(file)
     human = masks.import_imagenet_s(folder, tmp_path / "m", concepts, tmp_path / "h", progress=False)
