@@ -203,7 +203,7 @@ def audit(
 def _with_objects(data: Path, objects: Path | None, names: Sequence[str], box: Path) -> "tuple[Folder, dict[str, str]]":
     """The pictures with their object masks, and where these come from; masks of classes from a store are written to `box`."""
     from cft.data.folders import list_folder, scan
-    from cft.concepts.masks import MaskStore, write_pngs
+    from cft.concepts.store import MaskStore, write_pngs
 
     if objects is None or not (objects / "store.json").is_file():
         return scan(data, objects=objects, classes=names, progress=True), {}
@@ -365,7 +365,7 @@ def validate(
       cft validate store --concepts concepts.json --out kept.json --audit concepts.csv
     """
     from cft.concepts.language import ConceptSet
-    from cft.concepts.masks import MaskStore
+    from cft.concepts.store import MaskStore
     from cft.concepts.validation import first_pictures
     from cft.concepts.validation import validate as check_concepts
 
@@ -394,7 +394,8 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
     """
     from cft.concepts.language import ConceptSet
     from cft.data.folders import list_folder, scan
-    from cft.concepts.masks import MaskStore, training_pictures, write_pngs
+    from cft.concepts.masks import training_pictures
+    from cft.concepts.store import MaskStore, write_pngs
 
     if masks is None and "mask" in needs:
         raise ValueError("this method needs mask masks: give --masks FOLDER with FOLDER/<class>/<picture>.png, or a mask store and --concepts FILE")

@@ -29,7 +29,7 @@ from torchvision import tv_tensors
 from ..concepts.language import ConceptSet, need
 from ..data.folders import Folder, Preprocess, class_folders, list_folder, open_image
 from ..evaluate.faithfulness import share_inside
-from ..concepts.masks import MaskStore
+from ..concepts.store import MaskStore
 from ..data.models import load_model
 from ..explain.maps import ATTRIBUTIONS, NORMALIZATIONS, Relevance, named, relevance
 from .report import data_uri, overlay

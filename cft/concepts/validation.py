@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from .language import ConceptSet, Feedback
 from ..data.folders import Folder
 from .grounding import Grounder
-from .masks import Array, MaskStore, build_masks, plan
+from .masks import build_masks, plan
+from .store import Array, MaskStore
 
 # %% ../../nbs/08_validation.ipynb #902ba3cd
 def first_pictures(store: MaskStore, pictures: int = 30) -> pd.DataFrame:

@@ -36,7 +36,8 @@ from ..evaluate.metrics import evaluate, predict, relevance_scores
 from ..evaluate.intervals import paired_difference, table_of_means
 from .toy_grounder import finder
 from ..train.loop import FineTuned, fine_tune, provenance
-from ..concepts.masks import build_masks, training_pictures, write_pngs
+from ..concepts.masks import build_masks, training_pictures
+from ..concepts.store import write_pngs
 from ..data.models import SEEDS, base_model, make_bases, on_every_core, read_weights
 from ..train.objectives import RECIPES, Recipe
 from ..explain.maps import relevance

@@ -46,7 +46,8 @@ from ..data.folders import Folder, MaskedImages, Preprocess, list_folder, scan
 from ..train.loop import draw, rehearse
 from ..concepts.grounding import Grounding, GroundingConfig, per_concept_loop, small_grounded_sam
 from ..train.losses import cft_loss, patch_mask
-from ..concepts.masks import build_masks, read_back
+from ..concepts.masks import build_masks
+from ..concepts.store import read_back
 from ..train.objectives import RECIPES, Batch
 from ..explain.maps import bound, minmax, relevance, run
 from ..explain.rules import Tape

@@ -44,7 +44,8 @@ from ..demo.toy_grounder import Finder, finder
 from ..train.loop import Diverged, FineTuned, _finished, _resume, _save_state, fine_tune, provenance, write_json
 from ..concepts.grounding import Grounder
 from .groups import backdrop_set, group_scores, answer_table
-from ..concepts.masks import MaskStore, Work, ground_pictures
+from ..concepts.masks import Work, ground_pictures
+from ..concepts.store import MaskStore
 from ..data.models import ASSETS, SEEDS, base_model, save_model
 from ..reproduce.paper import Claim, scores_of
 from ..evaluate.passes import accuracy_rows, checkpoint, reading_of, run_pass

@@ -40,7 +40,8 @@ from ..demo.experiment import tuned_classes
 from ..demo.toy_grounder import finder
 from ..train.loop import fine_tune, identity, rehearse, write_json
 from ..concepts.grounding import load_grounder
-from ..concepts.masks import MaskStore, build_masks, import_imagenet_s, training_pictures, write_pngs
+from ..concepts.masks import build_masks, import_imagenet_s, training_pictures
+from ..concepts.store import MaskStore, write_pngs
 from ..data.models import base_model, load_model
 from ..train.objectives import RECIPES, RATES, Recipe
 from ..explain.maps import Method, relevance

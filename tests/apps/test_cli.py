@@ -24,7 +24,7 @@ from cft.apps import cli
 from cft.apps.cli import app, main
 from cft.concepts.grounding import WEIGHTS
 from cft.concepts.language import ANSWERS, ConceptSet, Sampling
-from cft.concepts.masks import MaskStore
+from cft.concepts.store import MaskStore
 from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, scan
 from cft.data.models import ASSETS, SEEDS, TINY, save_model

@@ -32,7 +32,8 @@ from cft.apps.explorer import (
 )
 from cft.concepts.grounding import Grounding
 from cft.concepts.language import ClassName, Concept, ConceptSet, demo_concepts
-from cft.concepts.masks import build_masks, write_pngs
+from cft.concepts.masks import build_masks
+from cft.concepts.store import write_pngs
 from cft.concepts.validation import conclude, gather_evidence
 from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, list_folder

@@ -10,7 +10,8 @@ from PIL import Image
 from cft.concepts import masks
 from cft.concepts.grounding import Grounding
 from cft.concepts.language import ClassName, Concept, ConceptSet, refine
-from cft.concepts.masks import MaskStore, build_masks
+from cft.concepts.masks import build_masks
+from cft.concepts.store import MaskStore
 from cft.concepts.validation import (
     GRID,
     PAPER_THRESHOLDS,

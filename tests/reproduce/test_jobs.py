@@ -13,7 +13,7 @@ from PIL import Image
 
 from cft.concepts.grounding import small_grounded_sam
 from cft.concepts.language import ClassName, ConceptSet, concept
-from cft.concepts.masks import MaskStore
+from cft.concepts.store import MaskStore
 from cft.data.models import read_weights, save_model
 from cft.data.testsets import CARDS, miniature, synsets
 from cft.evaluate.passes import Results
