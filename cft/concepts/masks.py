@@ -109,10 +109,11 @@ def _row(work: Work, size: tuple[int, int], digest: str, phrase: str, found: Gro
         got = f"{found.phrase!r} with {mask.shape}"
         raise ValueError(f"expected {phrase!r} with a mask {size}; the grounder gave {got}")
     every = scores.astype(np.float32).tolist()
-    return {"picture": work.picture, "class_id": work.class_id, "rank": work.rank, "height": size[0], "width": size[1],
-            "sha256": digest, "phrase": phrase, "kind": "class" if phrase == work.name else "concept",
-            "score": max(every, default=None), "scores": every, "boxes": boxes.astype(np.float32).ravel().tolist(),
-            "area": float(mask.mean()), "status": status_of(mask.mean()), "rle": encode_mask(mask), "note": ""}
+    return {
+        "picture": work.picture, "class_id": work.class_id, "rank": work.rank, "height": size[0], "width": size[1],
+        "sha256": digest, "phrase": phrase, "kind": "class" if phrase == work.name else "concept",
+        "score": max(every, default=None), "scores": every, "boxes": boxes.astype(np.float32).ravel().tolist(),
+        "area": float(mask.mean()), "status": status_of(mask.mean()), "rle": encode_mask(mask), "note": ""}
 
 
 def _rows(work: Work, images: Path, segment: Segment, max_pixels: int) -> list[dict[str, Any]]:
@@ -127,10 +128,10 @@ def _rows(work: Work, images: Path, segment: Segment, max_pixels: int) -> list[d
         return [_row(work, (image.height, image.width), digest, *pair) for pair in zip(work.phrases, found)]
     except Exception as error:  # whatever is wrong with this picture, the others are to be done
         text = f"{'' if isinstance(error, ValueError) else type(error).__name__ + ': '}{error}"
-        text = text.replace(f"{path}: ", "").replace(str(images), "…")  # the place of the folder is nobody's business
+        text = text.replace(f"{path}: ", "").replace(f"{images}{os.sep}", "…/")  # where it lies is nobody's business
         note = "".join(c if c.isprintable() else "?" for c in text.splitlines()[0])[:300] if text else ""
-        return [dict.fromkeys(SCHEMA.names) | {"picture": work.picture, "class_id": work.class_id, "rank": work.rank,
-                                               "phrase": "", "kind": "", "status": status, "note": note}]
+        blank = {"picture": work.picture, "class_id": work.class_id, "rank": work.rank, "phrase": "", "kind": ""}
+        return [dict.fromkeys(SCHEMA.names) | blank | {"status": status, "note": note}]
 
 # %% ../../nbs/07_masks.ipynb #5b384ce3
 PER_SHARD = 64  # pictures
@@ -162,10 +163,9 @@ def _deal(work: Sequence[Work], root: Path, shards: int | None) -> list[_Shard]:
     shards = math.ceil(len(work) / PER_SHARD) if shards is None else shards
     if not 1 <= shards <= len(work):
         raise ValueError(f"shards must be between 1 and the number of pictures, {len(work)}; got {shards}")
-    starts = [math.ceil(k * len(work) / shards) for k in range(shards + 1)]
     files = [root / SHARD.format(k) for k in range(shards)]
-    return [_Shard(work[i:j], file, file.with_suffix(".jsonl"), file.with_suffix(".lock"))
-            for (i, j), file in zip(pairwise(starts), files)]
+    ends = pairwise(math.ceil(k * len(work) / shards) for k in range(shards + 1))
+    return [_Shard(work[i:j], f, f.with_suffix(".jsonl"), f.with_suffix(".lock")) for (i, j), f in zip(ends, files)]
 
 # %% ../../nbs/07_masks.ipynb #fe2ef495
 def _fill(shard: _Shard, rows_of: Callable[[Work], list[dict[str, Any]]], recipe: Mapping[str, Any], streak: int,
@@ -199,8 +199,8 @@ def _fill(shard: _Shard, rows_of: Callable[[Work], list[dict[str, Any]]], recipe
                 streak, start = (streak + 1, start) if rows[0]["status"] in ASIDE else (0, size)
                 if streak >= patience:
                     journal.truncate(start)
-                    raise RuntimeError(f"{streak} pictures in a row had to be set aside, so the build stopped; the last "
-                                       f"was {item.picture}: {rows[0]['note']}")
+                    raise RuntimeError(f"{streak} pictures in a row had to be set aside, so the build stopped; "
+                                       f"the last was {item.picture}: {rows[0]['note']}")
         write_shard(shard.file, {item.picture: done[item.picture] for item in shard.work}, recipe)
     return streak
 
@@ -216,10 +216,31 @@ def _found(root: Path, recipe: dict[str, Any], lock: Path) -> None:
             if not file.exists():
                 write_json(file, recipe)
     there = read_json(file)
-    differ = [f"{k}: {str(there.get(k))[:60]} there, {str(recipe.get(k))[:60]} now"
-              for k in sorted({*there, *recipe}) if there.get(k) != recipe.get(k)]
+    differ = [k for k in sorted({*there, *recipe}) if there.get(k) != recipe.get(k)]
     if differ:
-        raise ValueError(f"the mask store in {root} was begun differently ({'; '.join(differ)}); choose another folder")
+        both = "; ".join(f"{k}: {str(there.get(k))[:60]} there, {str(recipe.get(k))[:60]} now" for k in differ)
+        raise ValueError(f"the mask store in {root} was begun differently ({both}); choose another folder")
+
+# %% ../../nbs/07_masks.ipynb #6711bdf9
+def _finish(shards: Sequence[_Shard], fill: Callable[[_Shard, int], int | None], tick: Callable[[int], object]) -> None:
+    """Finish all shards, sharing them with whoever else is at it; `fill` is `_fill` but for its other arguments."""
+    waiting, streak = list(shards), 0
+    while waiting:
+        left = []
+        for shard in waiting:
+            if shard.file.exists():
+                tick(len(shard.work))
+            elif (after := fill(shard, streak)) is None:
+                left.append(shard)
+                continue
+            else:
+                streak = after
+            with contextlib.suppress(OSError):  # a finished store may lie where nothing can be removed
+                shard.journal.unlink(missing_ok=True)
+                shard.lock.unlink(missing_ok=True)
+        if len(left) == len(waiting):
+            time.sleep(0.2)  # others are working on all that is left
+        waiting = left
 
 # %% ../../nbs/07_masks.ipynb #8effee40
 def ground_pictures(work: Sequence[Work], images: str | Path, segment: Segment, root: str | Path,
@@ -246,31 +267,17 @@ def ground_pictures(work: Sequence[Work], images: str | Path, segment: Segment, 
     listed = hashlib.sha256()
     for item in work:
         listed.update(json.dumps(astuple(item)).encode())
-    recipe = json.loads(json.dumps({
+    recipe = {
         **made_by, "format": FORMAT, "code": f"cft {cft.__version__}", "area": AREA, "max_pixels": max_pixels,
-        "pictures": len(work), "work": listed.hexdigest(), "shards": [part.work[0].picture for part in parts]}, sort_keys=True))
-    waiting, streak = parts if shard is None else [parts[shard]], 0
-    bar = tqdm(total=sum(len(part.work) for part in waiting), desc="grounding", unit="picture", disable=not progress)
-    rows_of = lambda item: _rows(item, images, segment, max_pixels)
+        "pictures": len(work), "work": listed.hexdigest(), "shards": [part.work[0].picture for part in parts]}
+    recipe, lock = json.loads(json.dumps(recipe, sort_keys=True)), parts[0].lock
+    parts = parts if shard is None else [parts[shard]]
     try:
-        _found(root, recipe, parts[0].lock)
-        with bar:
-            while waiting:
-                left = []
-                for part in waiting:
-                    if part.file.exists():
-                        bar.update(len(part.work))
-                    elif (after := _fill(part, rows_of, recipe, streak, patience, bar.update)) is None:
-                        left.append(part)
-                        continue
-                    else:
-                        streak = after
-                    with contextlib.suppress(OSError):  # where nothing may be removed, it stays
-                        part.journal.unlink(missing_ok=True)
-                        part.lock.unlink(missing_ok=True)
-                if len(left) == len(waiting):
-                    time.sleep(0.2)  # others are working on all that is left
-                waiting = left
+        _found(root, recipe, lock)
+        total = sum(len(part.work) for part in parts)
+        with tqdm(total=total, desc="grounding", unit="picture", disable=not progress) as bar:
+            rows_of = lambda item: _rows(item, images, segment, max_pixels)
+            _finish(parts, lambda part, streak: _fill(part, rows_of, recipe, streak, patience, bar.update), bar.update)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error}; what is there stays, and the same call goes on with it",
                       str(error.filename or root)) from error
@@ -291,8 +298,9 @@ def build_masks(folder: Folder, concepts: ConceptSet, grounder: Grounder, root: 
     concept set does not know.
     """
     work = work_list(folder, concepts, per_class, seed, known)
-    made_by = {"grounder": grounder.name, "settings": grounder.settings(), "concepts": concepts.digest(),
-               "per_class": per_class, "seed": seed}
+    made_by = {
+        "grounder": grounder.name, "settings": grounder.settings(), "concepts": concepts.digest(),
+        "per_class": per_class, "seed": seed}
     segment = lambda item, image: grounder(image, item.phrases)
     return ground_pictures(work, folder.root, segment, root, made_by, shards=shards, shard=shard, max_pixels=max_pixels,
                            patience=patience, progress=progress)
@@ -312,9 +320,9 @@ class Plan:
     done: int = 0
 
     def __str__(self) -> str:
-        return (f"{self.pictures} pictures of {self.classes} classes, {self.done} of them done; {self.phrases} phrases, "
-                f"{self.records} masks in {self.shards} shards; still to do: at most {self.encodings} image encodings "
-                f"and {self.passes} detector passes")
+        return (f"{self.pictures} pictures of {self.classes} classes, {self.done} of them done; {self.phrases} "
+                f"phrases, {self.records} masks in {self.shards} shards; still to do: at most {self.encodings} image "
+                f"encodings and {self.passes} detector passes")
 
 
 def plan(folder: Folder, concepts: ConceptSet, grounder: object | None = None, root: str | Path | None = None, *,
@@ -327,9 +335,10 @@ def plan(folder: Folder, concepts: ConceptSet, grounder: object | None = None, r
         done |= {item.picture for item in part.work} if part.file.exists() else part.noted()[0].keys()
     left = Counter(item.phrases for item in work if item.picture not in done)
     prompts = getattr(grounder, "prompts", lambda phrases: [phrases])
-    return Plan(len(work), len({item.class_id for item in work}), len({p for item in work for p in item.phrases}),
-                sum(len(item.phrases) for item in work), len(parts), left.total(),
-                sum(n * len(prompts(phrases)) for phrases, n in left.items()), len(work) - left.total())
+    passes = sum(n * len(prompts(phrases)) for phrases, n in left.items())
+    phrases = [phrase for item in work for phrase in item.phrases]
+    n, todo, classes = len(work), left.total(), {item.class_id for item in work}
+    return Plan(n, len(classes), len(set(phrases)), len(phrases), len(parts), todo, passes, n - todo)
 
 # %% ../../nbs/07_masks.ipynb #76546f9a
 @dataclass(frozen=True)
@@ -399,8 +408,9 @@ def import_imagenet_s(folder: Folder, masks: str | Path, concepts: ConceptSet, r
     The phrase of each mask is the class's name in `concepts`. Options, result and errors as in `build_masks`.
     """
     work = [replace(item, phrases=(item.name,)) for item in work_list(folder, concepts, per_class, seed)]
-    made_by = {"grounder": "imagenet-s", "settings": {"ignored": IGNORED}, "concepts": concepts.digest(),
-               "per_class": per_class, "seed": seed}
+    made_by = {
+        "grounder": "imagenet-s", "settings": {"ignored": IGNORED}, "concepts": concepts.digest(),
+        "per_class": per_class, "seed": seed}
 
     def segment(item: Work, image: Image.Image) -> list[Grounding]:
         file = (Path(masks) / item.picture).with_suffix(".png")

@@ -82,12 +82,12 @@ GROUP = 8  # pictures in a row group: what a reader has to decode to get at one 
 SHARD = "shard-{:05d}.parquet"
 ASIDE = ("unreadable", "failed")  # the status of a picture that was set aside
 
-SCHEMA = pa.schema([
-    ("picture", pa.string()), ("class_id", pa.string()), ("rank", pa.int32()), ("height", pa.int32()),
-    ("width", pa.int32()), ("sha256", pa.string()), ("phrase", pa.string()), ("kind", pa.string()),
-    ("score", pa.float32()), ("scores", pa.list_(pa.float32())),  # the best box's, and those of all boxes
-    ("boxes", pa.list_(pa.float32())),  # x0, y0, x1, y1, x0, …
-    ("area", pa.float64()), ("status", pa.string()), ("rle", pa.string()), ("note", pa.string())])
+# a row; `score` is the best box's, `scores` and `boxes` (x0, y0, x1, y1, x0, …) are those of all, `sha256` the file's
+SCHEMA = pa.schema({
+    "picture": pa.string(), "class_id": pa.string(), "rank": pa.int32(), "height": pa.int32(), "width": pa.int32(),
+    "sha256": pa.string(), "phrase": pa.string(), "kind": pa.string(), "score": pa.float32(),
+    "scores": pa.list_(pa.float32()), "boxes": pa.list_(pa.float32()), "area": pa.float64(), "status": pa.string(),
+    "rle": pa.string(), "note": pa.string()})
 
 
 def write_shard(file: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]], recipe: Mapping[str, Any]) -> None:
@@ -97,8 +97,8 @@ def write_shard(file: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]], rec
     """
     names, made_by = sorted(rows), {k: v for k, v in recipe.items() if k != "shards"}
     schema = SCHEMA.with_metadata({
-        "cft.recipe": json.dumps(made_by), "cft.store": sha256(file.with_name("store.json")),
-        "cft.shard": file.name, "cft.groups": json.dumps(names[::GROUP])})
+        "cft.recipe": json.dumps(made_by), "cft.store": sha256(file.with_name("store.json")), "cft.shard": file.name,
+        "cft.groups": json.dumps(names[::GROUP])})
     with written(file) as draft, pq.ParquetWriter(draft, schema, compression="lz4", use_dictionary=False,
                                                   write_page_checksum=True) as writer:
         for k in range(0, len(names), GROUP):
