@@ -11,6 +11,7 @@ __all__ = ['PAPER_THRESHOLDS', 'PAPER_CONCEPTS', 'PAPER_OCCURRENCE', 'PAPER_COVE
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,8 +51,7 @@ def occurrences(store: MaskStore, concepts: ConceptSet, pictures: int = 30) -> p
     records = store.table().merge(chosen[["picture"]], on="picture")
     looked = Counter(zip(records["class_id"], records["phrase"]))
     found = records[records["status"] != "empty"]
-    hits, sizes = Counter(zip(found["class_id"], found["phrase"])), Counter(chosen["class_id"])
-    rows = []
+    hits, sizes, rows = Counter(zip(found["class_id"], found["phrase"])), Counter(chosen["class_id"]), []
     for pair in concepts.pairs():
         n = sizes[pair[0]]
         if looked[pair] != n:
@@ -242,14 +242,14 @@ def sweep(evidence: Evidence, thresholds: Iterable[tuple[float, float]] = PAPER_
     Columns occurrence, coverage, phrases, pairs, mean_occurrence (of the pairs), mean_coverage (of the classes),
     covered (share of the classes), without (share of the classes left without a concept).
     """
-    rows = []
+    rows, judge = [], cache(evidence.judge)
     for occurrence, coverage in thresholds:
-        pairs, classes = evidence.judge(occurrence, coverage)
+        pairs, classes = judge(occurrence)
         left = pairs[pairs["accepted"]]
         rows.append({
             "occurrence": occurrence, "coverage": coverage, "phrases": left["concept"].nunique(), "pairs": len(left),
             "mean_occurrence": left["occurrence"].mean(), "mean_coverage": classes["coverage"].mean(),
-            "covered": classes["covered"].mean(), "without": (classes["kept"] == 0).mean()})
+            "covered": (classes["coverage"] >= coverage).mean(), "without": (classes["kept"] == 0).mean()})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/08_validation.ipynb #5b384ce3
