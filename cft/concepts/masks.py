@@ -275,9 +275,11 @@ def ground_pictures(work: Sequence[Work], images: str | Path, segment: Segment, 
     try:
         _found(root, recipe, lock)
         total = sum(len(part.work) for part in parts)
-        with tqdm(total=total, desc="grounding", unit="picture", disable=not progress) as bar:
+        with tqdm(total=total, desc="grounding", unit="picture") if progress else contextlib.nullcontext() as bar:
+            # a disabled bar would still take a lock that forked processes share: one killed then would stop them all
+            tick = bar.update if bar is not None else lambda n: None
             rows_of = lambda item: _rows(item, images, segment, max_pixels)
-            _finish(parts, lambda part, streak: _fill(part, rows_of, recipe, streak, patience, bar.update), bar.update)
+            _finish(parts, lambda part, streak: _fill(part, rows_of, recipe, streak, patience, tick), tick)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error}; what is there stays, and the same call goes on with it",
                       str(error.filename or root)) from error

@@ -297,6 +297,12 @@ def test_a_finished_store_needs_no_right_to_write(world, store, tmp_path, monkey
     assert built(*world, Bright(spoil=refuse), tmp_path / "store", shards=3).digest() == store.digest()
 
 
+def test_a_silent_build_has_no_bar(world, tmp_path, monkeypatch):
+    """Not even a disabled one: its lock is shared by forked processes, and one killed with it would stop the others."""
+    monkeypatch.setattr(masks, "tqdm", None)
+    assert len(built(*world, Bright(), tmp_path / "s").pictures) == 12
+
+
 def test_two_processes_share_a_store(tmp_path):
     folder, concepts, log = pictures(tmp_path / "i", each=40), concept_set("c0", "c1"), tmp_path / "log"
     build = lambda own: built(folder, concepts, Bright(own, pause=0.004), tmp_path / "s", shards=10).digest()
