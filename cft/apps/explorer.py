@@ -613,7 +613,8 @@ def bench_explorer(root: str | Path, moves: int = 5) -> list[dict]:
     from cft.concepts.language import demo_concepts
     from cft.demo.toy_grounder import finder
     from cft.concepts.masks import build_masks
-    from cft.data.models import ASSETS, TINY
+    from cft.data.models import TINY
+    from cft.files import ASSETS
 
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,8 @@ from tqdm.auto import tqdm
 from ..data import backdrop
 from ..data.backdrop import BACKGROUNDS, CLASSES, SIZE, Array, Pictures
 from ..concepts.grounding import Grounding, clean_phrases
-from ..data.models import ASSETS, read_weights
+from ..data.models import read_weights
+from ..files import ASSETS
 
 # %% ../../nbs/06_toy_grounder.ipynb #c1dfd96e
 ATOMS: tuple[tuple[str, str], ...] = (*((cls, part.name) for cls, parts in CLASSES.items() for part in parts),

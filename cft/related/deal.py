@@ -38,7 +38,8 @@ from ..concepts.language import FORMATS, SYSTEM, Answer, ClassName, Facts, Quest
 from ..data.folders import Preprocess
 from ..demo.toy_grounder import ATOMS, MEANINGS, PARTS, Meaning, as_rows, known_words, paraphrase
 from ..train.loop import write_json
-from ..data.models import ASSETS, TINY, base_model, load_model, read_weights, write_safetensors
+from ..data.models import TINY, base_model, load_model, read_weights, write_safetensors
+from ..files import ASSETS
 from ..train.objectives import Batch, Recipe
 from ..explain.maps import minmax
 from ..explain.rules import UnsupportedModule, is_plain

@@ -46,7 +46,8 @@ from ..train.loop import Diverged, FineTuned, _finished, _resume, _save_state, f
 from ..concepts.grounding import Grounder
 from .groups import backdrop_set, group_scores, answer_table
 from ..concepts.masks import MAX_PIXELS, MaskStore, Work, _build, _recipe, _rows, list_folder
-from ..data.models import ASSETS, SEEDS, base_model, save_model
+from ..data.models import SEEDS, base_model, save_model
+from ..files import ASSETS
 from ..reproduce.paper import Claim, scores_of
 from ..evaluate.passes import accuracy_rows, checkpoint, reading_of, run_pass
 

@@ -18,9 +18,10 @@ from cft.concepts.language import demo_concepts
 from cft.concepts.masks import build_masks, list_folder
 from cft.data import backdrop
 from cft.data.folders import scan
-from cft.data.models import ASSETS, TINY, base_model
+from cft.data.models import TINY, base_model
 from cft.demo.toy_grounder import finder
 from cft.evaluate.audit import audit
+from cft.files import ASSETS
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

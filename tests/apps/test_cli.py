@@ -27,8 +27,9 @@ from cft.concepts.language import ANSWERS, ConceptSet, Sampling
 from cft.concepts.masks import MaskStore
 from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, scan
-from cft.data.models import ASSETS, SEEDS, TINY, save_model
+from cft.data.models import SEEDS, TINY, save_model
 from cft.data.testsets import CARDS, miniature, open_set
+from cft.files import ASSETS
 from cft.train.objectives import RECIPES
 
 VIT = "vit_tiny_patch16_224"

@@ -36,9 +36,10 @@ from cft.concepts.masks import build_masks, list_folder, masked_folder
 from cft.concepts.validation import conclude, gather_evidence
 from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess
-from cft.data.models import ASSETS, TINY, base_model
+from cft.data.models import TINY, base_model
 from cft.demo.toy_grounder import finder
 from cft.explain.maps import relevance
+from cft.files import ASSETS
 
 KNOWN = ("bird", "fish", "turtle")
 EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)>'
