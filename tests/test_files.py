@@ -40,8 +40,9 @@ while True:
 
 @contextmanager
 def writers(letters, path, code=WRITER):
-    """Processes that write one path again and again, each its letters in turn; all have written once when the block begins."""
-    started = [subprocess.Popen([sys.executable, "-c", code, letter, path, str(LARGE)], stdout=subprocess.PIPE) for letter in letters]
+    """Processes that write one path again and again, each its letters in turn; all have written once at the start."""
+    commands = [[sys.executable, "-c", code, letter, path, str(LARGE)] for letter in letters]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE) for command in commands]
     try:
         for process in started:
             process.stdout.read(1)
@@ -228,13 +229,15 @@ def test_folders_are_whole_after_kills_and_between_two_writers(tmp_path):
 
 
 def test_texts_tables_and_digests(tmp_path):
-    assert write_text(tmp_path / "t", "Größe → 1\n") == tmp_path / "t" and (tmp_path / "t").read_bytes() == "Größe → 1\n".encode()
+    assert write_text(tmp_path / "t", "Größe → 1\n") == tmp_path / "t"
+    assert (tmp_path / "t").read_bytes() == "Größe → 1\n".encode()
     assert read_json(write_json(tmp_path / "j", {"a": [1, None], "ü": 0.1})) == {"a": [1, None], "ü": 0.1}
     assert (tmp_path / "j").read_text().endswith("\n") and json.loads((tmp_path / "j").read_text())["a"] == [1, None]
     table = pd.DataFrame({"x": [0.125, 2.0]}, index=["a", "b"])
     assert write_csv(tmp_path / "c", table).read_bytes() == b"x\n0.125\n2.0\n"
     assert write_csv(tmp_path / "c", table, index=True, digits=1).read_bytes() == b",x\na,0.1\nb,2.0\n"
-    assert sha256(write_text(tmp_path / "s", "abc")) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # in the standard, FIPS 180
+    assert sha256(write_text(tmp_path / "s", "abc")) == of_abc
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}", b"[1] 2"])
@@ -258,5 +261,5 @@ def test_parts_of_a_text(tmp_path):
 def test_assets_and_extras():
     assert (files.ASSETS / "bases.json").is_file()
     assert need("json", "json", "cft[all]", "this test") is json
-    with pytest.raises(ImportError, match=r"the test needs nothing-like-it; install it with: pip install 'cft\[rare\]'"):
-        need("nothing_like_it", "nothing-like-it", "cft[rare]", "the test")
+    with pytest.raises(ImportError, match=r"it needs nothing-like-it; install it with: pip install 'cft\[rare\]'"):
+        need("nothing_like_it", "nothing-like-it", "cft[rare]", "it")

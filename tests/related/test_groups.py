@@ -1,4 +1,4 @@
-"""Data sets with groups: labels, groups and pixels by a second derivation, on miniatures in the exact form; all traps."""
+"""Data sets with groups: labels, groups, pixels by a second derivation, on miniatures in the exact form; all traps."""
 import csv
 import io
 import pickle
@@ -65,7 +65,7 @@ def as_pickles(key, binary, home):
     for file in binary.glob("*.bin"):
         records = np.fromfile(file, np.uint8).reshape(-1, 3074 if key == "cifar-100" else 3073)
         labels = [column.tolist() for column in records[:, :-3072].T]
-        of_labels = {"coarse_labels": labels[0], "fine_labels": labels[1]} if key == "cifar-100" else {"labels": labels[0]}
+        of_labels = dict(zip(("coarse_labels", "fine_labels") if key == "cifar-100" else ("labels",), labels))
         files = [f"p_s_{k:06d}.png" for k in range(len(records))]
         content = {"filenames": files, "batch_label": "batch 1 of 1", **of_labels, "data": records[:, -3072:].copy()}
         write_python2(home / file.stem, content)
@@ -118,11 +118,11 @@ def test_waterbirds_row_by_row(minis, split):
 
 def test_spawrious_ties_and_unties(minis):
     train, test = loose("spawrious", minis, "train"), loose("spawrious", minis)
+    breeds = sorted(["labrador", "bulldog", "dachshund", "corgi"])
     for one in (train, test):
         for name, (label,), group in zip(one.ids, one.targets, one.groups):
             _, location, breed, _ = name.split("/")
-            assert sorted(["labrador", "bulldog", "dachshund", "corgi"])[label] == breed and group == f"{breed} in {location}"
-    breeds = ("bulldog", "corgi", "dachshund", "labrador")
+            assert breeds[label] == breed and group == f"{breed} in {location}"
     places = lambda one: {breed: {g.split(" in ")[1] for g in one.groups if g.startswith(breed)} for breed in breeds}
     assert all("beach" in there and len(there) == 2 for there in places(train).values())
     assert places(test) == {"bulldog": {"mountain"}, "corgi": {"jungle"}, "dachshund": {"snow"}, "labrador": {"desert"}}
@@ -158,10 +158,12 @@ def records(path, label_bytes):
     for start in range(0, len(content), size):
         record = content[start:start + size]
         planes = record[label_bytes:]
-        yield record[label_bytes - 1], [[tuple(planes[1024 * c + 32 * y + x] for c in range(3)) for x in range(32)] for y in range(32)]
+        pixel = lambda x, y, planes=planes: tuple(planes[1024 * c + 32 * y + x] for c in range(3))
+        yield record[label_bytes - 1], [[pixel(x, y) for x in range(32)] for y in range(32)]
 
 
-@pytest.mark.parametrize("key, folder, label_bytes", [("cifar-10", "cifar-10-batches-bin", 1), ("cifar-100", "cifar-100-binary", 2)])
+@pytest.mark.parametrize("key, folder, label_bytes", [
+    ("cifar-10", "cifar-10-batches-bin", 1), ("cifar-100", "cifar-100-binary", 2)])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_cifar_in_both_forms(minis, key, folder, label_bytes, split):
     home = minis / folder
@@ -222,7 +224,8 @@ def test_damaged_pickles(tmp_path, content, word):
 @pytest.mark.parametrize("spoil, word", [
     (lambda h: (h / "test.bin").unlink(), "test.bin is missing"),
     (lambda h: (h / "test.bin").write_bytes(b"\0" * 3073), "must be records of 3074 bytes, got 3,073"),
-    (lambda h: (h / "test.bin").write_bytes(b"\0\xf0" + b"\0" * 3072), "a label is 240; expected one of the model's 100 classes"),
+    (lambda h: (h / "test.bin").write_bytes(b"\0\xf0" + b"\0" * 3072),
+     "a label is 240; expected one of the model's 100 classes"),
     (lambda h: (h / "fine_label_names.txt").write_text("apple\n"), "expected 100 class names"),
     (lambda h: (h / "fine_label_names.txt").unlink(), "neither fine_label_names.txt nor meta is there")])
 def test_cifar_that_is_spoilt(copy, spoil, word):
@@ -235,13 +238,12 @@ def test_cifar_that_is_spoilt(copy, spoil, word):
 PIXELS = np.zeros((1, 3072), np.uint8)
 
 
-@pytest.mark.parametrize("content", [
-    {"data": PIXELS.repeat(2, 0), "fine_labels": [0]}, {"fine_labels": [0]}, {"data": PIXELS.astype(float), "fine_labels": [0]},
-    {"data": PIXELS, "fine_labels": ["a"]}, {"data": PIXELS, "fine_labels": 0}, {"data": PIXELS}, {"data": PIXELS[0]},
-    {"data": [[0] * 3072], "fine_labels": [0]}, {"data": [[0], [0, 1]], "fine_labels": [0]}])
-def test_cifar_pickles_of_another_shape(copy, content):
+@pytest.mark.parametrize("data, labels", [
+    (PIXELS.repeat(2, 0), [0]), (None, [0]), (PIXELS.astype(float), [0]), (PIXELS, ["a"]), (PIXELS, 0), (PIXELS, None),
+    (PIXELS[0], [0]), ([[0] * 3072], [0]), ([[0], [0, 1]], [0])])
+def test_cifar_pickles_of_another_shape(copy, data, labels):
     home = copy("cifar-100", "python")
-    (home / "test").write_bytes(pickle.dumps(content))
+    (home / "test").write_bytes(pickle.dumps({"data": data, "fine_labels": labels}))
     with pytest.raises(ValueError, match="cifar-100: (test must have data, uint8|setting an array).*kriz"):
         loose("cifar-100", home.parent)
     assert len(loose("cifar-100", home.parent, "train")) == 3
@@ -265,7 +267,7 @@ def test_cifar_c_by_blocks(minis):
 @pytest.mark.parametrize("spoil, word", [
     (lambda h: (h / "frost.npy").unlink(), "1 of 16 files are missing, first frost.npy"),
     (lambda h: np.save(h / "fog.npy", np.zeros((15, 32, 32, 3))), "fog.npy must hold uint8"),
-    (lambda h: np.save(h / "fog.npy", np.zeros((12, 32, 32, 3), np.uint8)), "fog.npy has 12 pictures; labels.npy has 15"),
+    (lambda h: np.save(h / "fog.npy", np.zeros((12, 32, 32, 3), "u1")), "fog.npy has 12 pictures; labels.npy has 15"),
     (lambda h: np.save(h / "fog.npy", np.array([Run(print, "x")], dtype=object)), "fog.npy does not read"),
     (lambda h: np.save(h / "labels.npy", np.arange(15)), "labels.npy must repeat the same labels 5 times"),
     (lambda h: np.save(h / "labels.npy", np.int64(3)), "labels.npy must repeat the same labels 5 times"),
@@ -280,7 +282,7 @@ def test_cifar_c_that_is_spoilt(copy, spoil, word, capsys):
 
 
 def test_the_door_says_what_there_is(tmp_path, minis):
-    with pytest.raises(ValueError, match="no set 'celeba' with a split 'test'; expected one of waterbirds: train, val, test"):
+    with pytest.raises(ValueError, match="no set 'celeba' with a split 'test'; .* one of waterbirds: train, val, test"):
         open_groups("celeba", tmp_path)
     with pytest.raises(ValueError, match="no set 'cifar-10-c' with a split 'train'"):
         open_groups("cifar-10-c", tmp_path, "train")
@@ -317,7 +319,8 @@ def test_a_table_of_ones_own(table, tmp_path):
     table.to_csv(tmp_path / "t.csv", index=False)
     found = csv_set(tmp_path / "t.csv", tmp_path)
     assert (found.targets, found.groups) == (((1,), (0,), (1,), (0,)), tuple("xxyy"))
-    assert csv_set(table, tmp_path, group=("group", "split"), where={"split": ["train"]}, joint="+").groups == ("y+train",)
+    joined = csv_set(table, tmp_path, group=("group", "split"), where={"split": ["train"]}, joint="+")
+    assert joined.groups == ("y+train",)
     named = csv_set(table, tmp_path, classes=("1", "0"))
     assert named.targets == ((0,), (1,), (0,), (1,)), "a name that looks like a number is a name"
 
@@ -367,7 +370,8 @@ def test_the_drawn_world(world):
         assert scene == f"{cls} on {backdrop.BACKGROUNDS[drawn[which].backgrounds[picture]]}"
         assert home == f"{cls} {'at home' if drawn[which].at_home[picture] else 'away'}"
         seen[which] += 1
-    assert seen == {"val": 96, "adversarial": 48} and not any(g.endswith("home") for g in backdrop_set(world, ["adversarial"]).groups)
+    assert seen == {"val": 96, "adversarial": 48}
+    assert all(group.endswith(" away") for group in backdrop_set(world, ["adversarial"]).groups)
 
 
 @pytest.mark.parametrize("call, word", [
@@ -393,9 +397,9 @@ def test_folders_keep_order_and_pixels(minis, tmp_path, world):
     for index, sample in enumerate(folder.samples):
         assert (sample.label,) == arrays.targets[index] and sample.path.parent.name == names[sample.label]
         assert np.array_equal(Image.open(sample.path), arrays.pixels(index))
-    folder.samples[0].path.write_bytes(folder.samples[1].path.read_bytes())
+    folder.samples[0].path.write_bytes(b"kept")
     assert as_folder(arrays, names, tmp_path / "png") == folder
-    assert folder.samples[0].path.read_bytes() == folder.samples[1].path.read_bytes(), "what is there is not written again"
+    assert folder.samples[0].path.read_bytes() == b"kept", "what is there is not written again"
     homes = backdrop_set(world)
     kept, copied = (as_folder(homes, list(backdrop.CLASSES), out) for out in (None, tmp_path / "copy"))
     assert kept.names == list(homes.ids) and [s.label for s in kept.samples] == [s.label for s in copied.samples]
@@ -416,7 +420,8 @@ def test_scores_by_counting(minis):
     assert scores["average"] == pytest.approx(100 * sum(right.values()) / 12) and scores["worst"] == min(each.values())
     assert scores["worst_group"] == min(each, key=each.get) and (scores["n"], scores["groups"]) == (3, 4)
     assert scores["adjusted"] == pytest.approx(0.75 * each["landbird on land"] + 0.25 * each["waterbird on water"])
-    assert group_table(pictures)["top1"].to_dict() == each and (group_table(pictures)["top1"].diff().dropna() >= 0).all()
+    of_groups = group_table(pictures)["top1"]
+    assert of_groups.to_dict() == each and of_groups.is_monotonic_increasing
     rows = accuracy_rows(pictures, 2).query("metric == 'top1' and labels == 'full2'").set_index("split")["value"]
     assert rows["worst group"] == scores["worst"] and rows["all"] == pytest.approx(scores["average"])
     with pytest.raises(ValueError, match="no test pictures of ostrich"):
@@ -440,6 +445,7 @@ def test_severities_by_hand(minis):
     table = severity_table(answer_table(source, logits))
     hits = (logits.argmax(1).numpy() == [t[0] for t in source.targets]).reshape(15, 5, 3).mean(2) * 100
     assert list(table.index) == [*CORRUPTIONS, "mean"] and np.allclose(table.iloc[:15, :5], hits)
-    assert np.allclose(table.loc["mean"], [*hits.mean(0), hits.mean()]) and np.allclose(table["mean"].iloc[:15], hits.mean(1))
+    assert np.allclose(table.loc["mean"], [*hits.mean(0), hits.mean()])
+    assert np.allclose(table["mean"].iloc[:15], hits.mean(1))
     with pytest.raises(ValueError, match="expected groups like fog/3, got '[lw]a"):
         severity_table(answer_table(loose("waterbirds", minis), torch.zeros(12, 2)))
