@@ -426,7 +426,7 @@ def targets_of(labels: Sequence[int | str], classes: Sequence[str] | None, key: 
         if not isinstance(number, Integral) or number < 0 or (classes and number >= len(classes)):
             expected = f"one of the model's {len(number_of)} classes" if classes else "a number (names need `classes`)"
             raise ValueError(f"{key}: a label is {label!r}; expected {expected}")
-    return [(int(k),) for k in numbers], [str(classes[k] if classes else k) for k in numbers]
+    return [(int(k),) for k in numbers], [str(classes[k] if classes else int(k)) for k in numbers]
 
 
 def folder_set(source: str | Path | Folder, classes: Sequence[str] | None = None, key: str = "folder") -> PictureFiles:

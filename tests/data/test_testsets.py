@@ -31,14 +31,19 @@ from cft.data.testsets import (
     folder_set,
     hub_set,
     miniature,
+    noise_picture,
+    numbered_files,
     objectnet_labels,
     open_set,
+    read_cards,
     same_thing,
     siscore_labels,
     synsets,
     tar_set,
+    targets_of,
 )
 from cft.evaluate.metrics import top_k
+from cft.files import ASSETS
 
 PICTURES = [key for key in CARDS if key != "in-segmentation"]
 WNID = ["in-v", "in-a", "in-r", "in-sketch"]
@@ -176,6 +181,53 @@ def test_stray_files_and_folders_do_not_count(copy, key):
     (pictures / ".ipynb_checkpoints").mkdir()
     after = open_set(key, home, check_counts=False)
     assert after.ids == before.ids and after.digest() == before.digest()
+
+
+def test_a_picture_is_what_folders_say_and_lies_in_its_class_folder(copy):
+    home = copy("in-r")
+    before = open_set("in-r", home, check_counts=False)
+    folder = home / before.ids[0].split("/")[0]
+    (folder / "more").mkdir()
+    shutil.copy(home / before.ids[0], folder / "more/deep.jpg")
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(folder / "pipe.png")
+    assert open_set("in-r", home, check_counts=False).ids == before.ids
+    (folder / "a.jfif").symlink_to(home / before.ids[0])
+    assert len(open_set("in-r", home, check_counts=False)) == len(before) + 1
+
+
+def test_cards_are_data(tmp_path):
+    assert {path.name for path in (ASSETS / "testsets").iterdir()} == {"cards.yaml", "groups.yaml"}
+    (tmp_path / "c.yaml").write_text("mine: {name: Mine, pictures: 2, classes: 1, size: 1 kB, source: http://x, "
+                                     "folders: [a, b], layout: '*.png', splits: {test: 2}}")
+    card = read_cards(tmp_path / "c.yaml")["mine"]
+    assert (card.key, card.notes, card.splits) == ("mine", "", {"test": 2})
+    assert str(card.problem(Path("there"), "odd")) == "mine: odd. Expected at there: *.png. Get it from http://x (1 kB)"
+    assert card.home(tmp_path) == tmp_path
+    (tmp_path / "b").mkdir()
+    assert card.home(tmp_path) == tmp_path / "b"
+    (tmp_path / "a").mkdir()
+    assert card.home(str(tmp_path)) == tmp_path / "a"
+    with pytest.raises(ValueError, match="mine: there is nothing"):
+        card.home(tmp_path / "nowhere")
+
+
+def test_noise_in_numbered_files(tmp_path):
+    paths = list(numbered_files(tmp_path / "set", ["a", "b/c"], 2, "x_{:03d}.png"))
+    assert [p.relative_to(tmp_path).as_posix() for p in paths] == [
+        "set/a/x_000.png", "set/a/x_001.png", "set/b/c/x_002.png", "set/b/c/x_003.png"]
+    assert all(p.parent.is_dir() and not p.exists() for p in paths)
+    one, two = (noise_picture(np.random.default_rng(3), 5, 7) for _ in range(2))
+    assert one.size == (7, 5) and one.mode == "RGB" and np.array_equal(one, two)
+
+
+@pytest.mark.parametrize("labels,classes,numbers,names", [
+    ([2, np.int64(0), True], None, (2, 0, 1), ["2", "0", "1"]), (["b", 0, "b"], ["a", "b"], (1, 0, 1), ["b", "a", "b"]),
+    (["3"], ["x", "3"], (1,), ["3"])])
+def test_labels_and_their_classes(labels, classes, numbers, names):
+    targets, found = targets_of(labels, classes, "set")
+    assert [tuple(t) for t in targets] == [(n,) for n in numbers] and all(type(n) is int for (n,) in targets)
+    assert found == names
 
 
 @pytest.mark.parametrize("suffix", [".JPEG", ".jpeg", ".JPG", ".png", ".PNG"])
@@ -457,7 +509,7 @@ def test_segmentation_against_loops(minis):
         found[3]
 
 
-@pytest.mark.parametrize("start,workers", [("fork", 2), ("spawn", 1)])
+@pytest.mark.parametrize("start,workers", [("fork", 2), pytest.param("spawn", 1, marks=pytest.mark.slow)])
 def test_segmentation_in_workers(tmp_path, start, workers):
     found = open_set("in-segmentation", miniature("in-segmentation", tmp_path, count=16), check_counts=False)
     here = [(np.asarray(image), mask) for image, mask in found]  # the handle is open when the workers start
