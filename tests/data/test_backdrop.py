@@ -126,9 +126,9 @@ def test_a_picture_does_not_depend_on_what_is_drawn_with_it():
 
 
 def test_homes_and_away():
-    assert 0.95 < render("val", 24, 1).at_home.mean() < 0.99
+    assert 0.95 < render("val", 40, 1).at_home.mean() < 0.99
     assert not render("adversarial", 16, 1).at_home.any()
-    assert abs(render("object", 24, 1).at_home.mean() - 1 / 8) < 0.05
+    assert abs(render("object", 40, 1).at_home.mean() - 1 / 8) < 0.05
     assert render("val", 8, 1, correlation=1.0).at_home.all()
 
 
