@@ -79,14 +79,16 @@ def written_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     draft, number = _draft(path)  # an empty file, which serves as the lock
-    half = draft.with_suffix(".half")
+    half, old = draft.with_suffix(".half"), draft.with_suffix(".old")
     try:
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir()
         yield half
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)  # in one step: a folder from which some files are gone would look whole
         half.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(half, ignore_errors=True)
         draft.unlink(missing_ok=True)

@@ -215,17 +215,35 @@ def test_folders(tmp_path):
 
 def test_folders_are_whole_after_kills_and_between_two_writers(tmp_path):
     path, rng = tmp_path / "pages", random.Random(1)
-    for _ in range(3):
+    for _ in range(8):
         with writers("ab", path, FOLDER_WRITER) as both:
             time.sleep(rng.random() * 0.05)
             for process in both:
                 process.kill()
-        for one in (path, *tmp_path.glob(".*.half")):
-            if one == path and one.exists():  # between two folders there is a moment without one
-                assert names(one) == [f"{k}.txt" for k in range(5)] and len({p.read_text() for p in one.iterdir()}) == 1
+        places = [one for one in (path, *tmp_path.glob(".*.old")) if one.exists()]  # replacing takes two renames
+        assert any(names(one) == [f"{k}.txt" for k in range(5)] for one in places)
+        if path.exists():
+            assert names(path) == [f"{k}.txt" for k in range(5)] and len({p.read_text() for p in path.iterdir()}) == 1
     with written_folder(path) as half:
         (half / "last").write_text("last")
     assert names(tmp_path) == ["pages"] and names(path) == ["last"]
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_older_one(tmp_path, monkeypatch):
+    with written_folder(tmp_path / "pages") as half:
+        (half / "old").touch()
+    rename, calls = Path.rename, []
+
+    def fail(self, target):
+        calls.append(self.suffix)
+        if self.suffix == ".half":
+            raise OSError("disk gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="disk gone"), written_folder(tmp_path / "pages") as half:
+        (half / "new").touch()
+    assert calls == ["", ".half"] and [names(p) for p in tmp_path.iterdir()] == [["old"]]
 
 
 def test_texts_tables_and_digests(tmp_path):
