@@ -165,9 +165,9 @@ def test_refuses_by_name(layer, module):
         layer(module, torch.zeros(1, 2, 3, 4), rules.Tape())
 
 
-def test_wide_and_thrifty():
+def test_full_precision_and_recomputed():
     half = torch.ones(2, dtype=torch.bfloat16)
-    assert rules.wide(half).dtype == torch.float32 and rules.wide(half.double()).dtype == torch.float64
+    assert rules.full_precision(half).dtype == torch.float32 and rules.full_precision(half.double()).dtype == torch.float64
     x = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(torch.autograd.grad(rules.thrifty(lambda t: t.sin() * t, x).sum(), x)[0], (x.sin() + x * x.cos()).detach())
-    assert torch.autograd.gradcheck(lambda t: rules.thrifty(lambda u: u.sin() * u, t), x)
+    torch.testing.assert_close(torch.autograd.grad(rules.recomputed(lambda t: t.sin() * t, x).sum(), x)[0], (x.sin() + x * x.cos()).detach())
+    assert torch.autograd.gradcheck(lambda t: rules.recomputed(lambda u: u.sin() * u, t), x)
