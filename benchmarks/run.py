@@ -1,6 +1,6 @@
 """Measure speed and memory, as ratios where that is possible, into a table.
 
-    python benchmarks/run.py                    everything, about seven minutes on one core
+    python benchmarks/run.py                    everything but `compiled`, in some minutes
     python benchmarks/run.py peers start        some measurements
     python benchmarks/run.py explorer_move_ms   the measurement that makes this row
 
