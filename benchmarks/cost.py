@@ -76,7 +76,6 @@ class LiveBytes(TorchDispatchMode):
     A storage counts from the operation that makes it until it dies; views share one. Scratch space inside a single
     operation is not seen.
     """
-
     def __init__(self) -> None:
         super().__init__()
         self.live, self.peak, self._known = 0, 0, WeakIdKeyDictionary()
