@@ -32,13 +32,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..data import backdrop
-from ..evaluate.bench import paper_folder
 from ..concepts.language import Chat, ClassName, ConceptSet, Record, Sampling, Similarity, concept, demo_concepts, discover
 from ..data.folders import Folder, MaskedImages, Preprocess, Sample, open_image, open_mask
 from ..data.testsets import class_names, folder_set, open_set, synsets
 from ..demo.experiment import tuned_classes
 from ..demo.toy_grounder import finder
-from ..train.loop import fine_tune, identity, rehearse, write_json
+from ..train.loop import fine_tune, identity, noise_folder, rehearse, write_json
 from ..concepts.grounding import load_grounder
 from ..concepts.masks import MaskStore, build_masks, import_imagenet_s, list_folder, training_pictures, write_pngs
 from ..data.models import base_model, load_model
@@ -478,7 +477,7 @@ def measure_costs(settings: Settings, root: Path, model: str, steps: int = 2) ->
     device = torch.device(settings.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     network = timm.create_model(settings.names.get(model, model), num_classes=1000).to(device)
-    folder = paper_folder(root / "costs" / "noise", 8, 3)
+    folder = noise_folder(root / "costs" / "noise", 8, 3)
     folder = replace(folder, samples=tuple(replace(s, object=s.mask) for s in folder.samples))
     images, rows = MaskedImages(folder, Preprocess.of(network), train=True), []
     for what in ("cft-paper", "cft", "plain", "self", "swap", "gradmask", "rrr"):

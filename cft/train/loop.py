@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sampler', 'draw', 'pieces', 'Diverged', 'FineTuned', 'write_json', 'provenance', 'averaged', 'prepare', 'identity',
-           'fine_tune', 'model_card', 'rehearse']
+           'fine_tune', 'model_card', 'rehearse', 'noise_folder']
 
 # %% ../../nbs/15_loop.ipynb #da4b9237
 import copy
@@ -20,16 +20,18 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import timm
 import torch
 from accelerate import PartialState
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 import cft
-from ..data.folders import Folder, MaskedImages, without_object
+from ..data.folders import Folder, MaskedImages, scan, without_object
 from ..data.models import read_weights, save_model, weights_digest
 from .objectives import Batch, Recipe
 
@@ -362,3 +364,17 @@ def rehearse(model: nn.Module, images: MaskedImages, recipe: Recipe, steps: int 
     took = (time.perf_counter() - began) / steps
     memory = {"memory": float(torch.cuda.max_memory_allocated(device))} if cuda else {}
     return {"steps": sampler.steps, "seconds_per_step": took, "seconds": took * sampler.steps, **memory}
+
+# %% ../../nbs/15_loop.ipynb #bec57feb
+def noise_folder(root: str | Path, classes: int = 500, per_class: int = 3) -> Folder:
+    """Pictures of noise with masks, as many as the paper fine-tunes on, written below `root`."""
+    root, rng = Path(root), np.random.default_rng(0)
+    for kind, channels in (("images", (3,)), ("masks", ())):
+        for label in range(classes):
+            folder = root / kind / f"n{label:08d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for k in range(per_class):
+                values = rng.integers(256, size=(16, 16, *channels), dtype=np.uint8)
+                picture = Image.fromarray(values if channels else (values > 128) * np.uint8(255))
+                picture.resize((256, 256), Image.Resampling.NEAREST).save(folder / f"{k}.png")
+    return draw(scan(root / "images", root / "masks"), 0, classes, per_class)

@@ -7,8 +7,10 @@ which hands its numbers back as JSON; nothing in the process of the tests is pat
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,7 +48,7 @@ def distance(ours, theirs):
 
 def attnlrp_of_timm():
     """AttnLRP by lxt's functions on the layers of a copy, for a plain ViT and one with LayerScale and registers."""
-    from cft.evaluate.bench import lxt_copy, tokens_x_gradient
+    from peers import lxt_copy, tokens_x_gradient
 
     images, target = pictures()
     found = {}
@@ -103,7 +105,8 @@ def cp_of_torchvision():
 def lxt():
     if importlib.util.find_spec("lxt") is None:
         pytest.skip("lxt is not installed")
-    done = subprocess.run([sys.executable, "-W", "ignore", __file__], capture_output=True, text=True)
+    paths = os.pathsep.join([str(Path(__file__).parents[2] / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, "-W", "ignore", __file__], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
