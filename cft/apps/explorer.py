@@ -611,14 +611,14 @@ def bench_explorer(root: str | Path, moves: int = 5) -> list[dict]:
     from cft.data import backdrop
     from cft.evaluate.bench import bench_row
     from cft.concepts.language import demo_concepts
-    from cft.demo.toy_grounder import finder
+    from cft.demo.toy_grounder import toy_grounder
     from cft.concepts.masks import build_masks
     from cft.data.models import ASSETS, TINY
 
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     pictures = backdrop.write(root / "world", {"train": 8}, seed=4) / "images/train"
-    build_masks(list_folder(pictures), demo_concepts(), finder(), root / "store", progress=False)
+    build_masks(list_folder(pictures), demo_concepts(), toy_grounder(), root / "store", progress=False)
     demo_concepts().save(root / "concepts.json")
     (root / "run").mkdir()
     shutil.copy(ASSETS / "base_1.safetensors", root / "run/model.safetensors")

@@ -37,7 +37,7 @@ from ..concepts.language import Chat, ClassName, ConceptSet, Record, Sampling, S
 from ..data.folders import Folder, MaskedImages, Preprocess, Sample, open_image, open_mask
 from ..data.testsets import class_names, folder_set, open_set, synsets
 from ..demo.experiment import tuned_classes
-from ..demo.toy_grounder import finder
+from ..demo.toy_grounder import toy_grounder
 from ..train.loop import fine_tune, identity, rehearse, write_json
 from ..concepts.grounding import load_grounder
 from ..concepts.masks import MaskStore, build_masks, import_imagenet_s, list_folder, training_pictures, write_pngs
@@ -237,7 +237,7 @@ class Drawn:
 
     def ground(self, pool: str, concepts: ConceptSet, shard: int) -> MaskStore:
         """Find the concepts with the small detector of chapter 6."""
-        return build_masks(self.folder(pool), concepts, finder(), self.root / "store" / pool, shards=self.settings.shards, shard=shard, progress=False)
+        return build_masks(self.folder(pool), concepts, toy_grounder(), self.root / "store" / pool, shards=self.settings.shards, shard=shard, progress=False)
 
     def test_set(self, name: str, seed: int) -> Dataset:
         """A set of the seed's world; `segmentation` has the annotated object masks."""
