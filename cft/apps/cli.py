@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/appendix/14_cli.ipynb #7d2f9a41
 RECIPE_NAMES = ("plain", "self", "gradmask", "rrr", "swap", "last-layer", "cft-paper", "cft-official", "cft", "cft-object", "cft+", "cft+ without alignment")
 SUITES = ("in-v", "in-v2", "in-a", "in-r", "in-sketch", "objectnet", "si-location", "si-rotation", "si-size", "in-segmentation")
-GROUNDERS = ("groundingdino-swint+sam-vit-h", "demo")
+GROUNDERS = ("groundingdino-swint+sam-vit-h", "toy")
 PROFILES = ("demo", "smoke", "paper")
 LANGUAGE_MODEL, DEMO_SEEDS = "gpt-4o-mini", "0,1,2,3,4"
 
@@ -306,7 +306,7 @@ def masks(
     data: Data,
     concepts: Concepts,
     out: Annotated[Path, typer.Option(help="Folder for the mask store.")],
-    grounder: Annotated[str, typer.Option(help="detector+segmenter, or demo for the pictures of `cft demo`.", autocompletion=_completes(GROUNDERS))] = GROUNDERS[0],
+    grounder: Annotated[str, typer.Option(help="detector+segmenter, or toy for the drawn pictures.", autocompletion=_completes(GROUNDERS))] = GROUNDERS[0],
     weights: Annotated[Path | None, typer.Option(envvar="CFT_WEIGHTS", help="Folder with the grounder's weights.")] = None,
     per_class: Annotated[int, typer.Option(help="Pictures of each class; 0: all.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the choice of pictures.")] = 0,
@@ -326,7 +326,7 @@ def masks(
       cft masks PICTURES --concepts concepts.json --out store --weights WEIGHTS --device cuda
     """
     from cft.concepts.language import ConceptSet
-    from cft.demo.toy_grounder import finder
+    from cft.demo.toy_grounder import toy_grounder
     from cft.concepts.grounding import load_grounder
     from cft.concepts.masks import build_masks, list_folder, plan
 
@@ -334,7 +334,7 @@ def masks(
     folder, found = list_folder(data), ConceptSet.load(concepts)
     if dry_run:
         return _line(str(plan(folder, found, None, out if out.exists() else None, per_class=per_class or None, seed=seed, shards=shards)))
-    ground = finder() if grounder == "demo" else load_grounder(grounder, weights, device=device)
+    ground = toy_grounder() if grounder == "toy" else load_grounder(grounder, weights, device=device)
     try:
         store = build_masks(folder, found, ground, out, per_class=per_class or None, seed=seed, shards=shards, shard=shard)
     except RuntimeError as error:  # too many pictures in a row that could not be done

@@ -19,7 +19,7 @@ from cft.concepts.masks import build_masks, list_folder
 from cft.data import backdrop
 from cft.data.folders import scan
 from cft.data.models import ASSETS, TINY, base_model
-from cft.demo.toy_grounder import finder
+from cft.demo.toy_grounder import toy_grounder
 from cft.evaluate.audit import audit
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def lab(tmp_path_factory):
     pictures = backdrop.write(root / "world", {"train": 4}, seed=4) / "images/train"
     for name in set(backdrop.CLASSES) - {"bird", "fish"}:
         shutil.rmtree(pictures / name)
-    build_masks(list_folder(pictures), demo_concepts(), finder(), root / "store", progress=False)
+    build_masks(list_folder(pictures), demo_concepts(), toy_grounder(), root / "store", progress=False)
     demo_concepts().save(root / "concepts.json")
     (root / "run").mkdir()
     for seed, file in ((0, "base.safetensors"), (1, "run/model.safetensors")):
