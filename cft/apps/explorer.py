@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from ..concepts.language import ConceptSet, need
+from ..concepts.filters import ConceptSet
+from ..files import need
 from ..data.folders import Folder, Preprocess, class_folders, open_image
 from ..evaluate.faithfulness import share_inside
 from ..concepts.masks import MaskStore, list_folder, picture_name
@@ -610,7 +611,7 @@ def bench_explorer(root: str | Path, moves: int = 5) -> list[dict]:
 
     from cft.data import backdrop
     from cft.evaluate.bench import bench_row
-    from cft.concepts.language import demo_concepts
+    from cft.concepts.filters import demo_concepts
     from cft.demo.toy_grounder import finder
     from cft.concepts.masks import build_masks
     from cft.data.models import ASSETS, TINY

@@ -41,7 +41,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..data import backdrop
 from ..explain.anatomy import split
 from ..explain.attributions import contribution
-from ..concepts.language import ClassName, Concept, ConceptSet
+from ..concepts.filters import Concept, ConceptSet
+from ..concepts.language import ClassName
 from ..data.folders import Folder, MaskedImages, Preprocess, scan
 from ..train.loop import draw, rehearse
 from ..concepts.grounding import Grounding, GroundingConfig, per_concept_loop, small_grounded_sam

@@ -33,7 +33,8 @@ from torch.utils.data import Dataset
 
 from ..data import backdrop
 from ..evaluate.bench import paper_folder
-from ..concepts.language import Chat, ClassName, ConceptSet, Record, Sampling, Similarity, concept, demo_concepts, discover
+from ..concepts.filters import ConceptSet, Similarity, demo_concepts, discover, merge
+from ..concepts.language import Chat, ClassName, Record, Sampling
 from ..data.folders import Folder, MaskedImages, Preprocess, Sample, open_image, open_mask
 from ..data.testsets import class_names, folder_set, open_set, synsets
 from ..demo.experiment import tuned_classes
@@ -126,8 +127,9 @@ _THRESHOLDS = {"strict": (0.40, 0.40), "loose": (0.05, 0.10)}
 
 def given_by(concepts: ConceptSet, kinds: tuple[str, ...]) -> ConceptSet:
     """The concepts that one of these questions gave, all of them as concepts of the mask."""
-    left = [(c.text, {owner: ("important",) for owner, asked in c.by_owner().items() if set(asked) & set(kinds)}) for c in concepts.concepts]
-    return replace(concepts, concepts=tuple(concept(text, owners) for text, owners in left if owners))
+    shares = [share for c in concepts.concepts for share in c.shares()]
+    left = merge((owner, text, ("important",)) for owner, text, asked in shares if set(asked) & set(kinds))
+    return replace(concepts, concepts=left)
 
 
 def guide_concepts(store: MaskStore, concepts: ConceptSet, guide: str, kinds: tuple[str, ...], pool: int) -> ConceptSet:
