@@ -220,7 +220,6 @@ class NGrams:
 # %% ../../nbs/04_filters.ipynb #a9334987
 class SentenceEncoder:
     """A sentence-transformers model from a folder on disk; the paper's filters use all-mpnet-base-v2."""
-
     def __init__(self, folder: str | Path, name: str = "all-mpnet-base-v2"):
         self.folder, self.name = Path(folder), name
         if not self.folder.is_dir():
@@ -244,7 +243,6 @@ class SentenceEncoder:
 
 class ClipText:
     """The text side of a CLIP model of open_clip, with weights from a file on disk."""
-
     def __init__(self, weights: str | Path, model: str = "ViT-B-16-quickgelu"):
         self.weights, self.model, self.name = Path(weights), model, f"clip-{model}"
         if not self.weights.is_file():
@@ -273,7 +271,7 @@ class Similarity:
 
     def __post_init__(self) -> None:
         if len(self.encoders) != len(self.weights) or abs(sum(self.weights) - 1) > 1e-6 or min(self.weights) < 0:
-            raise ValueError(f"weights must be one for each encoder and sum to 1, got {self.weights} for {len(self.encoders)}")
+            raise ValueError(f"weights must be one for each encoder and sum to 1, got {self.weights}")
 
     @classmethod
     def paper(cls, mpnet: str | Path, clip: str | Path, weights: tuple[float, float] = (0.25, 0.75)) -> "Similarity":

@@ -70,7 +70,7 @@ Key = tuple[str, str, int]  # model, hash of the prompt, sample
 
 @cache
 def words() -> dict[str, Any]:
-    """The `system` message, `forms` of an answer, and for each of `kinds` what to `ask` and two worked `examples`."""
+    """Said to a model: `system`, `forms` and `kinds` of questions. For the filters: `abstract` and `filler` words."""
     return yaml.safe_load((ASSETS / "concepts/words.yaml").read_text(encoding="utf-8"))
 
 # %% ../../nbs/03_language.ipynb #17ba0791
