@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from ..concepts.language import ConceptSet, need
+from ..concepts.filters import ConceptSet
+from ..files import need
 from ..data.folders import Folder, Preprocess, class_folders, open_image
 from ..evaluate.faithfulness import share_inside
 from ..concepts.masks import MaskStore, list_folder, picture_name

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 
 from cft.apps.report import DARK, Report
-from cft.concepts.language import demo_concepts
+from cft.concepts.filters import demo_concepts
 from cft.concepts.masks import build_masks, list_folder
 from cft.data import backdrop
 from cft.data.folders import scan
