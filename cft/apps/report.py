@@ -269,7 +269,7 @@ class Report:
         values = self._pictures() | self._lists(numbers[0]) | self._small_print() | {
             "full": full, "audits": self.audits, "words": words, "measured": measured, "judged": judged, "falls": FALLS,
             "first": numbers[0]["all"], "tallies": tallies, "most": 40, "sample": Number(50, 10, 90, 1)}
-        return html_template("report.html.j2").render(values, place=place, data_uri=data_uri)
+        return html_template("report.html.j2").render(values, place=place, data_uri=data_uri).lstrip()
 
     def _pictures(self) -> dict[str, Any]:
         """Cards of the pictures that are shown."""
