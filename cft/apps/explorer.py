@@ -33,7 +33,7 @@ from ..evaluate.faithfulness import share_inside
 from ..concepts.masks import MaskStore, list_folder, picture_name
 from ..data.models import load_model
 from ..explain.maps import ATTRIBUTIONS, NORMALIZATIONS, Relevance, named, relevance
-from .report import data_uri, overlay
+from .drawing import data_uri, overlay
 from ..concepts.validation import Evidence, conclude, iou, gather_evidence
 
 if TYPE_CHECKING:
