@@ -26,13 +26,14 @@ from torch import nn
 
 from cft.apps.explorer import Explorer, Material, first_view
 from cft.concepts.grounding import Grounding
-from cft.concepts.language import ClassName, Concept, ConceptSet, demo_concepts
+from cft.concepts.filters import Concept, ConceptSet, demo_concepts
+from cft.concepts.language import ClassName
 from cft.concepts.masks import build_masks, read_back
 from cft.data import backdrop
 from cft.data.folders import Folder, MaskedImages, Preprocess, list_folder
 from cft.data.models import ASSETS, TINY
 from cft.data.testsets import folder_set
-from cft.demo.toy_grounder import finder
+from cft.demo.toy_grounder import toy_grounder
 from cft.evaluate.passes import Loop, checkpoint, reading_of, run_pass, seconds, times_slower
 from cft.files import read_json
 from cft.train.loop import noise_folder, rehearse
@@ -133,7 +134,7 @@ def explorer_rows(root: Path, moves: int = 5) -> list[Row]:
     The widgets are driven in this process; what a browser adds is not in it. Attribution by `iia`, slow, is left out.
     """
     pictures = backdrop.write(root / "world", {"train": 8}, seed=4) / "images/train"
-    build_masks(list_folder(pictures), demo_concepts(), finder(), root / "store", progress=False)
+    build_masks(list_folder(pictures), demo_concepts(), toy_grounder(), root / "store", progress=False)
     demo_concepts().save(root / "concepts.json")
     (root / "run").mkdir()
     shutil.copy(ASSETS / "base_1.safetensors", root / "run/model.safetensors")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/appendix/14_cli.ipynb #7d2f9a41
 RECIPE_NAMES = ("plain", "self", "gradmask", "rrr", "swap", "last-layer", "cft-paper", "cft-official", "cft", "cft-object", "cft+", "cft+ without alignment")
 SUITES = ("in-v", "in-v2", "in-a", "in-r", "in-sketch", "objectnet", "si-location", "si-rotation", "si-size", "in-segmentation")
-GROUNDERS = ("groundingdino-swint+sam-vit-h", "demo")
+GROUNDERS = ("groundingdino-swint+sam-vit-h", "toy")
 PROFILES = ("demo", "smoke", "paper")
 LANGUAGE_MODEL, DEMO_SEEDS = "gpt-4o-mini", "0,1,2,3,4"
 
@@ -285,7 +285,8 @@ def concepts(
       cft concepts PICTURES --dry-run
       cft concepts PICTURES --out concepts.json
     """
-    from cft.concepts.language import Chat, Record, Sampling, Similarity, discover, estimate, questions
+    from cft.concepts.filters import Similarity, discover
+    from cft.concepts.language import Chat, Record, Sampling, estimate, questions
 
     if (clip is None) != (mpnet is None):
         raise ValueError("--clip and --mpnet go together; without both a small offline encoder compares the concepts")
@@ -306,7 +307,7 @@ def masks(
     data: Data,
     concepts: Concepts,
     out: Annotated[Path, typer.Option(help="Folder for the mask store.")],
-    grounder: Annotated[str, typer.Option(help="detector+segmenter, or demo for the pictures of `cft demo`.", autocompletion=_completes(GROUNDERS))] = GROUNDERS[0],
+    grounder: Annotated[str, typer.Option(help="detector+segmenter, or toy for the drawn pictures.", autocompletion=_completes(GROUNDERS))] = GROUNDERS[0],
     weights: Annotated[Path | None, typer.Option(envvar="CFT_WEIGHTS", help="Folder with the grounder's weights.")] = None,
     per_class: Annotated[int, typer.Option(help="Pictures of each class; 0: all.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the choice of pictures.")] = 0,
@@ -325,8 +326,8 @@ def masks(
     Example:
       cft masks PICTURES --concepts concepts.json --out store --weights WEIGHTS --device cuda
     """
-    from cft.concepts.language import ConceptSet
-    from cft.demo.toy_grounder import finder
+    from cft.concepts.filters import ConceptSet
+    from cft.demo.toy_grounder import toy_grounder
     from cft.concepts.grounding import load_grounder
     from cft.concepts.masks import build_masks, list_folder, plan
 
@@ -334,7 +335,7 @@ def masks(
     folder, found = list_folder(data), ConceptSet.load(concepts)
     if dry_run:
         return _line(str(plan(folder, found, None, out if out.exists() else None, per_class=per_class or None, seed=seed, shards=shards)))
-    ground = finder() if grounder == "demo" else load_grounder(grounder, weights, device=device)
+    ground = toy_grounder() if grounder == "toy" else load_grounder(grounder, weights, device=device)
     try:
         store = build_masks(folder, found, ground, out, per_class=per_class or None, seed=seed, shards=shards, shard=shard)
     except RuntimeError as error:  # too many pictures in a row that could not be done
@@ -364,7 +365,7 @@ def validate(
     Example: with a table of every concept and the reason
       cft validate store --concepts concepts.json --out kept.json --audit concepts.csv
     """
-    from cft.concepts.language import ConceptSet
+    from cft.concepts.filters import ConceptSet
     from cft.concepts.masks import MaskStore
     from cft.concepts.validation import first_pictures
     from cft.concepts.validation import validate as check_concepts
@@ -392,7 +393,7 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
 
     Raises ValueError for a mask store without `concepts`, and as `folders.scan`.
     """
-    from cft.concepts.language import ConceptSet
+    from cft.concepts.filters import ConceptSet
     from cft.data.folders import scan
     from cft.concepts.masks import MaskStore, list_folder, masked_folder, training_pictures, write_pngs
 

@@ -260,7 +260,7 @@ def part_scores(model: DualEncoder, parts: PartSet, preprocess: Preprocess, expl
 def named_parts(label: int, phrase: str) -> frozenset[int]:
     """The parts of a drawn class that a phrase names, as numbers in `Pictures.parts`; empty if the class has none of them.
 
-    The longest noun of the finder's vocabulary counts, of equally long ones the last, in the phrase before its first preposition.
+    The longest noun of the toy grounder's vocabulary counts, of equally long ones the last, in the phrase before its first preposition.
     """
     head, modifiers, _ = read_phrase(phrase)
     words, cls = (*modifiers, head), tuple(CLASSES)[label]
