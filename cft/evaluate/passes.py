@@ -461,7 +461,7 @@ HEADLINES = ("top1", "top5", "pixel_accuracy", "mean_iou", "mean_average_precisi
 
 
 def headline(rows: pd.DataFrame, metrics: Sequence[str] = HEADLINES) -> pd.DataFrame:
-    """A line for each checkpoint and protocol, a column for each set and metric: full label space, all classes, in %."""
+    """In percent, a line per checkpoint and protocol, a column per set and metric: full label space, all classes."""
     chosen = rows[(rows["labels"] != "subset") & (rows["split"] == "all") & rows["metric"].isin(metrics)]
     line, column = ["checkpoint", "protocol"], ["set", "metric"]
     chosen = chosen.assign(other=chosen["targets"] != np.where(chosen["protocol"] == "official", "first", "any"))
