@@ -266,7 +266,8 @@ def test_summaries_equal_counting(by):
     assert len(tidy) == 2 * len(expected) and len(wide) == len(expected)
     for row in tidy.to_dict("records"):
         key = tuple(row[column] for column in by)
-        assert (row["value"], row["low"], row["high"], row["n"]) == pytest.approx(expected[key][row["metric"]], abs=1e-6)
+        actual = (row["value"], row["low"], row["high"], row["n"])
+        assert actual == pytest.approx(expected[key][row["metric"]], abs=1e-6)
     for row in wide.to_dict("records"):
         key = tuple(row[column] for column in by)
         for metric in ("top1", "top5"):

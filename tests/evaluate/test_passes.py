@@ -1,4 +1,4 @@
-"""Passes against plain loops: sorting for ranks, lists drawn with replacement for intervals, single passes for shared ones."""
+"""Passes against loops: sorting for ranks, lists drawn with replacement for intervals, one pass for each model."""
 
 import gc
 import hashlib
@@ -76,8 +76,8 @@ class Linear(nn.Module):
         self.num_classes, self.size = classes, size
         self.weight = nn.Parameter(torch.randn(3 * size * size, classes, generator=generator))
         self.drop = nn.Dropout(0.5)
-        self.pretrained_cfg = {"architecture": "linear", "input_size": (3, size, size), "crop_pct": 1.0, "interpolation": "bilinear",
-                               "mean": (mean,) * 3, "std": (0.25,) * 3}
+        self.pretrained_cfg = {"architecture": "linear", "input_size": (3, size, size), "crop_pct": 1.0,
+                               "interpolation": "bilinear", "mean": (mean,) * 3, "std": (0.25,) * 3}
 
     def forward(self, x):
         return self.drop(x.flatten(1)) @ self.weight
@@ -114,7 +114,7 @@ def test_judge_against_sorting():
     rng = random.Random(0)
     for _ in range(30):
         classes, n = rng.randrange(7, 12), 5
-        logits = [[float(rng.randrange(4)) for _ in range(classes)] for _ in range(n)]          # ties everywhere
+        logits = [[float(rng.randrange(4)) for _ in range(classes)] for _ in range(n)]  # ties everywhere
         targets = [tuple(rng.sample(range(classes), rng.randrange(1, 4))) for _ in range(n)]
         present = sorted({c for accepted in targets for c in accepted} | {rng.randrange(classes)})
         found = answer_columns(torch.tensor(logits), targets, present)
@@ -148,7 +148,7 @@ def test_full_is_never_above_subset_on_the_miniatures(tmp_path):
         for (labels, *rest), value in table.items():
             if labels == "full1000" and ("subset", *rest) in table:
                 assert value <= table["subset", *rest]
-        first_class = open_set(key, tmp_path, check_counts=False, first_mapping_only=True)      # the released code's way
+        first_class = open_set(key, tmp_path, check_counts=False, first_mapping_only=True)  # the released code's way
         (released,) = run_pass(first_class, [model], reading_of(model.model))
         assert released.full_top1.equals(found.full_first1)
 
@@ -175,7 +175,8 @@ def test_accuracy_rows_against_counting():
                     assert row.n == len(hits) and row.value == pytest.approx(100 * sum(hits) / len(hits))
                     assert (row.low, row.high) == pytest.approx(wilson_interval(sum(hits), len(hits)))
                     macro = rows.loc[labels, rule, split, f"{name}_macro"]
-                    assert macro.value == pytest.approx(100 * sum(sum(v) / len(v) for v in per_class.values()) / len(per_class))
+                    each = [sum(hit) / len(hit) for hit in per_class.values()]
+                    assert macro.value == pytest.approx(100 * sum(each) / len(each))
                     seen |= {(labels, rule, split, name), (labels, rule, split, f"{name}_macro")}
             for k in (1, 5):
                 groups = pictures.groupby("group")[f"{space}_{word}{k}"].mean()
@@ -222,7 +223,8 @@ def test_macro_interval_against_drawing_lists():
     drawn = sorted(macro([rng.randrange(len(classes)) for _ in classes]) for _ in range(4000))
     assert value == pytest.approx(macro(range(len(classes))))
     assert low == pytest.approx(drawn[100], abs=1.5) and high == pytest.approx(drawn[3900], abs=1.5)
-    assert macro_accuracy(np.array([True, False]), np.array([7, 7])) == macro_accuracy(np.array([True, False]), np.array([7, 7]))
+    again = [macro_accuracy(np.array([True, False]), np.array([7, 7])) for _ in range(2)]
+    assert again[0] == again[1]
 
 
 def test_paired_interval_and_mcnemar_against_plain_python():
@@ -385,7 +387,8 @@ def test_relevance_of_drawn_pictures_against_one_at_a_time(world):
 def test_which_pictures_depends_on_the_key_alone(world):
     source = folder_set(folder_of(world, "val"), key="val")
     one, other = (relevance_of_set(base_model(seed), source, 5, "a key") for seed in (0, 1))
-    assert one["ids"].tolist() == other["ids"].tolist() != relevance_of_set(base_model(0), source, 5, "b")["ids"].tolist()
+    elsewhere = relevance_of_set(base_model(0), source, 5, "another key")
+    assert one["ids"].tolist() == other["ids"].tolist() != elsewhere["ids"].tolist()
     assert relevance_of_set(base_model(0), source, 99, "all")["ids"].tolist() == list(source.ids)
     training = base_model(0).train()
     again = relevance_of_set(training, source, 5, "a key")
@@ -395,7 +398,9 @@ def test_which_pictures_depends_on_the_key_alone(world):
 # ---- reading ----
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_224.augreg_in21k_ft_in1k", "convnextv2_tiny.fcmae_ft_in22k_in1k_384", "swin_tiny_patch4_window7_224.ms_in1k"])
+@pytest.mark.parametrize("name", [
+    "vit_small_patch16_224.augreg_in21k_ft_in1k", "convnextv2_tiny.fcmae_ft_in22k_in1k_384",
+    "swin_tiny_patch4_window7_224.ms_in1k"])
 @pytest.mark.parametrize("size", [(400, 300), (231, 517)])
 def test_pictures_are_read_as_timm_reads_them(name, size):
     with torch.device("meta"):
@@ -470,10 +475,12 @@ def test_segmentation_pass_against_a_loop(tmp_path):
         x = torch.tensor(np.asarray(image.resize((64, 64), Image.BILINEAR)) / 255).permute(2, 0, 1).float()
         result = relevance(base.model, (x[None] - 0.5) / 0.25, differentiable=False)
         values = result.map("minmax", (64, 64), 0.0)[0].double()
-        mask = np.array([[labels[int((y + 0.5) * labels.shape[0] / 64), int((z + 0.5) * labels.shape[1] / 64)] for z in range(64)] for y in range(64)])
+        rows, columns = ([int((k + 0.5) * side / 64) for k in range(64)] for side in labels.shape)
+        mask = np.array([[labels[y, z] for z in columns] for y in rows])
         above = (values > values.mean()).numpy()
         assert row.predicted == result.logits.argmax() and mask.sum() > 0
-        assert abs(row.true_positive - (above & (mask == 1)).sum()) <= 1 and abs(row.true_negative - (~above & (mask == 0)).sum()) <= 1
+        assert abs(row.true_positive - (above & (mask == 1)).sum()) <= 1
+        assert abs(row.true_negative - (~above & (mask == 0)).sum()) <= 1
 
 
 def test_models_come_back_as_they_were_also_after_a_failure():
@@ -501,17 +508,18 @@ def test_memory_does_not_grow_with_the_set():
             return x.mean((2, 3)) @ self.weight[:3]
 
     model, most = Watched(0, size=256), []
-    for count in (50, 50, 500):                                         # the first fills caches
+    for count in (50, 50, 500):  # the first fills caches
         gc.collect()
         peaks, before = [], resident()
         run_pass(Colours(count=count, size=256), [checkpoint(model, "a")], reading_of(model), Loop(batch=10))
         most.append(max(peaks) - before)
-    assert most[2] - most[1] < 40, most                                 # 450 more pictures are 84 MiB of bytes, 337 of floats
+    assert most[2] - most[1] < 40, most  # 450 more pictures are 84 MiB of bytes, 337 of floats
 
 
 def test_autocast_and_bad_options():
     source, tested = Colours(), linear(0)
-    plain, half = (run_pass(source, [tested], reading_of(tested.model), Loop(precision=p))[0] for p in ("float32", "bfloat16"))
+    reading, loops = reading_of(tested.model), (Loop(), Loop(precision="bfloat16"))
+    plain, half = (run_pass(source, [tested], reading, loop)[0] for loop in loops)
     assert (plain.full_predicted == half.full_predicted).mean() > 0.8
     for options in ({"precision": "int8"}, {"batch": 0}, {"workers": -1}):
         with pytest.raises(ValueError, match="expected precision"):
@@ -524,7 +532,7 @@ def test_autocast_and_bad_options():
 def test_nothing_finished_is_redone_after_a_kill(tmp_path):
     models = [linear(0), linear(1)]
     child = os.fork()
-    if child == 0:                                                      # this process dies in the middle of the second set
+    if child == 0:  # this process dies in the middle of the second set
         dying = Colours("second", fail_at=9, fail=lambda: os.kill(os.getpid(), signal.SIGKILL))
         evaluate_sets(models, [Colours("first"), dying, Colours("third")], tmp_path, loop=Loop(batch=4))
         os._exit(0)
@@ -568,12 +576,14 @@ def test_rows_say_where_they_come_from(tmp_path):
     assert tuple(rows.columns) == ROWS and set(rows.set) == {"colours"} and set(rows.labels) == {"full4", "subset"}
     assert set(rows[rows.checkpoint == "linear 0"].sha256) == {weights_digest(models[0].model)}
     assert rows.seed.isna().sum() == (rows.checkpoint == "nobody").sum() and set(rows.method) == {"linear", "nobody"}
-    assert set(rows.data) == {Colours().digest()} and set(rows.precision) == {"bfloat16"} and '"bilinear"' in rows.reading[0]
+    assert set(rows.data) == {Colours().digest()} and set(rows.precision) == {"bfloat16"}
+    assert '"bilinear"' in rows.reading[0]
     assert store.about("colours", "linear 0")["versions"]["torch"] == torch.__version__
     assert set(rows.split) == {"all", "worst group"}
     assert "linear 0" in store._repr_html_() and "none yet" in Results(tmp_path / "nowhere")._repr_html_()
     table = headline(rows)
-    assert table.loc[("linear 0", "model"), ("colours", "top1")] == pytest.approx(100 * store.pictures("colours", "linear 0").full_top1.mean())
+    right = store.pictures("colours", "linear 0").full_top1
+    assert table.loc[("linear 0", "model"), ("colours", "top1")] == pytest.approx(100 * right.mean())
 
 
 def test_rows_for_each_seed_and_its_split(tmp_path):
@@ -596,20 +606,21 @@ def test_rows_for_each_seed_and_its_split(tmp_path):
 
 
 def test_headlines_of_several_right_classes_and_protocols():
-    key = {"set": "a", "labels": "full4", "split": "all", "metric": "top1", "seed": 0}
-    rows = pd.DataFrame([key | {"checkpoint": "one", "protocol": protocol, "targets": rule, "value": value}
-                         for protocol, rule, value in [("model", "any", 1.0), ("model", "first", 2.0),
-                                                       ("official", "any", 3.0), ("official", "first", 4.0)]]
-                        + [key | {"checkpoint": "one", "protocol": "official", "targets": "any", "value": 5.0, "set": "b"}]
-                        + [key | {"checkpoint": "one", "protocol": "model", "targets": "", "labels": "", "set": "c",
-                                  "metric": "mean_iou", "value": 6.0}])
-    table = headline(rows)
+    key = {"checkpoint": "one", "set": "a", "labels": "full4", "split": "all", "metric": "top1", "seed": 0}
+    rows = [key | {"protocol": "model", "targets": "any", "value": 1.0},
+            key | {"protocol": "model", "targets": "first", "value": 2.0},
+            key | {"protocol": "official", "targets": "any", "value": 3.0},
+            key | {"protocol": "official", "targets": "first", "value": 4.0},
+            key | {"protocol": "official", "targets": "any", "value": 5.0, "set": "b"},
+            key | {"protocol": "model", "targets": "", "value": 6.0, "set": "c", "labels": "", "metric": "mean_iou"}]
+    table = headline(pd.DataFrame(rows))
     assert table.loc[("one", "model"), ("a", "top1")] == 1 and table.loc[("one", "official"), ("a", "top1")] == 4
     assert table.loc[("one", "official"), ("b", "top1")] == 5 and table.loc[("one", "model"), ("c", "mean_iou")] == 6
 
 
 def test_a_set_with_masks_in_the_store(world, tmp_path):
-    source, base = MaskedSet(folder_of(world, "segmentation", objects=True), "objects"), checkpoint(base_model(0), "base")
+    source = MaskedSet(folder_of(world, "segmentation", objects=True), "objects")
+    base = checkpoint(base_model(0), "base")
     store = evaluate_sets([base], [source], tmp_path, splits={0: [1], 1: [2]})
     rows, pictures = store.rows(), store.pictures("objects", "base")
     assert pictures.id.tolist() == list(source.ids) and store.about("objects", "base")["relevance"] == "attnlrp"
@@ -659,13 +670,14 @@ def test_the_hash_is_of_the_weights(tmp_path):
     base = base_model(0)
     path = save_model(tmp_path / "a.safetensors", base)
     assert checkpoint(base, "a", path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != weights_digest(base)
-    assert weights_digest(nn.BatchNorm1d(2)) == weights_digest(nn.BatchNorm1d(2))               # holds a tensor without dimensions
+    assert weights_digest(nn.BatchNorm1d(2)) == weights_digest(nn.BatchNorm1d(2))  # holds a tensor without dimensions
 
 
 def test_methods_are_compared_seed_by_seed():
     values = {"a": {0: 10.0, 1: 30.0, 2: 20.0}, "b": {2: 19.0, 0: 12.0, 1: 25.0}}
     key = dict(zip(BY, ("val", "model", "full4", "any", "all", "top1")))
-    rows = pd.DataFrame([key | {"method": m, "seed": s, "value": v} for m, each in values.items() for s, v in each.items()])
+    rows = [key | {"method": m, "seed": s, "value": v} for m, each in values.items() for s, v in each.items()]
+    rows = pd.DataFrame(rows)
     found = compare_methods(rows, "a", "b")
     differences = [-2.0, 5.0, 1.0]
     mean = sum(differences) / 3
