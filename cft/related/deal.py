@@ -282,7 +282,7 @@ def attention_maps(model: DualEncoder, images: Tensor, texts: Tensor, detach: bo
         slope = torch.autograd.grad(score, kept[0], create_graph=not detach)[0]
     rows = (kept[0] * slope).relu().mean(1)[..., prefix:]
     if rows.shape[2] != math.prod(grid):
-        raise ValueError(f"expected {grid[0]} × {grid[1]} patches, got {rows.shape[2]}: are some dropped in training?")
+        raise ValueError(f"expected {math.prod(grid)} patches, got {rows.shape[2]}: are patches dropped in training?")
     return (rows.detach() if detach else rows).unflatten(2, grid)
 
 
