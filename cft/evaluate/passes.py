@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'SPACES', 'RANKS', 'DRAWS', 'BY', 'ROWS', 'Reading', 'reading_of', 'answer_columns', 'Checkpoint',
            'checkpoint', 'Loop', 'is_segmentation', 'run_pass', 'Results', 'macro_accuracy', 'answers', 'accuracy_rows',
-           'segmentation_rows', 'evaluate_suite', 'headline', 'Paired', 'paired_pictures', 'compare_methods',
-           'Throughput', 'timm_validation', 'throughput_vs_timm']
+           'segmentation_rows', 'evaluate_suite', 'headline', 'Paired', 'paired_pictures', 'compare_methods', 'seconds',
+           'times_slower']
 
 # %% ../../nbs/21_passes.ipynb #da4b9237
 import hashlib
@@ -28,13 +28,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy import stats
-from timm.data import create_dataset, create_loader, create_transform, resolve_model_data_config
-from timm.utils import AverageMeter, accuracy
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..data.folders import Folder, Preprocess, scan
+from ..data.folders import Preprocess
 from ..data.testsets import EvalSet, SegmentationSet, folder_set
 from .metrics import SPLITS, _pool, image_scores, summarize, top_k
 from .intervals import CONFIDENCE, paired_difference
@@ -477,46 +476,18 @@ def compare_methods(rows: pd.DataFrame, method: str, reference: str) -> pd.DataF
     return pd.DataFrame(found, columns=[*BY, "value", "low", "high", "n"])
 
 # %% ../../nbs/21_passes.ipynb #9109c85a
-class Throughput(NamedTuple):
-    """Pictures per second of our loop and of timm's; the ratio is the median over alternating rounds."""
-
-    ours: float
-    timm: float
-    ratio: float
-    hits: tuple[int, int]  # right answers, ours and timm's
-
-
-def timm_validation(model: nn.Module, folder: Folder, loop: Loop = Loop()) -> tuple[float, float]:
-    """Top-1 and top-5 in percent by timm's data pipeline and the loop of its validation script."""
-    dataset = create_dataset("", root=str(folder.root), class_map={name: number for number, name in enumerate(folder.classes)})
-    config = resolve_model_data_config(model)
-    device = torch.device(loop.device or next(model.parameters()).device)
-    loader = create_loader(dataset, batch_size=loop.batch, use_prefetcher=True, num_workers=loop.workers,
-                           device=device, pin_memory=device.type == "cuda", **config)
-    losses, top1, top5, criterion = AverageMeter(), AverageMeter(), AverageMeter(), nn.CrossEntropyLoss().to(device)
-    with _testing([model], device, loop.precision):
-        for images, target in loader:
-            output = model(images)
-            loss = criterion(output, target)
-            acc1, acc5 = accuracy(output.detach(), target, topk=(1, 5))
-            losses.update(loss.item(), len(images))
-            top1.update(acc1.item(), len(images))
-            top5.update(acc5.item(), len(images))
-    return top1.avg, top5.avg
+def seconds(step: Callable[[], object]) -> float:
+    """How long one call takes, on a CUDA device from idle to idle."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    began = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - began
 
 
-def throughput_vs_timm(model: nn.Module, folder: str | Path | Folder, loop: Loop = Loop(), rounds: int = 3) -> Throughput:
-    """Speed of `run_pass` against timm's validation loop on an image folder, with the same batches and workers."""
-    folder = folder if isinstance(folder, Folder) else scan(folder)
-    source = folder_set(folder)
-    tested, reading, n = Checkpoint("model", model, ""), reading_of(model), len(source)
-
-    def clock(step: Callable) -> tuple[float, object]:
-        began, result = time.perf_counter(), step()                     # ends with results on the CPU
-        return time.perf_counter() - began, result
-
-    runs = [(clock(lambda: run_pass(source, [tested], reading, loop)[0]), clock(lambda: timm_validation(model, folder, loop)))
-            for _ in range(rounds + 1)][1:]                             # the first round warms up
-    ours, theirs = (statistics.median(times) for times in zip(*((a[0], b[0]) for a, b in runs)))
-    hits = int(runs[0][0][1].full_top1.sum()), round(runs[0][1][1][0] * n / 100)
-    return Throughput(n / ours, n / theirs, statistics.median(b[0] / a[0] for a, b in runs), hits)
+def times_slower(slow: Callable[[], object], fast: Callable[[], object], rounds: int = 3) -> float:
+    """Median over `rounds` of the seconds of `slow` over those of `fast`, called in turn after a warm-up of each."""
+    for warm_up in (slow, fast):
+        warm_up()
+    return statistics.median(seconds(slow) / seconds(fast) for _ in range(rounds))

@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['RELATED', 'DUAL', 'ITEMS', 'USED', 'DEAL_SAMPLING', 'Form', 'Explain', 'DEAL_ANSWERS', 'DEAL_RECORDED',
-           'CLIP_PREPROCESS', 'BATCHES', 'DealQuestion', 'deal_questions', 'Prompts', 'demo_prompts',
-           'contrastive_loss', 'overlap', 'disentangle_loss', 'localise_loss', 'sparsity_loss', 'DualEncoder',
-           'last_attention', 'class_attention', 'attention_maps', 'gradcam_maps', 'concept_maps', 'embed', 'OpenClip',
-           'Deal', 'deal_recipe', 'TinyDual', 'Lesson', 'Lessons', 'balanced', 'make_dual', 'save_dual', 'dual_encoder',
-           'as_classifier']
+           'CLIP_PREPROCESS', 'BATCHES', 'deal_questions', 'Prompts', 'demo_prompts', 'contrastive_loss', 'overlap',
+           'disentangle_loss', 'localise_loss', 'sparsity_loss', 'DualEncoder', 'last_attention', 'class_attention',
+           'attention_maps', 'gradcam_maps', 'concept_maps', 'embed', 'OpenClip', 'Deal', 'deal_recipe', 'TinyDual',
+           'Lesson', 'Lessons', 'balanced', 'make_dual', 'save_dual', 'dual_encoder', 'as_classifier']
 
 # %% ../../nbs/related/02_deal.ipynb #61d99d37
 import copy
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -29,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from ..concepts.language import FORMATS, SYSTEM, Answer, ClassName, Question, Record, Sampling, ask, questions
+from ..concepts.language import Answer, ClassName, Question, Record, Sampling, ask, questions
 from ..data.backdrop import BACKGROUNDS, CLASSES, HOME_INDEX, SETS, SIZE, render_background, render_object
 from ..data.folders import Preprocess
 from ..data.models import TINY, base_model, load_model, read_weights, write_safetensors
@@ -45,24 +43,11 @@ ITEMS, USED = 6, 5  # features asked for, and of these the ones used
 DEAL_SAMPLING = Sampling(model="gpt-3.5-turbo", temperature=0.0, max_tokens=100, samples=1)
 
 
-@dataclass(frozen=True)
-class DealQuestion(Question):
-    """DEAL's question about one class: everything as in `Question` but the words."""
-    def messages(self, form: str = "json") -> list[dict[str, str]]:
-        """The chat: system message, worked examples, the question. `form` is the form of the answer, json or list."""
-        words, chat = read_json(RELATED / "deal_question.json"), [("system", SYSTEM + FORMATS[form])]
-        say = lambda facts: json.dumps({"ask": words["ask"], **facts}, ensure_ascii=False)
-        for facts, items in words["examples"]:
-            answer = json.dumps({"items": items}) if form == "json" else "\n".join(f"- {item}" for item in items)
-            chat += [("user", say(facts)), ("assistant", answer)]
-        return [{"role": role, "content": text} for role, text in (*chat, ("user", say(json.loads(self.facts))))]
-
-
-def deal_questions(classes: Sequence[ClassName], sampling: Sampling = DEAL_SAMPLING) -> list[DealQuestion]:
+def deal_questions(classes: Sequence[ClassName], sampling: Sampling = DEAL_SAMPLING) -> list[Question]:
     """One question for each class. Raises ValueError for ids that occur twice, and for more than one sample."""
     if sampling.samples != 1:
         raise ValueError(f"expected one sample for each class, got {sampling.samples}")
-    return [DealQuestion(q.class_id, "deal", q.facts, 0, sampling) for q in questions(classes, sampling, ["important"])]
+    return questions(classes, sampling, ["deal"])
 
 # %% ../../nbs/related/02_deal.ipynb #51a16196
 Form = Literal["augmented", "sentence", "name"]

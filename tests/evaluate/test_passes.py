@@ -6,6 +6,7 @@ import math
 import os
 import random
 import signal
+import time
 
 import numpy as np
 import pandas as pd
@@ -17,12 +18,11 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from cft.data.models import base_model, save_model, weights_digest
-from cft.data.testsets import EvalSet, folder_set, miniature, open_set
+from cft.data.testsets import EvalSet, miniature, open_set
 from cft.evaluate.metrics import image_scores, segmentation_table, wilson_interval
 from cft.evaluate.passes import (
     BY,
     ROWS,
-    Checkpoint,
     Loop,
     Results,
     accuracy_rows,
@@ -36,9 +36,9 @@ from cft.evaluate.passes import (
     paired_pictures,
     reading_of,
     run_pass,
+    seconds,
     segmentation_rows,
-    throughput_vs_timm,
-    timm_validation,
+    times_slower,
 )
 from cft.explain.maps import relevance
 
@@ -486,20 +486,26 @@ def test_methods_are_compared_seed_by_seed():
         compare_methods(rows, "a", "c")
 
 
-# ---- timm ----
+# ---- times ----
 
 
-def test_our_loop_and_timms_give_the_same_answers(tmp_path):
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog", "owl"):
-        (tmp_path / name).mkdir()
-        for i in range(5):
-            Image.fromarray(rng.integers(0, 256, (40, 30 + i, 3), dtype=np.uint8)).save(tmp_path / name / f"{i}.png")
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=10)
-    found = throughput_vs_timm(model, tmp_path, Loop(batch=4), rounds=1)
-    (pictures,) = run_pass(folder_set(tmp_path), [Checkpoint("a", model, "")], reading_of(model))
-    assert found.hits == (pictures.full_top1.sum(),) * 2 and found.ratio > 0 and found.ours > 0
-    from cft.data.folders import scan
-    top1, top5 = timm_validation(model, scan(tmp_path), Loop(batch=4))
-    assert top1 == pytest.approx(100 * pictures.full_top1.mean(), abs=1e-3) and top5 == pytest.approx(100 * pictures.full_top5.mean(), abs=1e-3)
+def test_times_slower_is_the_median_of_ratios_taken_in_turn(monkeypatch):
+    clock, calls = [0.0], []
+    lasts = {"slow": iter([100, 6, 8, 10]), "fast": iter([100, 2, 1, 2])}  # the first pair is the warm-up
+
+    def take(name):
+        calls.append(name)
+        clock[0] += next(lasts[name])
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    assert times_slower(lambda: take("slow"), lambda: take("fast"), rounds=3) == 5  # the median of 3, 8 and 5
+    assert calls == ["slow", "fast"] * 4
+
+
+def test_a_cuda_device_is_waited_for(monkeypatch):
+    log = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(time, "perf_counter", lambda: log.append("clock") or len(log))
+    assert seconds(lambda: log.append("step")) == 3
+    assert log == ["wait", "clock", "step", "wait", "clock"]

@@ -14,7 +14,18 @@ import torch
 from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, scan
 from cft.data.models import TINY, base_model
-from cft.train.loop import Diverged, FineTuned, Sampler, averaged, draw, fine_tune, model_card, pieces, rehearse
+from cft.train.loop import (
+    Diverged,
+    FineTuned,
+    Sampler,
+    averaged,
+    draw,
+    fine_tune,
+    model_card,
+    noise_folder,
+    pieces,
+    rehearse,
+)
 from cft.train.objectives import RECIPES, CrossEntropy
 
 
@@ -247,3 +258,10 @@ def test_card_and_rehearsal(images, tmp_path):
     assert card == model_card(record, TINY) and record["data"]["digest"] in card and "patented" in card
     price = rehearse(base_model(0), images, RECIPES["cft"])
     assert price["steps"] == 50 and price["seconds"] == pytest.approx(50 * price["seconds_per_step"]) and price["seconds"] > 0
+
+
+def test_noise_is_the_same_noise_again(tmp_path):
+    one, two = (noise_folder(tmp_path / name, 4, 2) for name in "ab")
+    assert len(one) == 8 and sorted(one.labels) == [0, 1, 2, 3] and [s.label for s in one.samples] == [s.label for s in two.samples]
+    assert all(a.path.read_bytes() == b.path.read_bytes() and a.mask.read_bytes() == b.mask.read_bytes() for a, b in zip(one.samples, two.samples))
+    assert len({s.path.read_bytes() for s in one.samples}) == 8
