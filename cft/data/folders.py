@@ -83,10 +83,10 @@ def _hidden(name: str) -> bool:
 def find_pictures(folder: str | Path, deep: bool = True) -> tuple[list[Path], list[str]]:
     """The pictures below a folder, sorted by path, and one line for each file that was left out and looks like one.
 
-    `deep`: also in the folders inside. Symbolic links to files are followed, links to folders are not. Raises OSError
-    for a folder that cannot be read.
+    `deep`: also in the folders inside. Symbolic links to files are followed, links to folders are not. A folder that is
+    not there has no pictures. Raises OSError for one that cannot be read.
     """
-    root, pictures, left_out, places = Path(folder), [], [], [Path(folder)]
+    root, pictures, left_out, places = Path(folder), [], [], [Path(folder)] if Path(folder).is_dir() else []
     while places:
         for entry in os.scandir(places.pop()):
             path, ending = Path(entry.path), os.path.splitext(entry.name)[1].lower()

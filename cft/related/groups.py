@@ -115,7 +115,7 @@ def spawrious_parts(split: str) -> list[tuple[str, str, int]]:
 def _spawrious(home: Path, split: str, check_counts: bool) -> PictureFiles:
     ids, targets, groups = [], [], []
     for folder, breed, wanted in spawrious_parts(split):
-        found = find_pictures(home / folder, deep=False)[0] if (home / folder).is_dir() else []
+        found = find_pictures(home / folder, deep=False)[0]
         if not found or check_counts and len(found) < wanted:
             raise ValueError(f"expected {wanted:,} pictures in {folder}, found {len(found):,}")
         for path in found[:wanted]:
