@@ -11,7 +11,7 @@ help:
 	@echo "make smoke    the same with one seed and a handful of pictures: does everything run?"
 	@echo "make test     export, notebooks, tests and lint"
 	@echo "make export   write cft/ from nbs/ and clean the notebooks"
-	@echo "make lint     ruff over notebooks and tests"
+	@echo "make lint     ruff over notebooks, tests and benchmarks"
 	@echo "make lab      read the book in JupyterLab"
 	@echo "make bench    measure speed into figures/bench.csv"
 	@echo "make figures  draw page and README again from saved results"
@@ -49,16 +49,13 @@ export: .venv/.ready
 	.venv/bin/nbdev_clean
 
 lint: .venv/.ready
-	$(PY) -m ruff check nbs tests setup.py
+	$(PY) -m ruff check nbs tests benchmarks setup.py
 
 lab: .venv/.ready
 	.venv/bin/jupyter lab nbs/index.ipynb
 
 bench: .venv/.ready
-	@mkdir -p runs
-	$(PY) -m papermill nbs/appendix/14_bench.ipynb runs/24_bench.ipynb -p full True -p out figures/bench.csv
-	$(PY) -c "import tempfile; from cft.evaluate.bench import add_bench; from cft.apps.explorer import bench_explorer; add_bench(bench_explorer(tempfile.mkdtemp()), 'figures/bench.csv')"
-	@cat figures/bench.csv
+	$(PY) benchmarks/run.py --out figures/bench.csv
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cft.concepts.filters import Concept, ConceptSet
 from cft.concepts.grounding import Grounding
-from cft.concepts.language import ClassName, Concept, ConceptSet
+from cft.concepts.language import ClassName
 from cft.concepts.masks import build_masks
 from cft.data.folders import list_folder
 

@@ -6,7 +6,7 @@
 __all__ = ['SIGNED', 'EXPLAIN', 'KEPT', 'DROPPED', 'OFF', 'UNASKED', 'WHICH', 'SIDE', 'Memory', 'Seen', 'Material',
            'output_names', 'see', 'View', 'first_view', 'Line', 'Thresholded', 'at_thresholds', 'lines', 'union',
            'explained', 'drawn_map', 'Panel', 'Answer', 'Scene', 'scene', 'summary', 'edited', 'save_version',
-           'Explorer', 'bench_explorer']
+           'Explorer']
 
 # %% ../../nbs/appendix/12_explorer.ipynb #da4b9237
 import getpass
@@ -26,13 +26,14 @@ import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from ..concepts.language import ConceptSet, need
+from ..concepts.filters import ConceptSet
+from ..files import need
 from ..data.folders import Folder, Preprocess, class_folders, list_folder, open_image
 from ..evaluate.faithfulness import share_inside
 from ..concepts.store import MaskStore
 from ..data.models import load_model
 from ..explain.maps import ATTRIBUTIONS, NORMALIZATIONS, Relevance, named, relevance
-from .report import data_uri, overlay
+from .drawing import data_uri, overlay
 from ..concepts.validation import Evidence, conclude, iou, gather_evidence
 
 if TYPE_CHECKING:
@@ -601,39 +602,3 @@ def _user() -> str:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):
         return ""
-
-# %% ../../nbs/appendix/12_explorer.ipynb #25cf802a
-def bench_explorer(root: str | Path, moves: int = 5) -> list[dict]:
-    """Milliseconds from a move in the explorer to its answer, for the slowest kind of move; medians over `moves` of a kind."""
-    import shutil
-    import statistics
-
-    from cft.data import backdrop
-    from cft.evaluate.bench import bench_row
-    from cft.concepts.language import demo_concepts
-    from cft.demo.toy_grounder import finder
-    from cft.concepts.masks import build_masks
-    from cft.data.models import ASSETS, TINY
-
-    root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
-    pictures = backdrop.write(root / "world", {"train": 8}, seed=4) / "images/train"
-    build_masks(list_folder(pictures), demo_concepts(), finder(), root / "store", progress=False)
-    demo_concepts().save(root / "concepts.json")
-    (root / "run").mkdir()
-    shutil.copy(ASSETS / "base_1.safetensors", root / "run/model.safetensors")
-    material = Material.open(pictures, TINY, ASSETS / "base_0.safetensors", store=root / "store", concepts=root / "concepts.json", run=root / "run")
-    live = Explorer(material, first_view(material, "bird"), by="bench")
-    for widget in (live.class_id, live.picture, live.method, live.normalize, live.explain):
-        values = [option[1] if isinstance(option, tuple) else option for option in widget.options]
-        for value in ([value for value in values if value not in ("iia", widget.value)] * moves)[:moves]:
-            widget.value = value
-    for widget in (live.occurrence, live.coverage, live.strength):
-        for k in range(moves):
-            widget.value = (k + 1) / (moves + 1)
-    for box, _ in list(live.boxes.values())[:moves]:
-        box.value = not box.value
-    kinds = {what: 1000 * statistics.median(s for kind, s in live.timings if kind == what) for what, _ in live.timings}
-    worst = max(kinds, key=kinds.get)
-    note = f"{material.folder.root.name}: {len(material.folder)} pictures, {len(backdrop.CLASSES)} classes; medians of {moves}: " + ", ".join(f"{what} {ms:.0f}" for what, ms in kinds.items())
-    return [bench_row("explorer_move_ms", kinds[worst], "ms", "<= 200", "", f"slowest kind, {worst}; {note}")]

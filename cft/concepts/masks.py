@@ -30,8 +30,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import cft
+from .filters import ConceptSet
 from .grounding import Grounder, Grounding
-from .language import ConceptSet
 from .store import AREA, ASIDE, FORMAT, SCHEMA, SHARD, Array, MaskStore, encode_mask, status_of, write_shard
 from ..data.folders import Folder, open_image
 from ..files import read_json, sha256, write_json

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from pycocotools import mask as coco
 
-from .language import ConceptSet
+from .filters import ConceptSet
 from ..files import read_json, sha256, written
 
 # %% ../../nbs/06b_store.ipynb #902ba3cd

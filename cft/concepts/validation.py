@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from .filters import ConceptSet, Feedback
 from .grounding import Grounder
-from .language import ConceptSet, Feedback
 from .masks import build_masks, work_list
 from .store import Array, MaskStore
 from ..data.folders import Folder

@@ -30,11 +30,11 @@ from torch.utils.data import DataLoader
 
 from ..data import backdrop
 from ..data.backdrop import CLASSES, SHIFTED
-from ..concepts.language import ConceptSet, demo_concepts
+from ..concepts.filters import ConceptSet, demo_concepts
 from ..data.folders import MaskedImages, Preprocess, list_folder, scan, swap_background, without_object
 from ..evaluate.metrics import evaluate, predict, relevance_scores
 from ..evaluate.intervals import paired_difference, table_of_means
-from .toy_grounder import finder
+from .toy_grounder import toy_grounder
 from ..train.loop import FineTuned, fine_tune, provenance
 from ..concepts.masks import build_masks, training_pictures
 from ..concepts.store import write_pngs
@@ -98,14 +98,14 @@ def important_only(concepts: ConceptSet) -> ConceptSet:
 
 
 def find_concepts(world: Path, seed: int, out: Path) -> pd.DataFrame:
-    """Stages 1 and 2 on the classes that are fine-tuned: answers → concepts → finder → validation → masks below `out`.
+    """Stages 1 and 2 on the classes that are fine-tuned: answers → concepts → grounder → validation → masks below `out`.
 
     Writes masks/, context/ and objects/ (found by the class's name), the names of the pictures to fine-tune on, and the
     audit of the concepts. Returns one line with the counts and the agreement with the annotated masks.
     """
     folder = list_folder(world / "images/train", list(CLASSES)).only(tuned_classes(seed))
     proposed = demo_concepts()
-    store = build_masks(folder, proposed, finder(), out / "store", progress=False)
+    store = build_masks(folder, proposed, toy_grounder(), out / "store", progress=False)
     found, all_found = validate(store, important_only(proposed)), validate(store, proposed)
     chosen = training_pictures(store, found.kept, TRAIN_PER_CLASS).pictures
     write_pngs(store, found.kept, out / "masks", chosen)

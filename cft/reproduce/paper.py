@@ -240,8 +240,8 @@ _VARIANTS = {  # a variant is a method and what it does otherwise; the jobs say 
     "CFT, patch grid": "patches", "CFT, cp": "cp", "CFT, Eq. 2": "eq2", "CFT, rollout": "gae", "CFT, constant coefficients": "frozen",
     "CFT, predicted class": "predicted", "CFT, original's prediction": "original", "CFT, constant rate": "constant-rate",
     "CFT, no weight decay": "no-decay", "CFT, rate 3e-6": "rate-x6", "CFT, best epoch": "best", "CFT, no augmentation": "no-augmentation"}
-_METHODS = {"Original": "original", "GradMask": "gradmask", "RRR": "rrr", "RRDA": "swap", "CFT": "cft-paper", "AttnLRP": "cft-paper",
-            "plain": "plain", "L_cls only": "self", "CFT, released code": "cft-official", "CFT, our form": "cft",
+_METHODS = {"Original": "original", "GradMask": "gradmask", "RRR": "rrr", "RRDA": "rrda", "CFT": "cft-paper", "AttnLRP": "cft-paper",
+            "plain": "plain", "L_cls only": "lcls-only", "CFT, released code": "cft-official", "CFT, our form": "cft",
             "GradMask, constant penalty": "gradmask.constant", "GradMask, rate of Table 8": "gradmask.table8",
             "RRR, weights of Table 8": "rrr.table8", **{name: f"cft-paper.{change}" for name, change in _VARIANTS.items()}}
 _SETS = ("IN-V", "IN-V2", "IN-A", "IN-R", "IN-Sketch", "ObjectNet", "SI-location", "SI-rotation", "SI-size",
@@ -253,7 +253,7 @@ METRICS = {"R@1": "top1", "R@5": "top5", "PA": "pixel_accuracy", "mIoU": "mean_i
 class Profile:
     """How the paper's terms are called in one kind of run, and how many seeds it has.
 
-    seeds: for the artefacts to which the paper gives five, and few: for the others, except the figures; None for the
+    seeds: for the artefacts to which the paper gives five, and ablation_seeds: for the others, except the figures; None for the
     paper's own numbers. own_bases: whether the original differs by seed. comparable: whether the numbers may stand beside the paper's in one column. stamp: what is written over them.
     """
 
@@ -261,7 +261,7 @@ class Profile:
     stamp: str
     comparable: bool = False
     seeds: int | None = None
-    few: int | None = None
+    ablation_seeds: int | None = None
     own_bases: bool = False
     models: Mapping[str, str] = field(default_factory=dict)
     methods: Mapping[str, str] = field(default_factory=dict)
@@ -278,7 +278,7 @@ PAPER = Profile("paper", "ImageNet, our run", comparable=True, methods=_METHODS,
                 models={"ViT-B": "vit_base_patch16_224", "DINOv2": "dinov2_vitb14", "DeiT": "deit3_base_patch16_224",
                         "CNv2": "convnextv2_base"},
                 sets={name: name.lower().replace("imagenet", "in") for name in _SETS})
-DEMO = Profile("demo", "DEMO, drawn pictures, not ImageNet", seeds=5, few=3, own_bases=True, methods=_METHODS,
+DEMO = Profile("demo", "DEMO, drawn pictures, not ImageNet", seeds=5, ablation_seeds=3, own_bases=True, methods=_METHODS,
                models=dict.fromkeys(PAPER.models, "demo"), sets=dict(zip(_SETS, _DRAWN)))
 
 
@@ -297,8 +297,8 @@ class Runs(NamedTuple):
 
 def needed(wanted: Artefact, profile: Profile = PAPER) -> tuple[set[tuple[str, str, int]], set[tuple[str, str, int, str]]]:
     """The fine-tunes (model, method, seed) and the evaluations (model, method, seed, set) of an artefact, in our terms."""
-    several, few = profile.seeds or wanted.seeds, profile.few or profile.seeds or wanted.seeds
-    seeds = wanted.seeds if wanted.key.startswith("fig") else several if wanted.seeds >= 5 else few
+    several, ablations = profile.seeds or wanted.seeds, profile.ablation_seeds or profile.seeds or wanted.seeds
+    seeds = wanted.seeds if wanted.key.startswith("fig") else several if wanted.seeds >= 5 else ablations
     original = profile.methods.get("Original", "Original")
     checkpoints = {(profile.models.get(model, model), profile.methods.get(method, method), seed)
                    for model in wanted.models for method in wanted.methods for seed in range(seeds)}

@@ -1,6 +1,7 @@
 """What a reader sees, in a real browser: the explorer in JupyterLab, driven from the keyboard, and the report."""
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -13,14 +14,15 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from cft.apps.report import DARK, Report
-from cft.concepts.language import demo_concepts
+from cft.apps.report import Report
+from cft.concepts.filters import demo_concepts
 from cft.concepts.masks import build_masks
 from cft.data import backdrop
 from cft.data.folders import list_folder, scan
-from cft.data.models import ASSETS, TINY, base_model
-from cft.demo.toy_grounder import finder
+from cft.data.models import TINY, base_model
+from cft.demo.toy_grounder import toy_grounder
 from cft.evaluate.audit import audit
+from cft.files import ASSETS
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -47,7 +49,7 @@ def lab(tmp_path_factory):
     pictures = backdrop.write(root / "world", {"train": 4}, seed=4) / "images/train"
     for name in set(backdrop.CLASSES) - {"bird", "fish"}:
         shutil.rmtree(pictures / name)
-    build_masks(list_folder(pictures), demo_concepts(), finder(), root / "store", progress=False)
+    build_masks(list_folder(pictures), demo_concepts(), toy_grounder(), root / "store", progress=False)
     demo_concepts().save(root / "concepts.json")
     (root / "run").mkdir()
     for seed, file in ((0, "base.safetensors"), (1, "run/model.safetensors")):
@@ -189,16 +191,18 @@ def test_the_report_fits_and_asks_for_nothing(browser, report, tmp_path, width, 
     said, asked = [], []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url) if not request.url.startswith(("data:", "file:")) else None)
+    page.on("request", lambda request: asked.append(request.url))
     page.goto(report.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") == width, "nothing sticks out"
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    dark = tuple(int(DARK["paper"][i:i + 2], 16) for i in (1, 3, 5))
+    style = (ASSETS / "report/report.css").read_text(encoding="utf-8")
+    dark = tuple(bytes.fromhex(re.search(r"scheme: dark;.*?--paper: #(\w{6})", style, re.S)[1]))
     assert (colour == f"rgb{dark}") == (scheme == "dark")
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.tagName") == "A"
     page.screenshot(path=tmp_path / f"{width}_{scheme}.png", full_page=True)
+    asked = [url for url in asked if not url.startswith(("data:", "file:"))]
     assert not said and not asked, (said, asked)
     page.close()
 
@@ -210,4 +214,30 @@ def test_the_report_prints_with_what_is_folded(browser, report, tmp_path):
     assert page.locator("nav").is_hidden() and page.locator("details.screen").first.is_hidden()
     page.pdf(path=tmp_path / "report.pdf", prefer_css_page_size=True, print_background=True)
     assert (tmp_path / "report.pdf").stat().st_size > 20_000
+    page.close()
+
+
+def test_no_heading_stands_alone_at_the_foot_of_a_page(browser, report):
+    """Columns of many heights break where pages would."""
+    page = browser.new_page()
+    page.goto(report.as_uri())
+    page.emulate_media(media="print")
+    alone, seen = page.evaluate("""() => {
+        const main = document.querySelector('main'), alone = []
+        const column = rect => Math.floor((rect.left - main.getBoundingClientRect().left) / 720)
+        main.style.cssText = 'width: 700px; column-width: 700px; column-gap: 20px; column-fill: auto'
+        let seen = 0
+        for (let height = 600; height < 1000; height += 10) {
+            main.style.height = `${height}px`
+            for (const heading of main.querySelectorAll('h2, h3, caption, thead, summary, .lead')) {
+                const next = heading.matches('thead') ? heading.parentElement.rows[1] : heading.nextElementSibling
+                const here = [...heading.getClientRects()], there = next.getClientRects()[0]
+                if (!here.length || !there) continue
+                seen++
+                if (column(here[0]) !== column(there)) alone.push(`${height}: ${heading.textContent.slice(0, 60)}`)
+            }
+        }
+        return [alone, seen]
+    }""")
+    assert seen > 500 and not alone, alone[:5]
     page.close()

@@ -22,13 +22,15 @@ from typer.main import get_command
 
 from cft.apps import cli
 from cft.apps.cli import app, main
+from cft.concepts.filters import ConceptSet
 from cft.concepts.grounding import WEIGHTS
-from cft.concepts.language import ANSWERS, ConceptSet, Sampling
+from cft.concepts.language import ANSWERS, Sampling
 from cft.concepts.store import MaskStore
 from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, scan
-from cft.data.models import ASSETS, SEEDS, TINY, save_model
+from cft.data.models import SEEDS, TINY, save_model
 from cft.data.testsets import CARDS, miniature, open_set
+from cft.files import ASSETS
 from cft.train.objectives import RECIPES
 
 VIT = "vit_tiny_patch16_224"
@@ -337,7 +339,7 @@ def test_from_class_names_to_a_repaired_model(drawn, tmp_path, capsys):
     assert run(*asking, "--replay") == 0 and ANSWERS.read_bytes() == before
     found = ConceptSet.load(concepts)
     assert {c.id for c in found.classes} == {"bird", "fish", "car"}
-    grounding = ("masks", train, "--concepts", concepts, "--out", tmp_path / "store", "--grounder", "demo", "--per-class", 5, "--threads", 1)
+    grounding = ("masks", train, "--concepts", concepts, "--out", tmp_path / "store", "--grounder", "toy", "--per-class", 5, "--threads", 1)
     capsys.readouterr()
     assert run(*grounding, "--dry-run") == 0 and "15 pictures of 3 classes" in capsys.readouterr().out and not (tmp_path / "store").exists()
     assert run(*grounding) == 0 and len(MaskStore(tmp_path / "store").pictures) == 15
@@ -384,12 +386,12 @@ def test_audit_says_what_it_found(drawn, tmp_path, capsys):
 def test_audit_on_found_objects(drawn, tmp_path, capsys):
     train = drawn / "images/train"
     assert run("concepts", train, "--record", ANSWERS, "--model", "cft-recorded", "--replay", "--out", tmp_path / "c.json") == 0
-    assert run("masks", train, "--concepts", tmp_path / "c.json", "--out", tmp_path / "store", "--grounder", "demo", "--per-class", 4, "--threads", 1) == 0
+    assert run("masks", train, "--concepts", tmp_path / "c.json", "--out", tmp_path / "store", "--grounder", "toy", "--per-class", 4, "--threads", 1) == 0
     capsys.readouterr()
     assert run("audit", train, *START, "--objects", tmp_path / "store", "--out", tmp_path / "a.json") == 0
     assert "Audit of 12 pictures" in capsys.readouterr().out
     content = json.loads((tmp_path / "a.json").read_text())
-    assert "found by the name of the class, by finder" in content["record"]["objects"] and "gap" in {row["metric"] for row in content["numbers"]}
+    assert "found by the name of the class, by toy" in content["record"]["objects"] and "gap" in {row["metric"] for row in content["numbers"]}
 
 
 @pytest.mark.parametrize("words, expected", [(("--out", "report.pdf"), "must end with .html or .json"), (("--after", "nothing.pth"), "no checkpoint at nothing.pth"),

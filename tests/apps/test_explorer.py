@@ -30,16 +30,18 @@ from cft.apps.explorer import (
     see,
     union,
 )
+from cft.concepts.filters import Concept, ConceptSet, demo_concepts
 from cft.concepts.grounding import Grounding
-from cft.concepts.language import ClassName, Concept, ConceptSet, demo_concepts
+from cft.concepts.language import ClassName
 from cft.concepts.masks import build_masks
 from cft.concepts.store import write_pngs
 from cft.concepts.validation import conclude, gather_evidence
 from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, list_folder
-from cft.data.models import ASSETS, TINY, base_model
-from cft.demo.toy_grounder import finder
+from cft.data.models import TINY, base_model
+from cft.demo.toy_grounder import toy_grounder
 from cft.explain.maps import relevance
+from cft.files import ASSETS
 
 KNOWN = ("bird", "fish", "turtle")
 EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)>'
@@ -52,7 +54,7 @@ def made(tmp_path_factory):
     pictures = backdrop.write(root / "world", {"train": 5}, seed=4) / "images/train"
     for name in set(backdrop.CLASSES) - set(KNOWN):
         shutil.rmtree(pictures / name)
-    build_masks(list_folder(pictures), demo_concepts(), finder(), root / "store", per_class=4, progress=False)
+    build_masks(list_folder(pictures), demo_concepts(), toy_grounder(), root / "store", per_class=4, progress=False)
     demo_concepts().save(root / "concepts.json")
     shutil.copy(ASSETS / "base_0.safetensors", root / "base.safetensors")
     (root / "run").mkdir()
@@ -189,7 +191,7 @@ def test_a_picture_without_masks_and_one_set_aside(made, tmp_path):
     shutil.copytree(made / "world", tmp_path / "world")
     train = tmp_path / "world/images/train"
     (train / "bird/torn.png").write_bytes((train / "bird/bird_0000.png").read_bytes()[:200])
-    build_masks(list_folder(train), demo_concepts(), finder(), tmp_path / "store", progress=False)
+    build_masks(list_folder(train), demo_concepts(), toy_grounder(), tmp_path / "store", progress=False)
     shutil.copy(train / "fish/fish_0000.png", train / "fish/new.png")
     material = Material.open(train, TINY, made / "base.safetensors", store=tmp_path / "store", concepts=made / "concepts.json")
     new = scene(material, View("fish", "fish/new.png"))

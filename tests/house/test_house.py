@@ -30,7 +30,7 @@ def source(cell):
 def copy(tmp_path_factory):
     """The notebooks and the package in a place where they may be written."""
     root = tmp_path_factory.mktemp("copy")
-    for folder in ("nbs", "cft"):
+    for folder in ("nbs", "cft", "benchmarks"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for file in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, root)
@@ -57,7 +57,7 @@ def test_notebooks_are_clean(copy):
 
 
 def test_lint():
-    done = subprocess.run([BIN / "ruff", "check", "nbs", "tests", "setup.py"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([BIN / "ruff", "check", "nbs", "tests", "benchmarks", "setup.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -66,7 +66,9 @@ def test_wheel_holds_the_package_and_its_assets(copy, tmp_path):
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, copy], check=True, capture_output=True)
     wheel = next(tmp_path.glob("*.whl"))
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"cft/apps/cli.py", "cft/demo/toy_grounder.py", "cft/assets/bases.json", "cft/assets/base_4.safetensors"} <= names
+    assert {"cft/apps/cli.py", "cft/demo/toy_grounder.py", "cft/assets/bases.json", "cft/assets/base_4.safetensors",
+            "cft/assets/report/report.html.j2", "cft/assets/report/report.css"} <= names
+    assert not [name for name in names if name.startswith("benchmarks")]
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import cft.apps.cli, cft.data.models, cft.demo.experiment; "
@@ -87,13 +89,15 @@ def module_of(notebook):
 
 @pytest.mark.parametrize("notebook", ORDER, ids=lambda n: n.stem)
 def test_a_chapter_is_its_module_and_imports_only_earlier_ones(notebook):
-    order, name = [module_of(n) for n in ORDER], module_of(notebook)
-    code = code_of(notebook)
-    assert name.rpartition(".")[2] == notebook.stem.split("_", 1)[1] and (ROOT / "cft" / f"{name.replace('.', '/')}.py").exists()
+    name, code = module_of(notebook), code_of(notebook)
+    if name:
+        assert name.rpartition(".")[2] == notebook.stem.split("_", 1)[1] and (ROOT / "cft" / f"{name.replace('.', '/')}.py").exists()
+    else:
+        assert "#| export" not in code
     used = set(re.findall(r"(?:from|import) cft\.(\w+\.\w+)", code))
     used |= {f"{room}.{w.split()[0]}" for room, line in re.findall(r"from cft\.(\w+) import ([^(\n]+)", code) for w in line.split(",")}
-    later = order[order.index(name) + 1:]
-    assert not used & set(later), f"{name} uses later chapters"
+    later = {module_of(n) for n in ORDER[ORDER.index(notebook) + 1:]}
+    assert not used & later, f"{notebook.stem} uses later chapters"
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
@@ -125,7 +129,7 @@ def test_no_machine_is_named():
 
 
 def test_public_names_are_typed_and_documented():
-    for module in (ROOT / "cft").rglob("*.py"):
+    for module in (*(ROOT / "cft").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
         if module.name.startswith("_"):
             continue
         for node in ast.parse(module.read_text(encoding="utf-8")).body:

@@ -1,5 +1,4 @@
 """The comparison in small: every kind of method from both starting points, on a few pictures, and the parts against loops."""
-import time
 
 import numpy as np
 import pandas as pd
@@ -22,22 +21,9 @@ from cft.related.comparison import (
     comparison_table,
     relevance_on_object,
     run_comparison,
-    times_slower,
 )
 from cft.related.segmil import SegMilRecipe
 from cft.reproduce.paper import verdicts
-
-
-def test_times_are_medians_taken_in_turn(monkeypatch):
-    clock, calls, lasts = [0.0], [], {"slow": iter([3.0, 9.0, 4.0]), "plain": iter([1.0, 2.0, 50.0])}
-
-    def take(name):
-        calls.append(name)
-        clock[0] += next(lasts[name])
-
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    assert times_slower(lambda: take("slow"), lambda: take("plain")) == 4.0 / 2.0
-    assert calls == ["slow", "plain"] * 3
 
 
 def test_relevance_on_the_object_against_pixels(tmp_path):

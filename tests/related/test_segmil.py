@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cft.concepts.language import demo_concepts
+from cft.concepts.filters import demo_concepts
 from cft.concepts.masks import build_masks
 from cft.data import backdrop
 from cft.data.folders import Preprocess, list_folder
 from cft.data.models import base_model
 from cft.data.testsets import PictureFiles, folder_set
-from cft.demo.toy_grounder import finder
+from cft.demo.toy_grounder import toy_grounder
 from cft.evaluate.passes import checkpoint, reading_of, run_pass
 from cft.related.groups import answer_table, backdrop_set
 from cft.related.segmil import (
@@ -29,11 +29,11 @@ from cft.related.segmil import (
     Bags,
     Clip,
     Featured,
-    FinderPairs,
     SegmentRules,
     SegMil,
     SegMilRecipe,
     Standard,
+    ToyPairs,
     alignment,
     attention_on,
     backbone_of,
@@ -75,8 +75,8 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tools():
-    find = finder()
-    return find, FinderPairs(find), tuple(sorted({text for _, text in demo_concepts().pairs()}))
+    find = toy_grounder()
+    return find, ToyPairs(find), tuple(sorted({text for _, text in demo_concepts().pairs()}))
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +323,7 @@ def test_cosines_and_ranks(tools):
     assert retrieve(np.zeros((1, 4)), ["d", "c", "b", "a"], 2) == [("d", "c")]
 
 
-def test_the_finder_retrieves_what_is_there(tools):
+def test_the_toy_grounder_retrieves_what_is_there(tools):
     """In a picture of a boat the sail ranks far above the ears; a phrase that names nothing ranks low."""
     _, encoder, _ = tools
     pictures = backdrop.render("adversarial", 8, 5)
