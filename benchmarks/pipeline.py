@@ -25,8 +25,8 @@ from timm.utils.metrics import AverageMeter, accuracy
 from torch import nn
 
 from cft.apps.explorer import Explorer, Material, first_view
-from cft.concepts.grounding import Grounding
 from cft.concepts.filters import Concept, ConceptSet, demo_concepts
+from cft.concepts.grounding import Grounding
 from cft.concepts.language import ClassName
 from cft.concepts.masks import build_masks
 from cft.concepts.store import read_back
