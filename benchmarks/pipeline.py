@@ -26,7 +26,8 @@ from torch import nn
 
 from cft.apps.explorer import Explorer, Material, first_view
 from cft.concepts.grounding import Grounding
-from cft.concepts.language import ClassName, Concept, ConceptSet, demo_concepts
+from cft.concepts.filters import Concept, ConceptSet, demo_concepts
+from cft.concepts.language import ClassName
 from cft.concepts.masks import build_masks, read_back
 from cft.data import backdrop
 from cft.data.folders import Folder, MaskedImages, Preprocess, list_folder

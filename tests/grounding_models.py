@@ -67,12 +67,14 @@ def small_dino():
 
     tokenizer = small_tokenizer()
     model = GroundingDinoForObjectDetection(GroundingDinoConfig(
-        SwinConfig(image_size=64, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, drop_path_rate=0.0,
+        SwinConfig(image_size=64, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
+                   drop_path_rate=0.0,
                    out_indices=[2, 3, 4]),
         text_config=BertConfig(vocab_size=len(tokenizer), **SMALL_BERT).to_dict(), num_queries=20, encoder_layers=1,
         decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64, encoder_attention_heads=4, decoder_attention_heads=4,
         dropout=0.0, fusion_droppath=0.0, disable_custom_kernels=True))
-    fusion, heads = model.model.encoder.layers[0].fusion_layer, (model.bbox_embed[0], model.model.encoder_output_bbox_embed)
+    fusion = model.model.encoder.layers[0].fusion_layer
+    heads = (model.bbox_embed[0], model.model.encoder_output_bbox_embed)
     _turn_up(model.model.text_backbone.embeddings.word_embeddings, (fusion.vision_param, fusion.text_param),
              [head.layers[-1] for head in heads], model.model.decoder.layer_norm)
     return TransformersDino(model, "small-grounding-dino", 64, 128, tokenizer)
@@ -83,12 +85,14 @@ def small_sam2():
 
     eyes = dict(model_type="sam2_hiera_det_model", hidden_size=16, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1],
                 window_positional_embedding_background_size=[4, 4], embed_dim_per_stage=[16, 32, 64, 128],
-                num_attention_heads_per_stage=[1, 1, 2, 2], window_size_per_stage=[4, 4, 4, 2], global_attention_blocks=[3])
+                num_attention_heads_per_stage=[1, 1, 2, 2], window_size_per_stage=[4, 4, 4, 2],
+                global_attention_blocks=[3])
     model = Sam2Model(Sam2Config(
         dict(backbone_config=eyes, backbone_channel_list=[128, 64, 32, 16], fpn_hidden_size=32,
              backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]]),
         dict(hidden_size=32, image_size=64, mask_input_channels=4),
-        dict(hidden_size=32, mlp_dim=64, num_hidden_layers=1, num_attention_heads=2, iou_head_depth=2, iou_head_hidden_dim=32)))
+        dict(hidden_size=32, mlp_dim=64, num_hidden_layers=1, num_attention_heads=2, iou_head_depth=2,
+             iou_head_hidden_dim=32)))
     return SegmentAnything2(model, Sam2Processor(Sam2ImageProcessorFast(size=dict(height=64, width=64))), "small-sam2")
 
 

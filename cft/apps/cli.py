@@ -285,7 +285,8 @@ def concepts(
       cft concepts PICTURES --dry-run
       cft concepts PICTURES --out concepts.json
     """
-    from cft.concepts.language import Chat, Record, Sampling, Similarity, discover, estimate, questions
+    from cft.concepts.filters import Similarity, discover
+    from cft.concepts.language import Chat, Record, Sampling, estimate, questions
 
     if (clip is None) != (mpnet is None):
         raise ValueError("--clip and --mpnet go together; without both a small offline encoder compares the concepts")
@@ -325,7 +326,7 @@ def masks(
     Example:
       cft masks PICTURES --concepts concepts.json --out store --weights WEIGHTS --device cuda
     """
-    from cft.concepts.language import ConceptSet
+    from cft.concepts.filters import ConceptSet
     from cft.demo.toy_grounder import toy_grounder
     from cft.concepts.grounding import load_grounder
     from cft.concepts.masks import build_masks, list_folder, plan
@@ -364,7 +365,7 @@ def validate(
     Example: with a table of every concept and the reason
       cft validate store --concepts concepts.json --out kept.json --audit concepts.csv
     """
-    from cft.concepts.language import ConceptSet
+    from cft.concepts.filters import ConceptSet
     from cft.concepts.masks import MaskStore
     from cft.concepts.validation import first_pictures
     from cft.concepts.validation import validate as check_concepts
@@ -392,7 +393,7 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
 
     Raises ValueError for a mask store without `concepts`, and as `folders.scan`.
     """
-    from cft.concepts.language import ConceptSet
+    from cft.concepts.filters import ConceptSet
     from cft.data.folders import scan
     from cft.concepts.masks import MaskStore, list_folder, masked_folder, training_pictures, write_pngs
 

@@ -26,13 +26,14 @@ import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from ..concepts.language import ConceptSet, need
+from ..concepts.filters import ConceptSet
+from ..files import need
 from ..data.folders import Folder, Preprocess, class_folders, open_image
 from ..evaluate.faithfulness import share_inside
 from ..concepts.masks import MaskStore, list_folder, picture_name
 from ..data.models import load_model
 from ..explain.maps import ATTRIBUTIONS, NORMALIZATIONS, Relevance, named, relevance
-from .report import data_uri, overlay
+from .drawing import data_uri, overlay
 from ..concepts.validation import Evidence, conclude, iou, gather_evidence
 
 if TYPE_CHECKING:

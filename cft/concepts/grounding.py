@@ -11,8 +11,6 @@ __all__ = ['MAX_CHARACTERS', 'SMALL_WORDS', 'PAPER_GROUNDING', 'BOXES_AT_ONCE', 
 
 # %% ../../nbs/05_grounding.ipynb #da4b9237
 import contextlib
-import hashlib
-import importlib.util
 import io
 import math
 import os
@@ -22,15 +20,19 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import box_convert, nms
 from torchvision.transforms.v2 import functional as V
+
+from ..files import ASSETS, need, sha256
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -82,7 +84,8 @@ def clean_phrases(phrases: Sequence[str]) -> list[str]:
     clean = [" ".join(phrase.lower().replace(".", " ").replace("?", " ").split()) for phrase in phrases]
     for phrase, words in zip(phrases, clean, strict=True):
         if not words or len(phrase) > MAX_CHARACTERS:
-            raise ValueError(f"a phrase must have a word and at most {MAX_CHARACTERS} characters, got {len(phrase)}: {phrase[:30]!r}")
+            got = f"{len(phrase)}: {phrase[:30]!r}"
+            raise ValueError(f"a phrase must have a word and at most {MAX_CHARACTERS} characters, got {got}")
     return clean
 
 # %% ../../nbs/05_grounding.ipynb #b1d57811
@@ -102,7 +105,7 @@ def _prompt(phrases: Sequence[str], tokenizer: "PreTrainedTokenizerFast") -> Pro
         places.append((len(text), len(text) + len(phrase)))
         text += f"{phrase}. "
     text = text.rstrip()
-    offsets = tuple(tokenizer(text, return_offsets_mapping=True)["offset_mapping"])
+    offsets = tuple(tokenizer(text, return_offsets_mapping=True).offset_mapping)
     own = [[t for t, (a, b) in enumerate(offsets) if start <= a < b <= stop] for start, stop in places]
     return Prompt(text, tuple(phrases), tuple((tokens[0], tokens[-1] + 1) for tokens in own), offsets)
 
@@ -114,15 +117,16 @@ def pack_prompts(phrases: Sequence[str], tokenizer: "PreTrainedTokenizerFast", l
     `limit` is the detector's number of tokens, `per_prompt` the largest number of phrases in a prompt.
     Raises ValueError for a phrase without a token, or with more tokens than one prompt holds.
     """
-    costs = {phrase: len(tokenizer(phrase, add_special_tokens=False)["input_ids"]) + 1 for phrase in phrases}
+    costs = {phrase: len(tokenizer.encode(phrase, add_special_tokens=False)) + 1 for phrase in phrases}
     for phrase, cost in costs.items():
         if not 1 < cost <= limit - 2:
             raise ValueError(f"a phrase must have 1 to {limit - 3} tokens, got {cost - 1}: {phrase[:30]!r}")
     groups: list[list[str]] = []
     room: list[int] = []
     for phrase in sorted(costs, key=lambda phrase: (-costs[phrase], phrase)):
-        place = next((g for g, group in enumerate(groups)
-                      if costs[phrase] <= room[g] and len(group) < (per_prompt or len(costs))), len(groups))
+        most = per_prompt or len(costs)
+        fits = (g for g, group in enumerate(groups) if costs[phrase] <= room[g] and len(group) < most)
+        place = next(fits, len(groups))
         if place == len(groups):
             groups.append([])
             room.append(limit - 2)
@@ -131,21 +135,15 @@ def pack_prompts(phrases: Sequence[str], tokenizer: "PreTrainedTokenizerFast", l
     return [_prompt(group, tokenizer) for group in groups]
 
 # %% ../../nbs/05_grounding.ipynb #7b52009b
-SMALL_WORDS = ("a", "an", "beak", "bird", "body", "branch", "eye", "feather", "head", "leaf", "legs", "long", "nest", "of",
-               "red", "sky", "small", "tail", "the", "water", "wing", "wings")
+SMALL_WORDS = ("a", "an", "beak", "bird", "body", "branch", "eye", "feather", "head", "leaf", "legs", "long", "nest",
+               "of", "red", "sky", "small", "tail", "the", "water", "wing", "wings")
 
-
-def _need(module: str, package: str) -> None:
-    """Raise ImportError with the way out if an optional package is not there."""
-    if importlib.util.find_spec(module) is None:
-        raise ImportError(f"grounding needs {package}; install it with: pip install 'cft[grounding]'")
+_library = partial(need, extra="cft[grounding]", what="grounding")  # of a module and its package
 
 
 def small_tokenizer() -> "PreTrainedTokenizerFast":
     """BERT's tokenizer over letters, digits and SMALL_WORDS. For tests and demonstrations."""
-    _need("transformers", "transformers")
-    from transformers import BertTokenizerFast
-
+    transformers = _library("transformers", "transformers")
     marks = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?"}
     letters = string.ascii_lowercase + string.digits
     vocabulary = [marks.get(i, f"[unused{i}]") for i in range(1100)]
@@ -153,7 +151,7 @@ def small_tokenizer() -> "PreTrainedTokenizerFast":
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "vocab.txt")
         file.write_text("\n".join(vocabulary), encoding="utf-8")
-        return BertTokenizerFast(vocab_file=str(file))
+        return transformers.BertTokenizerFast(vocab_file=str(file))
 
 # %% ../../nbs/05_grounding.ipynb #0716d970
 def phrase_scores(probabilities: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
@@ -203,7 +201,8 @@ def to_pixels(boxes: Tensor, frame: tuple[int, int], size: tuple[int, int]) -> T
     return torch.minimum(corners.clamp(min=0), boxes.new_tensor([*size, *size]))
 
 
-def keep_boxes(boxes: Tensor, scores: Tensor, size: tuple[int, int], config: GroundingConfig = PAPER_GROUNDING) -> Tensor:
+def keep_boxes(boxes: Tensor, scores: Tensor, size: tuple[int, int],
+               config: GroundingConfig = PAPER_GROUNDING) -> Tensor:
     """Indices of the boxes that stay for one concept, the best first.
 
     boxes: (boxes, 4) corners in pixels; scores: (boxes,); size: (width, height) of the picture.
@@ -219,8 +218,9 @@ def detector_input(image: Image.Image, short: int = 800, long: int = 1333) -> Te
     """An RGB picture resized to `short` or `long` and normalised with ImageNet's statistics, (1, 3, height, width)."""
     low, high = sorted(image.size)
     short = short if high * short <= long * low else round(long * low / high)
-    size = tuple(short if side == low else int(short * side / low) for side in image.size)
-    pixels = V.to_dtype(V.pil_to_tensor(image.resize(size, Image.Resampling.BILINEAR)), torch.float32, scale=True)
+    width, height = (short if side == low else int(short * side / low) for side in image.size)
+    resized = V.pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))
+    pixels = V.to_dtype(resized, torch.float32, scale=True)
     return V.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
 
 
@@ -240,8 +240,9 @@ class GroundingDino:
 
     def __init__(self, model: nn.Module, name: str = "groundingdino-swint", short: int = 800, long: int = 1333,
                  tokenizer: "PreTrainedTokenizerFast | None" = None):
-        self.model, self.name, self.short, self.long = model.eval(), name, short, long
-        self.tokenizer = tokenizer or model.tokenizer
+        self.model: Any = model.eval()
+        self.name, self.short, self.long = name, short, long
+        self.tokenizer: PreTrainedTokenizerFast = tokenizer or self.model.tokenizer
 
     def prepare(self, image: Image.Image) -> Tensor:
         """The picture as the network's input, (1, 3, height, width)."""
@@ -257,7 +258,6 @@ class GroundingDino:
 
 class TransformersDino(GroundingDino):
     """A GroundingDinoForObjectDetection of transformers, with its tokenizer: boxes for a prompt."""
-
     @torch.no_grad()
     def detect(self, pixels: Tensor, text: str) -> tuple[Tensor, Tensor]:
         """Probabilities (queries, tokens) and boxes (queries, 4): centre and size as shares of the picture."""
@@ -269,11 +269,10 @@ class TransformersDino(GroundingDino):
 # %% ../../nbs/05_grounding.ipynb #cb4e5208
 class SegmentAnything:
     """A Sam network of segment-anything: masks for boxes."""
-
     def __init__(self, model: "Sam", name: str = "sam-vit-h"):
         self.model, self.name = model.eval(), name
 
-    def encode(self, image: Image.Image) -> object:
+    def encode(self, image: Image.Image) -> Any:
         """Read a picture, once for all of its boxes."""
         from segment_anything import SamPredictor
 
@@ -281,7 +280,7 @@ class SegmentAnything:
         predictor.set_image(np.asarray(image))
         return predictor
 
-    def masks(self, encoded: object, boxes: Tensor) -> Tensor:
+    def masks(self, encoded: Any, boxes: Tensor) -> Tensor:
         """One mask for each box: bool (boxes, height, width) from (boxes, 4) corners in pixels."""
         boxes = encoded.transform.apply_boxes_torch(boxes, encoded.original_size).to(self.model.device)
         return encoded.predict_torch(None, None, boxes=boxes, multimask_output=False)[0][:, 0].cpu()
@@ -289,17 +288,17 @@ class SegmentAnything:
 
 class SegmentAnything2:
     """A Sam2Model of transformers, with its Sam2Processor: masks for boxes."""
+    def __init__(self, model: nn.Module, processor: Any, name: str = "sam2.1-hiera-large"):
+        self.model: Any = model.eval()
+        self.processor, self.name = processor, name
 
-    def __init__(self, model: nn.Module, processor: object, name: str = "sam2.1-hiera-large"):
-        self.model, self.processor, self.name = model.eval(), processor, name
-
-    def encode(self, image: Image.Image) -> object:
+    def encode(self, image: Image.Image) -> Any:
         """Read a picture, once for all of its boxes."""
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.model.device)
         return self.model.get_image_embeddings(pixels), [[image.height, image.width]]
 
     @torch.no_grad()
-    def masks(self, encoded: object, boxes: Tensor) -> Tensor:
+    def masks(self, encoded: Any, boxes: Tensor) -> Tensor:
         """One mask for each box: bool (boxes, height, width) from (boxes, 4) corners in pixels."""
         embeddings, sizes = encoded
         boxes = self.processor(input_boxes=[boxes.tolist()], original_sizes=sizes, return_tensors="pt")["input_boxes"]
@@ -315,11 +314,11 @@ def _frame(image: Image.Image) -> Image.Image:
     """The picture, or, if it is longer than 16 : 1, the picture in the upper left of a black one that is not."""
     if not isinstance(image, Image.Image) or image.mode != "RGB":
         raise ValueError(f"expected an RGB picture, got {getattr(image, 'mode', type(image).__name__)}; "
-                         "cft.data.open_image makes one of any file")
-    size = tuple(max(side, math.ceil(max(image.size) / SLENDEREST)) for side in image.size)
-    if size == image.size:
+                         "cft.data.folders.open_image makes one of any file")
+    width, height = (max(side, math.ceil(max(image.size) / SLENDEREST)) for side in image.size)
+    if (width, height) == image.size:
         return image
-    frame = Image.new("RGB", size)
+    frame = Image.new("RGB", (width, height))
     frame.paste(image)
     return frame
 
@@ -332,7 +331,6 @@ class GroundedSAM:
 
     `counts` adds up pictures, detector_passes, sam_encodings and sam_decodings over all calls.
     """
-
     def __init__(self, detector: GroundingDino, segmenter: SegmentAnything | SegmentAnything2,
                  config: GroundingConfig = PAPER_GROUNDING, weights: Mapping[str, str] | None = None):
         self.detector, self.segmenter, self.config, self.weights = detector, segmenter, config, dict(weights or {})
@@ -345,7 +343,8 @@ class GroundedSAM:
 
     def prompts(self, phrases: Sequence[str]) -> list[Prompt]:
         """The prompts that these phrases take, with one detector pass each."""
-        return pack_prompts(clean_phrases(phrases), self.detector.tokenizer, self.detector.limit, self.config.per_prompt)
+        detector, per_prompt = self.detector, self.config.per_prompt
+        return pack_prompts(clean_phrases(phrases), detector.tokenizer, detector.limit, per_prompt)
 
     def find(self, pixels: Tensor, prompt: Prompt, frame: tuple[int, int], size: tuple[int, int]) -> dict[str, Found]:
         """One detector pass: the boxes of each phrase of a prompt. See `to_pixels` for frame and size."""
@@ -369,27 +368,31 @@ class GroundedSAM:
             at_once = max(1, min(BOXES_AT_ONCE, PIXELS_AT_ONCE // (frame.width * frame.height)))
             for first in range(0, len(owners), at_once):
                 self.counts["sam_decodings"] += 1
-                for k, mask in enumerate(self.segmenter.masks(encoded, every[first : first + at_once]), first):
+                for k, mask in enumerate(self.segmenter.masks(encoded, every[first:first + at_once]), first):
                     masks[owners[k]] |= mask[:height, :width]
         return masks
 
     def __call__(self, image: Image.Image, phrases: Sequence[str]) -> list[Grounding]:
         """One result for each phrase, in order. Raises ValueError for bad phrases and a picture that is not RGB."""
-        frame, prompts, found = _frame(image), self.prompts(phrases), {}
+        frame, prompts, found = _frame(image), self.prompts(phrases), dict[str, Found]()
         self.counts["pictures"] += 1
-        pixels = self.detector.prepare(frame) if prompts else None
-        for prompt in prompts:
-            found |= self.find(pixels, prompt, frame.size, image.size)
+        if prompts:
+            pixels = self.detector.prepare(frame)
+            for prompt in prompts:
+                found |= self.find(pixels, prompt, frame.size, image.size)
         masks = dict(zip(found, self.union(frame, [boxes for boxes, _, _ in found.values()], image.size), strict=True))
-        return [Grounding(phrase, *found[clean][:2], masks[clean], found[clean][2])
-                for phrase, clean in zip(phrases, clean_phrases(phrases), strict=True)]
+        results = []
+        for phrase, clean in zip(phrases, clean_phrases(phrases), strict=True):
+            boxes, scores, words = found[clean]
+            results.append(Grounding(phrase, boxes, scores, masks[clean], words))
+        return results
 
 # %% ../../nbs/05_grounding.ipynb #fc074d50
 SMALL_BERT = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
 
 
 def _turn_up(words: nn.Embedding, fusion: Sequence[Tensor], boxes: Sequence[nn.Linear], norm: nn.LayerNorm) -> None:
-    """Words that differ, fusion that fuses, boxes of many sizes, scores that spread: in a random GroundingDINO, in place."""
+    """Words that differ, fusion that fuses, boxes of many sizes, scores that spread: a random GroundingDINO, in place."""
     nn.init.normal_(words.weight)
     for scale in fusion:
         nn.init.constant_(scale, 0.5)
@@ -400,45 +403,42 @@ def _turn_up(words: nn.Embedding, fusion: Sequence[Tensor], boxes: Sequence[nn.L
 
 
 def _small_groundingdino() -> GroundingDino:
-    from transformers import BertConfig, BertModel
-
     with _quiet(), tempfile.TemporaryDirectory() as folder:
-        from groundingdino.models.GroundingDINO import backbone, groundingdino, transformer
-
+        transformers = _library("transformers", "transformers<5")
+        dino = _library("groundingdino.models.GroundingDINO", "groundingdino-py")
         tokenizer = small_tokenizer()
         tokenizer.save_pretrained(folder)
-        BertModel(BertConfig(vocab_size=len(tokenizer), **SMALL_BERT)).save_pretrained(folder)
-        swin = backbone.swin_transformer.SwinTransformer(
-            embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, drop_path_rate=0.0, out_indices=(1, 2, 3))
-        place = backbone.position_encoding.PositionEmbeddingSineHW(128, 20, 20, normalize=True)
-        joined = backbone.backbone.Joiner(swin, place)
+        text = transformers.BertConfig(vocab_size=len(tokenizer), **SMALL_BERT)
+        transformers.BertModel(text).save_pretrained(folder)
+        swin = dino.backbone.swin_transformer.SwinTransformer(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2],
+                                                              window_size=4, drop_path_rate=0.0, out_indices=(1, 2, 3))
+        place = dino.backbone.position_encoding.PositionEmbeddingSineHW(128, 20, 20, normalize=True)
+        joined = dino.backbone.backbone.Joiner(swin, place)
         joined.num_channels = swin.num_features[1:]
-        model = groundingdino.GroundingDINO(joined, transformer.Transformer(
-            nhead=4, num_queries=20, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=64, num_feature_levels=4,
-            return_intermediate_dec=True, learnable_tgt_init=True, two_stage_type="standard", embed_init_tgt=True,
-            use_text_enhancer=True, use_fusion_layer=True, use_text_cross_attention=True, text_dropout=0.0, fusion_dropout=0.0,
-        ), num_queries=20, iter_update=True, query_dim=4, num_feature_levels=4, nheads=4, two_stage_type="standard",
-            two_stage_bbox_embed_share=False, two_stage_class_embed_share=False, text_encoder_type=folder)
-    fusion, heads = model.transformer.encoder.fusion_layers[0], (model.bbox_embed[0], model.transformer.enc_out_bbox_embed)
-    _turn_up(model.bert.embeddings.word_embeddings, (fusion.gamma_v, fusion.gamma_l), [head.layers[-1] for head in heads],
-             model.transformer.decoder.norm)
+        shared = {"num_queries": 20, "num_feature_levels": 4, "two_stage_type": "standard"}
+        few = {"nhead": 4, "num_encoder_layers": 1, "num_decoder_layers": 1, "dim_feedforward": 64, "text_dropout": 0.0}
+        on = ("return_intermediate_dec", "learnable_tgt_init", "embed_init_tgt", "use_text_enhancer",
+              "use_fusion_layer", "use_text_cross_attention")
+        network = dino.transformer.Transformer(**shared, **few, fusion_dropout=0.0, **dict.fromkeys(on, True))
+        off = dict.fromkeys(("two_stage_bbox_embed_share", "two_stage_class_embed_share"), False)
+        model: Any = dino.groundingdino.GroundingDINO(joined, network, **shared, **off, iter_update=True, query_dim=4,
+                                                      nheads=4, text_encoder_type=folder)
+    fusion, heads = network.encoder.fusion_layers[0], (model.bbox_embed[0], network.enc_out_bbox_embed)
+    _turn_up(model.bert.embeddings.word_embeddings, (fusion.gamma_v, fusion.gamma_l),
+             [head.layers[-1] for head in heads], network.decoder.norm)
     return GroundingDino(model, "small-groundingdino", 64, 128)
 
 
 def _small_sam() -> SegmentAnything:
-    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-
-    eyes = ImageEncoderViT(img_size=64, embed_dim=32, depth=2, num_heads=2, out_chans=32, use_rel_pos=True, window_size=2,
-                           global_attn_indexes=(1,))
-    hands = MaskDecoder(transformer_dim=32, transformer=TwoWayTransformer(1, 32, 2, 64), iou_head_hidden_dim=32)
-    return SegmentAnything(Sam(eyes, PromptEncoder(32, (4, 4), (64, 64), 4), hands), "small-sam")
+    sam = _library("segment_anything.modeling", "segment-anything")
+    eyes = sam.ImageEncoderViT(img_size=64, embed_dim=32, depth=2, num_heads=2, out_chans=32, use_rel_pos=True,
+                               window_size=2, global_attn_indexes=(1,))
+    hands = sam.MaskDecoder(transformer_dim=32, transformer=sam.TwoWayTransformer(1, 32, 2, 64), iou_head_hidden_dim=32)
+    return SegmentAnything(sam.Sam(eyes, sam.PromptEncoder(32, (4, 4), (64, 64), 4), hands), "small-sam")
 
 
 def small_grounded_sam(config: GroundingConfig = PAPER_GROUNDING, seed: int = 0) -> GroundedSAM:
     """The default backend's real code on tiny random networks; boxes are meaningless. For tests and measurements."""
-    for module, package in (("transformers", "transformers<5"), ("groundingdino", "groundingdino-py"),
-                            ("segment_anything", "segment-anything")):
-        _need(module, package)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GroundedSAM(_small_groundingdino(), _small_sam(), config, {"random": f"seed {seed}"})
@@ -456,7 +456,7 @@ def per_concept_loop(grounder: GroundedSAM, image: Image.Image, phrases: Sequenc
             encoded = grounder.segmenter.encode(frame)
             for box in boxes:
                 grounder.counts["sam_decodings"] += 1
-                mask |= grounder.segmenter.masks(encoded, box[None])[0, : image.height, : image.width]
+                mask |= grounder.segmenter.masks(encoded, box[None])[0, :image.height, :image.width]
         results.append(Grounding(phrase, boxes, scores, mask, words))
     return results
 
@@ -472,32 +472,9 @@ class Weight:
     beside: tuple[str, ...] = ()
 
 
-_DINO = "https://github.com/IDEA-Research/GroundingDINO/releases/download"
-_SAM = "https://dl.fbaipublicfiles.com/segment_anything"
-_HUB = "https://huggingface.co"
-_TEXT = ("config.json", "tokenizer.json", "tokenizer_config.json")
-_BERT = Weight("bert-base-uncased/model.safetensors", f"{_HUB}/google-bert/bert-base-uncased", 440_449_768,
-               "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3", _TEXT)
 WEIGHTS: dict[str, tuple[Weight, ...]] = {
-    "groundingdino-swint": (Weight(
-        "groundingdino_swint_ogc.pth", f"{_DINO}/v0.1.0-alpha/groundingdino_swint_ogc.pth", 693_997_677,
-        "3b3ca2563c77c69f651d7bd133e97139c186df06231157a64c507099c52bc799"), _BERT),
-    "groundingdino-swinb": (Weight(
-        "groundingdino_swinb_cogcoor.pth", f"{_DINO}/v0.1.0-alpha2/groundingdino_swinb_cogcoor.pth", 938_057_991,
-        "46270f7a822e6906b655b729c90613e48929d0f2bb8b9b76fd10a856f3ac6ab7"), _BERT),
-    "grounding-dino-base": (Weight(
-        "grounding-dino-base/model.safetensors", f"{_HUB}/IDEA-Research/grounding-dino-base", 933_400_872,
-        "5548f844c928c4b6f411fa8cbcc2bfa8dbbba437cb1d513975519f93c2a9ed21", _TEXT),),
-    "sam-vit-h": (Weight("sam_vit_h_4b8939.pth", f"{_SAM}/sam_vit_h_4b8939.pth", 2_564_550_879,
-                         "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),),
-    "sam-vit-l": (Weight("sam_vit_l_0b3195.pth", f"{_SAM}/sam_vit_l_0b3195.pth", 1_249_524_607,
-                         "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),),
-    "sam-vit-b": (Weight("sam_vit_b_01ec64.pth", f"{_SAM}/sam_vit_b_01ec64.pth", 375_042_383,
-                         "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),),
-    "sam2.1-hiera-large": (Weight(
-        "sam2.1-hiera-large/model.safetensors", f"{_HUB}/facebook/sam2.1-hiera-large", 897_897_416,
-        "dc407dce21301fd94abb395c5099b4f2c455fdc8a8f261ac3d0ea6d4cd197230", ("config.json", "preprocessor_config.json")),),
-}
+    name: tuple(Weight(**file | {"beside": tuple(file.get("beside", ()))}) for file in files)
+    for name, files in yaml.safe_load((ASSETS / "grounding" / "weights.yaml").read_text(encoding="utf-8")).items()}
 
 # %% ../../nbs/05_grounding.ipynb #5a5b0f9b
 def check_weights(networks: Sequence[str], folder: str | Path | None = None) -> tuple[Path, dict[str, str]]:
@@ -509,18 +486,18 @@ def check_weights(networks: Sequence[str], folder: str | Path | None = None) -> 
     named = folder or os.environ.get("CFT_WEIGHTS")
     root, weights = Path(named or "CFT_WEIGHTS"), list(dict.fromkeys(w for name in networks for w in WEIGHTS[name]))
     files = {w: [root / w.file, *(root / Path(w.file).with_name(name) for name in w.beside)] for w in weights}
-    missing = {w: [file.relative_to(root).as_posix() for file in files[w] if not named or not file.is_file()] for w in weights}
+    absent = {w: [file for file in files[w] if not (named and file.is_file())] for w in weights}
+    missing = {w: [file.relative_to(root).as_posix() for file in absent[w]] for w in weights}
     lines = [f"  {', '.join(missing[w])} from {w.url} ({w.size / 1e6:.0f} MB)" for w in weights if missing[w]]
     if lines:
         where = f"the folder of weights {root}" if named else "a folder that you name in CFT_WEIGHTS or by folder="
-        raise FileNotFoundError("\n".join([f"weights are missing; nothing is downloaded for you. Put into {where}:", *lines]))
+        lines.insert(0, f"weights are missing; nothing is downloaded for you. Put into {where}:")
+        raise FileNotFoundError("\n".join(lines))
     for w in weights:
         if (size := (root / w.file).stat().st_size) != w.size:
-            raise ValueError(f"{w.file} must have {w.size} bytes, got {size}: an unfinished download? It comes from {w.url}")
-    hashes = {}
-    for file in (file for w in weights for file in files[w]):
-        with file.open("rb") as stream:
-            hashes[file.relative_to(root).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+            got = f"{size}: an unfinished download? It comes from {w.url}"
+            raise ValueError(f"{w.file} must have {w.size} bytes, got {got}")
+    hashes = {file.relative_to(root).as_posix(): sha256(file) for w in weights for file in files[w]}
     for w in weights:
         if hashes[w.file] != w.sha256:
             raise ValueError(f"{w.file} must have SHA-256 {w.sha256}, got {hashes[w.file]}; it comes from {w.url}")
@@ -529,10 +506,11 @@ def check_weights(networks: Sequence[str], folder: str | Path | None = None) -> 
 # %% ../../nbs/05_grounding.ipynb #6c1e671f
 def _complete(missing: Sequence[str], file: Path) -> None:
     if missing:
-        raise ValueError(f"{file.name} must have all parameters of the network, got none for {', '.join(list(missing)[:3])}, …")
+        first = ", ".join(list(missing)[:3])
+        raise ValueError(f"{file.name} must have all parameters of the network, got none for {first}, …")
 
 
-def _pretrained(kind: type, place: Path) -> nn.Module:
+def _pretrained(kind: Any, place: Path) -> nn.Module:
     model, report = kind.from_pretrained(place, local_files_only=True, use_safetensors=True, output_loading_info=True)
     _complete(report["missing_keys"], place)
     return model
@@ -544,15 +522,14 @@ def _load_detector(name: str, root: Path) -> GroundingDino:
 
         tokenizer = AutoTokenizer.from_pretrained(root / name, local_files_only=True)
         return TransformersDino(_pretrained(GroundingDinoForObjectDetection, root / name), name, tokenizer=tokenizer)
-    _need("groundingdino", "groundingdino-py")
     with _quiet():
-        import groundingdino
+        groundingdino = _library("groundingdino", "groundingdino-py")
         from groundingdino.models import build_model
         from groundingdino.util.slconfig import SLConfig
 
-        recipe = {"groundingdino-swint": "GroundingDINO_SwinT_OGC.py", "groundingdino-swinb": "GroundingDINO_SwinB_cfg.py"}[name]
-        recipe = SLConfig.fromfile(str(Path(groundingdino.__file__).parent / "config" / recipe))
-        recipe.text_encoder_type = str((root / _BERT.file).parent)
+        recipe = {"groundingdino-swint": "SwinT_OGC", "groundingdino-swinb": "SwinB_cfg"}[name]
+        recipe = SLConfig.fromfile(f"{Path(str(groundingdino.__file__)).parent}/config/GroundingDINO_{recipe}.py")
+        recipe.text_encoder_type = str((root / WEIGHTS[name][1].file).parent)
         recipe.use_checkpoint = recipe.use_transformer_ckpt = False  # these save memory in training only
         model = build_model(recipe)
     file = root / WEIGHTS[name][0].file
@@ -567,10 +544,8 @@ def _load_segmenter(name: str, root: Path) -> SegmentAnything | SegmentAnything2
         from transformers import Sam2Model, Sam2Processor
 
         return SegmentAnything2(_pretrained(Sam2Model, root / name), Sam2Processor.from_pretrained(root / name), name)
-    _need("segment_anything", "segment-anything")
-    from segment_anything import sam_model_registry
-
-    model = sam_model_registry[name.removeprefix("sam-").replace("-", "_")]()
+    networks = _library("segment_anything", "segment-anything").sam_model_registry
+    model = networks[name.removeprefix("sam-").replace("-", "_")]()
     model.load_state_dict(torch.load(root / WEIGHTS[name][0].file, map_location="cpu", weights_only=True))
     return SegmentAnything(model, name)
 
@@ -584,13 +559,15 @@ def load_grounder(name: str = "groundingdino-swint+sam-vit-h", folder: str | Pat
     """
     if "sam3" in name:
         raise NotImplementedError(
-            "SAM 3 finds concepts without a GroundingDINO and has no backend here yet. It needs Sam3Model of transformers 5, "
-            "with which groundingdino-py does not run, and the weights facebook/sam3, whose licence Meta asks you to accept")
+            "SAM 3 finds concepts without a GroundingDINO and has no backend here yet. It needs Sam3Model of transformers "
+            "5, with which groundingdino-py does not run, and the weights facebook/sam3, whose licence Meta asks you to "
+            "accept")
     detectors, segmenters = ([n for n in WEIGHTS if n.startswith("sam") == sam] for sam in (False, True))
     detector, _, segmenter = name.partition("+")
     if detector not in detectors or segmenter not in segmenters:
-        raise ValueError(f"expected one of {', '.join(detectors)}, a plus sign, and one of {', '.join(segmenters)}; got {name!r}")
-    _need("transformers", "transformers<5")
+        first, second = ", ".join(detectors), ", ".join(segmenters)
+        raise ValueError(f"expected one of {first}, a plus sign, and one of {second}; got {name!r}")
+    _library("transformers", "transformers<5")
     root, hashes = check_weights((detector, segmenter), folder)
     parts = _load_detector(detector, root), _load_segmenter(segmenter, root)
     for part in parts:

@@ -42,7 +42,7 @@ from pycocotools import mask as coco
 from tqdm.auto import tqdm
 
 import cft
-from .language import ConceptSet
+from .filters import ConceptSet
 from ..data.folders import EXTENSIONS, Folder, Sample, class_folders, open_image
 from .grounding import Grounder
 

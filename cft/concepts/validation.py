@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .language import ConceptSet, Feedback
+from .filters import ConceptSet, Feedback
 from ..data.folders import Folder
 from .grounding import Grounder
 from .masks import Array, MaskStore, build_masks, plan

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from ..data import backdrop
 from ..data.backdrop import CLASSES, SHIFTED
-from ..concepts.language import ConceptSet, demo_concepts
+from ..concepts.filters import ConceptSet, demo_concepts
 from ..data.folders import MaskedImages, Preprocess, scan, swap_background, without_object
 from ..evaluate.metrics import evaluate, predict, relevance_scores
 from ..evaluate.intervals import paired_difference, table_of_means

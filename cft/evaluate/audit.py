@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['LEANS', 'LITTLE', 'CLEARED', 'UNKNOWN', 'FRAME', 'PROPORTIONS', 'DIFFERENCES', 'SHARES', 'partners',
-           'paired_interval', 'Rule', 'frame_of', 'variants', 'examine', 'summarise', 'Case', 'Audit', 'audit_html',
-           'audit']
+           'paired_interval', 'Rule', 'frame_of', 'variants', 'examine', 'summarise', 'Case', 'html_template',
+           'plain_rows', 'Audit', 'audit_html', 'audit']
 
 # %% ../../nbs/22_audit.ipynb #da4b9237
 import base64
 import io
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 from scipy import stats
 from torch import Tensor, nn
@@ -28,17 +29,18 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data.folders import Folder, MaskedImages, Preprocess, scan, swap_background, without_object
-from .metrics import COLUMNS, wilson_interval
-from .intervals import CONFIDENCE, over_seeds
-from .faithfulness import blur, share_inside
-from ..train.loop import provenance
 from ..data.models import weights_digest
+from .faithfulness import blur, share_inside
+from .intervals import CONFIDENCE, over_seeds
+from .metrics import COLUMNS, wilson_interval
 from ..explain.maps import Method, relevance, thumbnail
 from ..explain.rules import UnsupportedModule
+from ..files import ASSETS, write_text
+from ..train.loop import provenance
 
 # %% ../../nbs/22_audit.ipynb #c1dfd96e
-def partners(labels: Sequence[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """For each picture the number of another one of its own class, and of one of another class; −1 where there is none.
+def partners(labels: Sequence[int] | np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """For each picture the number of another one of its own class, and of one of another class; −1 if there is none.
 
     labels: class of each picture (n,). Returns two integer arrays (n,). Each partner is drawn uniformly.
     """
@@ -46,7 +48,7 @@ def partners(labels: Sequence[int], seed: int = 0) -> tuple[np.ndarray, np.ndarr
     same, other = np.full(len(labels), -1), np.full(len(labels), -1)
     for label in np.unique(labels):
         inside, outside = np.flatnonzero(labels == label), np.flatnonzero(labels != label)
-        if len(inside) > 1:                                             # a step of 1 … n − 1 around the circle: never oneself
+        if len(inside) > 1:  # a step of 1 … n − 1 around the circle: never oneself
             steps = rng.integers(1, len(inside), len(inside))
             same[inside] = inside[(np.arange(len(inside)) + steps) % len(inside)]
         if len(outside):
@@ -64,7 +66,7 @@ def paired_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float
         raise ValueError(f"expected two equally long lists of answers, got {first.shape} and {second.shape}")
     n, only_first, only_second = len(first), int((first & ~second).sum()), int((second & ~first).sum())
     b, c = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
-    half = stats.norm.ppf((1 + CONFIDENCE) / 2) * np.sqrt((b + c - (b - c) ** 2) / (n + 2))
+    half = stats.norm.ppf((1 + CONFIDENCE) / 2) * np.sqrt((b + c - (b - c)**2) / (n + 2))
     return 100 * (only_first - only_second) / n, 100 * max(-1.0, b - c - half), 100 * min(1.0, b - c + half)
 
 # %% ../../nbs/22_audit.ipynb #7b52009b
@@ -73,12 +75,11 @@ LEANS, LITTLE, CLEARED, UNKNOWN = "leans on the background", "leans a little", "
 
 @dataclass(frozen=True)
 class Rule:
-    """When an audit says what."""
+    """When an audit says what. Raises ValueError unless the margin is in (0, 100]."""
 
     margin: float = 10.0  # gap in points that matters
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless the margin is in (0, 100]."""
         if not 0 < self.margin <= 100:
             raise ValueError(f"margin must lie in (0, 100] points, got {self.margin}")
 
@@ -94,7 +95,6 @@ FRAME = 8  # the frame is 1/FRAME of the picture on each side
 
 class _WithPartners(Dataset):
     """Item i: the pictures of a folder as `MaskedImages` gives them, and those of its two partners (or itself)."""
-
     def __init__(self, images: MaskedImages, same: np.ndarray, other: np.ndarray):
         self.images, self.partners = images, (same, other)
 
@@ -112,7 +112,7 @@ def frame_of(height: int, width: int) -> Tensor:
     return frame
 
 
-def variants(picture: Mapping[str, Tensor], same: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def variants(picture: dict[str, Tensor], same: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
     """The pictures (batch, 3, height, width) that are shown to the model besides the original, by name.
 
     Each argument is a batch of `MaskedImages`. With object masks: own, other (background of a picture of the own or
@@ -122,40 +122,43 @@ def variants(picture: Mapping[str, Tensor], same: Mapping[str, Tensor], other: M
     if "object" not in picture:
         return {"frame_blurred": torch.where(frame_of(*images.shape[2:]).to(images.device), blur(images), images)}
     objects = picture["object"]
-    scenes = {name: without_object(p["image"], p["object"]) for name, p in (("own", same), ("other", other), ("alone", picture))}
-    swapped = {name: swap_background(images, objects, scenes[name]) for name in ("own", "other")}
-    return swapped | {"blurred": swap_background(images, objects, blur(scenes["alone"])), "alone": scenes["alone"]}
+    own, foreign, alone = (without_object(p["image"], p["object"]) for p in (same, other, picture))
+    behind = {"own": own, "other": foreign, "blurred": blur(alone)}
+    return {name: swap_background(images, objects, scene) for name, scene in behind.items()} | {"alone": alone}
 
 # %% ../../nbs/22_audit.ipynb #b3f0c7f6
-def examine(model: nn.Module, images: MaskedImages, method: str | Method | None = "attnlrp", batch: int = 32, workers: int = 0,
-            device: str | torch.device | None = None, seed: int = 0, progress: bool = False) -> pd.DataFrame:
+def examine(model: nn.Module, images: MaskedImages, method: str | Method | None = "attnlrp", batch: int = 32,
+            workers: int = 0, device: str | torch.device | None = None, seed: int = 0,
+            progress: bool = False) -> pd.DataFrame:
     """One row per picture of a folder: what the model says, and says when the background changes.
 
     Columns: id, label, predicted, probability (of the predicted class), correct; with object masks off and background
-    (shares in percent), own, other, blurred, alone (1 if the answer is the label, 0 if not, NaN if there is no test) and
-    own_from, other_from (ids of the partners), other_predicted; without masks frame (share in percent), frame_blurred.
-    method: of the relevance, None to leave it out. The model is moved to `device` and left in evaluation mode.
+    (shares in percent), own, other, blurred, alone (1 if the answer is the label, 0 if not, NaN if there is no test)
+    and own_from, other_from (ids of the partners), other_predicted; without masks frame (share in percent) and
+    frame_blurred. method: of the relevance, None to leave it out. The model is moved to `device` and left in
+    evaluation mode.
     """
-    samples, root = images.folder.samples, images.folder.root
-    labels, ids = np.array([s.label for s in samples]), np.array([s.path.relative_to(root).as_posix() for s in samples])
+    samples, ids = images.folder.samples, np.array(images.folder.names)
+    labels = np.array([s.label for s in samples])
     device = torch.device(device or next(model.parameters()).device)
     model.to(device).eval()
-    pairs = partners(labels, seed) if samples[0].object else (np.full(len(ids), -1),) * 2
+    pairs = partners(labels, seed) if samples[0].object else (np.full(len(ids), -1), np.full(len(ids), -1))
     table: dict[str, np.ndarray] = {"id": ids, "label": labels}
     loader = DataLoader(_WithPartners(images, *pairs), batch, num_workers=workers)
-    for picture, same, other in tqdm(loader, desc="auditing", disable=not progress):
-        rows = picture["index"].numpy()
-        for name, values in _examined(model, *({k: v.to(device) for k, v in p.items()} for p in (picture, same, other)), method).items():
+    for batches in tqdm(loader, desc="auditing", disable=not progress):
+        rows = batches[0]["index"].numpy()
+        picture, same, other = ({k: v.to(device) for k, v in p.items()} for p in batches)
+        for name, values in _examined(model, picture, same, other, method).items():
             table.setdefault(name, np.full(len(ids), np.nan))[rows] = values.cpu().numpy()
     for name, who in zip(("own", "other"), pairs):
         if name in table:
             table[name][who < 0] = np.nan
             table[f"{name}_from"] = np.where(who < 0, "", ids[who])
-    found = pd.DataFrame(table)
-    return found.astype({"predicted": int, "correct": bool})
+    return pd.DataFrame(table).astype({"predicted": int, "correct": bool})
 
 
-def _examined(model: nn.Module, picture: dict, same: dict, other: dict, method: str | Method | None) -> dict[str, Tensor]:
+def _examined(model: nn.Module, picture: dict[str, Tensor], same: dict[str, Tensor], other: dict[str, Tensor],
+              method: str | Method | None) -> dict[str, Tensor]:
     """Columns of a batch."""
     images, label = picture["image"], picture["label"]
     with torch.inference_mode():
@@ -169,55 +172,53 @@ def _examined(model: nn.Module, picture: dict, same: dict, other: dict, method: 
     masked = "object" in picture
     region = picture["object"] if masked else frame_of(*images.shape[2:]).to(images.device).expand(len(images), -1, -1)
     if method is not None:
-        inside = 100 * share_inside(relevance(model, images, predicted.clone(), method, differentiable=False).patches, region).double()
+        maps = relevance(model, images, predicted.clone(), method, differentiable=False).patches
+        inside = 100 * share_inside(maps, region).double()
         columns["off" if masked else "frame"] = 100 - inside if masked else inside
     if masked:
         columns["background"] = 100 - 100 * region.double().mean((1, 2))
-        usable = [(p["object"].any(2).any(1), ~p["object"].flatten(1).all(1)) for p in (picture, same, other)]
-        testable = usable[0][0] & usable[0][1]
-        for name, extra in (("off", None), ("background", None), ("blurred", None), ("alone", None), ("own", usable[1][1]), ("other", usable[2][1])):
-            if name in columns:
-                allowed = testable if extra is None else testable & extra
-                columns[name] = columns[name].masked_fill(~allowed, torch.nan)
+        full, full_same, full_other = (p["object"].flatten(1).all(1) for p in (picture, same, other))
+        untested = full | ~region.flatten(1).any(1)
+        excluded = dict.fromkeys(("off", "background", "blurred", "alone"), untested)
+        excluded |= {"own": untested | full_same, "other": untested | full_other}
+        columns |= {name: columns[name].masked_fill(excluded[name], torch.nan) for name in excluded if name in columns}
     return columns
 
 # %% ../../nbs/22_audit.ipynb #12c6fc06
-PROPORTIONS = {"accuracy": "correct", "own_background": "own", "other_background": "other", "blurred_background": "blurred",
-               "background_alone": "alone", "frame_blurred": "frame_blurred"}
-DIFFERENCES = {"gap": ("own", "other"), "swap_drop": ("correct", "other"), "blur_drop": ("correct", "blurred"),
-               "frame_drop": ("correct", "frame_blurred")}
+PROPORTIONS = dict(accuracy="correct", own_background="own", other_background="other", blurred_background="blurred",
+                   background_alone="alone", frame_blurred="frame_blurred")
+DIFFERENCES = dict(gap=("own", "other"), swap_drop=("correct", "other"), blur_drop=("correct", "blurred"),
+                   frame_drop=("correct", "frame_blurred"))
 SHARES = {"off_object": "off", "background": "background", "in_frame": "frame"}
 
 
 def summarise(pictures: pd.DataFrame, classes: Sequence[str], name: str = "") -> pd.DataFrame:
-    """The table of `examine` as tidy rows with the columns `COLUMNS`, in percent or points, over all and per class.
+    """The table of `examine` as tidy rows with the columns `COLUMNS`, in percent or points, over all and by class.
 
     metrics: accuracy, own_background, other_background, blurred_background, background_alone, gap = own − other,
     swap_drop = accuracy − other, blur_drop = accuracy − blurred, off_object, background; without masks frame_blurred,
     frame_drop and in_frame. n: pictures with a value; a metric without any is left out.
     """
-    parts = [("all", pictures), *((f"class {classes[label]}", part) for label, part in pictures.groupby("label"))]
-    rows = []
-    for split, part in parts:
+    labels, rows = pictures["label"], []
+    parts = {"all": pictures} | {f"class {classes[k]}": pictures[labels == k] for k in np.unique(labels)}
+    for split, part in parts.items():
         for metric, column in PROPORTIONS.items():
-            values = _known(part, column)
-            if len(values):
-                rows.append((split, metric, 100 * values.mean(), *wilson_interval(int(values.sum()), len(values)), len(values)))
-        for metric, (first, second) in DIFFERENCES.items():
-            both = part[[first, second]].dropna() if {first, second} <= set(part) else part[:0]
-            if len(both):
-                rows.append((split, metric, *paired_interval(both.iloc[:, 0], both.iloc[:, 1]), len(both)))
+            if n := len(values := _known(part, column)):
+                rows.append((split, metric, 100 * values.mean(), *wilson_interval(int(values.sum()), n), n))
+        for metric, pair in DIFFERENCES.items():
+            if n := len(both := _known(part, *pair)):
+                rows.append((split, metric, *paired_interval(both[:, 0], both[:, 1]), n))
         for metric, column in SHARES.items():
-            values = _known(part, column)
-            if len(values):
-                table = pd.DataFrame({"share": metric, "seed": range(len(values)), "value": values})
+            if n := len(values := _known(part, column)):
+                table = pd.DataFrame({"share": metric, "seed": range(n), "value": values[:, 0]})
                 mean = over_seeds(table, ["share"]).iloc[0]
-                rows.append((split, metric, mean["value"], max(mean["low"], 0.0), min(mean["high"], 100.0), len(values)))
+                rows.append((split, metric, mean["value"], max(mean["low"], 0.0), min(mean["high"], 100.0), n))
     return pd.DataFrame(rows, columns=list(COLUMNS[1:])).assign(set=name)[list(COLUMNS)]
 
 
-def _known(part: pd.DataFrame, column: str) -> np.ndarray:
-    return part[column].dropna().to_numpy(float) if column in part else np.empty(0)
+def _known(part: pd.DataFrame, *columns: str) -> np.ndarray:
+    """The pictures that have a value in every one of these columns, (n, columns)."""
+    return part[list(columns)].dropna().to_numpy(float) if {*columns} <= {*part} else np.empty((0, len(columns)))
 
 # %% ../../nbs/22_audit.ipynb #f6e1126c
 class Case(NamedTuple):
@@ -231,23 +232,28 @@ class Case(NamedTuple):
     relevance: Tensor | None  # signed, (rows, columns) in patches, for the predicted class
 
     def _repr_html_(self) -> str:
-        shown = [(_png((255 * picture).byte().permute(1, 2, 0).numpy(), f"{self.label}, {name}"), f"{name}: {self.answers[name][0]} {self.answers[name][1]:.0%}")
-                 for name, picture in self.pictures.items()]
-        if self.relevance is not None:
-            shown.append((_image(thumbnail(self.relevance[None]), "relevance, red for and blue against"), "relevance: red for, blue against"))
-        cells = "".join(f"<td style='text-align:left;vertical-align:top'>{image}<br>{escape(text)}</td>" for image, text in shown)
-        return f"<p><b>{escape(self.label)}</b>, {escape(self.id)}</p><table><tr>{cells}</tr></table>"
+        shown = {name: _png(picture) for name, picture in self.pictures.items()}
+        heat = None if self.relevance is None else thumbnail(self.relevance[None])
+        return html_template("case.html.j2").render(case=self, shown=shown, heat=heat, encode=base64.b64encode)
 
 
-def _png(pixels: np.ndarray, alt: str) -> str:
-    """An image uint8 (height, width, 3) as an element of a page."""
+@cache
+def html_template(name: str) -> Template:
+    """A template of the report's assets. What is put into it is escaped, and a value that it misses is an error."""
+    return Environment(loader=FileSystemLoader(ASSETS / "report"), autoescape=True, undefined=StrictUndefined,
+                       trim_blocks=True, lstrip_blocks=True).get_template(name)
+
+
+def _png(picture: Tensor) -> bytes:
+    """A picture (3, height, width) in [0, 1] as a file."""
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return _image(stream.getvalue(), alt)
+    Image.fromarray((255 * picture).byte().permute(1, 2, 0).numpy()).save(stream, "PNG")
+    return stream.getvalue()
 
 
-def _image(png: bytes, alt: str) -> str:
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}" style="width:7em;height:auto"/>'
+def plain_rows(table: pd.DataFrame) -> list[dict]:
+    """A table as rows for JSON, with six decimals; what is missing or no number is None."""
+    return json.loads(table.to_json(orient="records", double_precision=6))
 
 
 @dataclass(repr=False)
@@ -264,20 +270,21 @@ class Audit:
     method: str | Method | None = "attnlrp"
     seed: int = 0
 
-    def _verdicts(self) -> dict[str, str]:
-        gaps = self.numbers[self.numbers["metric"] == "gap"].set_index("split")
-        splits = dict.fromkeys(self.numbers["split"])
-        return {s: self.rule.verdict(*gaps.loc[s, ["value", "low", "high"]]) if s in gaps.index else UNKNOWN for s in splits}
+    def verdicts(self) -> dict[str, str]:
+        """The verdict on each split, "all" and "class …"."""
+        gaps = self.numbers[self.numbers["metric"] == "gap"]
+        words = dict(zip(gaps["split"], map(self.rule.verdict, gaps["value"], gaps["low"], gaps["high"])))
+        return {split: words.get(split, UNKNOWN) for split in self.numbers["split"]}
 
     @property
     def verdict(self) -> str:
         """The verdict on the model as a whole."""
-        return self._verdicts()["all"]
+        return self.verdicts()["all"]
 
     def table(self) -> pd.DataFrame:
         """One line per class, the worst first, after one for all: n, verdict, and every metric with its interval."""
         wide = self.numbers.pivot(index="split", columns="metric", values=["value", "low", "high"])
-        found = pd.DataFrame({"verdict": pd.Series(self._verdicts())})
+        found = pd.DataFrame({"verdict": pd.Series(self.verdicts())})
         found.insert(0, "n", self.numbers[self.numbers["metric"] == "accuracy"].set_index("split")["n"])
         for metric in dict.fromkeys(self.numbers["metric"]):
             for kind in ("value", "low", "high"):
@@ -299,120 +306,105 @@ class Audit:
             raise ValueError(f"class must be one of {', '.join(classes[:5])}, …; got {name!r}")
         p = self.pictures if name is None else self.pictures[self.pictures["label"] == classes.index(name)]
         cases = p[p["correct"] & (p["own"] == 1) & (p["other"] == 0)] if "other" in p else p[~p["correct"]]
-        order = [column for column in ("off", "probability") if column in cases] if "other" in p else ["probability"]
+        order = [column for column in ("off", "probability") if column in cases]
         cases = cases.sort_values([*order, "id"], ascending=[False] * len(order) + [True]).head(n)
-        named = {column: [classes[int(c)] for c in cases[column]] for column in ("label", "predicted", "other_predicted") if column in cases}
-        return cases.assign(**named).reset_index(drop=True)
+        named = [column for column in ("label", "predicted", "other_predicted") if column in cases]
+        return cases.assign(**{c: [classes[int(k)] for k in cases[c]] for c in named}).reset_index(drop=True)
 
     def look(self, picture: str) -> Case:
-        """One picture with its variants, the answers to them, its object mask and its map. Raises ValueError for an unknown id."""
-        found = np.flatnonzero(self.pictures["id"] == picture)
-        if not len(found):
-            raise ValueError(f"no picture {picture!r} in the audit; expected an id like {self.pictures['id'].iloc[0]}")
-        row, folder, device = self.pictures.iloc[found[0]], self.images.folder, next(self.model.parameters()).device
+        """One picture with its variants, the answers to them, its object mask and its map.
+
+        Raises ValueError for an unknown id.
+        """
         number = {name: i for i, name in enumerate(self.pictures["id"])}
+        if picture not in number:
+            raise ValueError(f"no picture {picture!r} in the audit; expected an id like {self.pictures['id'].iloc[0]}")
+        row, classes = self.pictures.iloc[number[picture]], self.images.folder.classes
+        device = next(self.model.parameters()).device
         chosen = [picture, *(row.get(f"{name}_from") or picture for name in ("own", "other"))]
         batches = [{k: torch.as_tensor(v)[None].to(device) for k, v in self.images[number[c]].items()} for c in chosen]
-        shown = {"original": batches[0]["image"], **variants(*batches)}
+        seen, shown = batches[0], {"original": batches[0]["image"], **variants(*batches)}
         shown = {name: x for name, x in shown.items() if name not in ("own", "other") or row[f"{name}_from"]}
         with torch.inference_mode():
             sure = {name: self.model(x).float().softmax(-1)[0].max(-1) for name, x in shown.items()}
-        target = torch.tensor([int(row["predicted"])], device=device)
-        maps = relevance(self.model, batches[0]["image"], target, self.method, differentiable=False).patches[0].cpu() if self.method else None
+        target, maps = torch.tensor([int(row["predicted"])], device=device), None
+        if self.method:
+            maps = relevance(self.model, seen["image"], target, self.method, differentiable=False).patches[0].cpu()
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.images.preprocess.mean, self.images.preprocess.std))
-        return Case(picture, folder.classes[row["label"]], {name: (x[0].cpu() * std + mean).clamp(0, 1) for name, x in shown.items()},
-                    {name: (folder.classes[int(best.indices)], float(best.values)) for name, best in sure.items()},
-                    batches[0]["object"][0].cpu() if "object" in batches[0] else None, maps)
+        pictures = {name: (x[0].cpu() * std + mean).clamp(0, 1) for name, x in shown.items()}
+        answers = {name: (classes[int(best.indices)], float(best.values)) for name, best in sure.items()}
+        mask = seen["object"][0].cpu() if "object" in seen else None
+        return Case(picture, classes[int(row["label"])], pictures, answers, mask, maps)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Verdicts, numbers, worst pictures and record as JSON; also written to `path`, under a temporary name first."""
-        plain = lambda table: json.loads(table.to_json(orient="records", double_precision=6))
-        content = {"verdict": self.verdict, "rule": asdict(self.rule), "unmeasured": list(self.unmeasured), "classes": plain(self.table()),
-                   "numbers": plain(self.numbers), "worst": plain(self.worst(20)), "record": self.record}
+        """Verdicts, numbers, worst pictures and record as JSON; also written to `path`."""
+        content = {"verdict": self.verdict, "rule": asdict(self.rule), "unmeasured": list(self.unmeasured)}
+        tables = {"classes": self.table(), "numbers": self.numbers, "worst": self.worst(20)}
+        content |= {name: plain_rows(table) for name, table in tables.items()} | {"record": self.record}
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         if path is not None:
-            path = Path(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_name(path.name + ".tmp").write_text(text, encoding="utf-8")
-            os.replace(path.with_name(path.name + ".tmp"), path)
+            write_text(path, text)
         return text
 
     def __repr__(self) -> str:
-        words = pd.Series({k: v for k, v in self._verdicts().items() if k != "all"}).value_counts()
-        return f"Audit of {len(self.pictures)} pictures: {self.verdict}. Classes: {', '.join(f'{n} {word}' for word, n in words.items())}"
+        words = Counter(verdict for split, verdict in self.verdicts().items() if split != "all").most_common()
+        classes = ", ".join(f"{n} {word}" for word, n in words)
+        return f"Audit of {len(self.pictures)} pictures: {self.verdict}. Classes: {classes}"
 
     def _repr_html_(self) -> str:
         return audit_html(self)
 
 # %% ../../nbs/22_audit.ipynb #bc33ea4e
-_SHOWN = {"accuracy": "right as it is", "own_background": "background of own class", "other_background": "background of another class",
-          "gap": "gap", "blurred_background": "background blurred", "background_alone": "background alone", "off_object": "relevance off object",
-          "background": "background in picture", "frame_blurred": "frame blurred", "in_frame": "relevance in frame"}
-
-
 def audit_html(found: Audit, classes: int = 20) -> str:
     """The audit as an HTML fragment: verdict, a table of the worst classes, and what could not be measured."""
     table = found.table()
-    shown = {metric: title for metric, title in _SHOWN.items() if metric in table}
-    cell = lambda row, metric: ("–" if pd.isna(row[metric]) else f"{row[metric]:.0f}") + (
-        f" [{row['gap_low']:.0f}, {row['gap_high']:.0f}]" if metric == "gap" and not pd.isna(row["gap"]) else "")
-    head = "".join(f"<th>{escape(title)}</th>" for title in ("class", "verdict", "pictures", *shown.values()))
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(text))}</td>" for text in (
-        row["class"], row["verdict"], row["n"], *(cell(row, metric) for metric in shown))) + "</tr>" for _, row in table.head(classes + 1).iterrows())
-    more = f"<p>… and {len(table) - 1 - classes} more classes</p>" if len(table) - 1 > classes else ""
-    missing = "".join(f"<li>{escape(text)}</li>" for text in found.unmeasured)
-    missing = f"<p>Not measured:</p><ul>{missing}</ul>" if missing else ""
-    return (f"<p><b>{escape(found.verdict)}</b> ({len(found.pictures)} pictures, percent and points, 95 % interval, "
-            f"margin {found.rule.margin:g})</p><table><tr>{head}</tr>{body}</table>{more}{missing}")
+    rows, left = table.head(classes + 1).to_dict("records"), len(table) - 1 - classes
+    return html_template("audit.html.j2").render(found=found, rows=rows, left=left)
 
 # %% ../../nbs/22_audit.ipynb #7719a1c7
-def audit(model: nn.Module, folder: Folder | str | Path, objects: str | Path | None = None, classes: Sequence[str] | None = None, *,
-          rule: Rule = Rule(), method: str | Method = "attnlrp", batch: int = 32, workers: int = 0, device: str | None = None,
-          seed: int = 0, progress: bool = True) -> Audit:
+def audit(model: nn.Module, folder: Folder | str | Path, objects: str | Path | None = None,
+          classes: Sequence[str] | None = None, *, rule: Rule = Rule(), method: str | Method = "attnlrp",
+          batch: int = 32, workers: int = 0, device: str | torch.device | None = None, seed: int = 0,
+          progress: bool = True) -> Audit:
     """Whether a classifier leans on the background, as a whole and class by class.
 
-    folder: an image folder, or its path, then with the folder of object masks in `objects` and the names of the model's
-    outputs in `classes` (default: the class folders, sorted). method: of the relevance. seed: of the partners.
+    folder: an image folder, or its path, then with the folder of object masks in `objects` and the names of the
+    model's outputs in `classes` (default: the class folders, sorted). method: of the relevance. seed: of the partners.
     Raises ValueError for a folder that does not read, or class names that are not as many as the model's outputs.
     """
     if not isinstance(folder, Folder):
         folder = scan(folder, objects=objects, classes=classes, progress=progress)
     outputs = getattr(model, "num_classes", len(folder.classes))
     if outputs != len(folder.classes):
-        raise ValueError(f"the model has {outputs} classes, the folder names {len(folder.classes)}; expected the name of every output in `classes`")
-    images = MaskedImages(folder, Preprocess.of(model))
-    explained, why = _explainable(model, images, method, device)
+        raise ValueError(f"the model has {outputs} classes, the folder names {len(folder.classes)}; "
+                         "expected the name of every output in `classes`")
+    images, device = MaskedImages(folder, Preprocess.of(model)), device or next(model.parameters()).device
+    explained, why = method, []
+    try:
+        relevance(model.to(device).eval(), images[0]["image"][None].to(device), method=method, differentiable=False)
+    except UnsupportedModule as error:
+        explained, why = None, [f"relevance: {error}"]
     pictures = examine(model, images, explained, batch, workers, device, seed, progress)
-    record = {"model": getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__), "sha256": weights_digest(model),
-              "pictures": len(folder), "data": folder.digest(), "preprocess": asdict(images.preprocess), "method": str(method),
-              "seed": seed, "set_aside": list(folder.set_aside), "versions": provenance()}
+    name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+    record = {"model": name, "sha256": weights_digest(model), "pictures": len(folder), "data": folder.digest()}
+    record |= {"preprocess": asdict(images.preprocess), "method": str(method), "seed": seed}
+    record |= {"set_aside": list(folder.set_aside), "versions": provenance()}
     numbers = summarise(pictures, folder.classes, Path(folder.root).name)
     return Audit(pictures, numbers, rule, tuple(why + _unmeasured(pictures)), record, model, images, explained, seed)
-
-
-def _explainable(model: nn.Module, images: MaskedImages, method: str | Method, device: str | None) -> tuple[str | Method | None, list[str]]:
-    """The method, or None with a reason if the model has a part without a rule."""
-    model.eval()
-    if device is not None:
-        model.to(device)
-    try:
-        relevance(model, images[0]["image"][None].to(next(model.parameters()).device), method=method, differentiable=False)
-    except UnsupportedModule as error:
-        return None, [f"relevance: {error}"]
-    return method, []
 
 
 def _unmeasured(pictures: pd.DataFrame) -> list[str]:
     """What could not be measured, in sentences."""
     if "other" not in pictures:
-        return ["relevance off the object, answers with another or a blurred background, answers to the background alone: all of them "
-                "need object masks. The frame is no substitute: objects reach into it, and background lies inside. No verdict without masks"]
-    out = int(pictures["background"].isna().sum())
-    alone = int((pictures["own_from"] == "").sum())
-    lost = int((pictures["other_from"] == "").sum())
+        return [
+            "relevance off the object, answers with another or a blurred background, answers to the background alone: "
+            "all of them need object masks. The frame is no substitute: objects reach into it, and background lies "
+            "inside. No verdict without masks"]
+    alone, lost = pictures["own_from"] == "", pictures["other_from"] == ""
     seen = pictures["background"].notna()
-    bare = int((seen & ((pictures["own"].isna() & (pictures["own_from"] != "")) | (pictures["other"].isna() & (pictures["other_from"] != "")))).sum())
-    found = [f"{out} pictures whose object is out of view or fills the picture"] if out else []
-    found += [f"{bare} pictures whose partner shows no background"] if bare else []
-    found += [f"{alone} pictures without another one of their class, so without the control"] if alone else []
-    return found + ([f"{lost} pictures without one of another class to exchange with"] if lost else [])
+    bare = seen & (pictures["own"].isna() & ~alone | pictures["other"].isna() & ~lost)
+    counts = [(~seen, "pictures whose object is out of view or fills the picture"),
+              (bare, "pictures whose partner shows no background"),
+              (alone, "pictures without another one of their class, so without the control"),
+              (lost, "pictures without one of another class to exchange with")]
+    return [f"{which.sum()} {words}" for which, words in counts if which.any()]

@@ -13,18 +13,20 @@ from collections.abc import Callable, Mapping
 
 import pandas as pd
 import torch
-from timm.layers import Attention, LayerScale, Mlp
+from timm.layers.attention import Attention
+from timm.layers.layer_scale import LayerScale
+from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..explain.anatomy import check_model, check_target, split
-from ..train.losses import alignment_loss, patch_mask
-from ..train.objectives import RECIPES, Align, Batch
 from ..explain.maps import Method, Relevance, relevance
 from ..explain.rules import GATES, LAYER_NORMS, UnsupportedModule, is_plain
+from ..train.losses import alignment_loss, patch_mask
+from ..train.objectives import CFT, Align, Batch
 
 # %% ../../nbs/19_exactness.ipynb #fe5dbbce
-DEFAULT: Align = RECIPES["cft"].objective
+DEFAULT = CFT
 
 
 def map_loss(result: Relevance, masks: Tensor, align: Align = DEFAULT) -> Tensor:
@@ -39,26 +41,24 @@ def exact_map(model: nn.Module, images: Tensor, target: Tensor | None = None) ->
 
 
 def detached_map(model: nn.Module, images: Tensor, target: Tensor | None = None) -> Relevance:
-    """AttnLRP in which all that the rules read off the forward pass is constant; the values are those of `exact_map`."""
+    """AttnLRP in which what the rules read off the forward pass is constant; the values are those of `exact_map`."""
     return relevance(model, images, target, Method(frozen=True), differentiable=True)
 
 # %% ../../nbs/19_exactness.ipynb #7b52009b
 class _Scaled(torch.autograd.Function):
     """The identity, with a backward pass that multiplies by a factor."""
-
     @staticmethod
     def forward(ctx, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
-        return g * ctx.factor, None
+    def backward(ctx, *g: Tensor) -> tuple[Tensor, None]:
+        return g[0] * ctx.factor, None
 
 
 class _CutNorm(nn.Module):
     """A LayerNorm whose σ is cut out of the graph."""
-
     def __init__(self, norm: nn.LayerNorm):
         super().__init__()
         self.norm = norm
@@ -72,7 +72,6 @@ class _CutNorm(nn.Module):
 
 class _CutGate(nn.Module):
     """An activation as a product with its gate, which is cut out of the graph."""
-
     def __init__(self, gate: Callable[[Tensor], Tensor]):
         super().__init__()
         self.gate = gate
@@ -83,7 +82,6 @@ class _CutGate(nn.Module):
 
 class _SharedAttention(nn.Module):
     """Attention whose products share the gradient among their factors: ¼ to q, ¼ to k, ½ to v."""
-
     def __init__(self, attention: Attention):
         super().__init__()
         self.attention = attention
@@ -116,7 +114,7 @@ def _exchange(owner: nn.Module, *names: str) -> None:
         setattr(owner, name, _exchanged(getattr(owner, name)))
 
 
-def twin_of(model: VisionTransformer) -> VisionTransformer:
+def twin_of(model: nn.Module) -> VisionTransformer:
     """A model of the same parameters whose modules have the modified backward pass of AttnLRP; `model` is not touched.
 
     Raises UnsupportedModule (a ValueError) for anything but plain pre-norm blocks with LayerNorm and a two-layer MLP.
@@ -139,12 +137,13 @@ def twin_of(model: VisionTransformer) -> VisionTransformer:
     return twin
 
 
-def naive_map(model: VisionTransformer, images: Tensor, target: Tensor | None = None) -> Relevance:
+def naive_map(model: nn.Module, images: Tensor, target: Tensor | None = None) -> Relevance:
     """AttnLRP by a modified backward pass, with `create_graph=True`; the values are those of `exact_map`.
 
     Raises UnsupportedModule as `twin_of`.
     """
-    parts, twin = split(model, images, Method().stage), twin_of(model)
+    twin = twin_of(model)
+    parts = split(twin, images, Method().stage)
     x = parts.x if parts.x.requires_grad else parts.x.requires_grad_()
     z = x
     for block in twin.blocks:
@@ -166,9 +165,10 @@ def true_rollout_map(model: nn.Module, images: Tensor, target: Tensor | None = N
 
 
 WAYS: dict[str, Callable[[nn.Module, Tensor, Tensor | None], Relevance]] = {
-    "exact": exact_map, "detached": detached_map, "naive": naive_map, "rollout": rollout_map, "true rollout": true_rollout_map,
-}
-OWN_TRUTH = {"exact": "exact", "detached": "exact", "naive": "exact", "rollout": "true rollout", "true rollout": "true rollout"}
+    "exact": exact_map, "detached": detached_map, "naive": naive_map, "rollout": rollout_map,
+    "true rollout": true_rollout_map}
+OWN_TRUTH = {
+    "exact": "exact", "detached": "exact", "naive": "exact", "rollout": "true rollout", "true rollout": "true rollout"}
 
 # %% ../../nbs/19_exactness.ipynb #91032ad7
 Gradient = dict[str, Tensor]
@@ -191,7 +191,8 @@ def gradient(model: nn.Module, batch: Batch, way: str = "exact", align: Align = 
     with torch.enable_grad():
         loss = map_loss(WAYS[way](model, batch.images, batch.labels), batch.masks, align)
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), found, strict=True)}
+    pairs = zip(parameters.items(), found, strict=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 
 
 def layer_group(name: str) -> str:
@@ -214,7 +215,8 @@ def compare(found: Gradient, true: Gradient) -> pd.DataFrame:
     length is ‖found‖ / ‖true‖; the cosine is NaN where one of them is zero. Raises ValueError for different parameters.
     """
     if found.keys() != true.keys():
-        raise ValueError(f"gradients must belong to the same parameters, got {sorted(found.keys() ^ true.keys())[:3]} in one only")
+        lonely = sorted(found.keys() ^ true.keys())[:3]
+        raise ValueError(f"gradients must belong to the same parameters, got {lonely} in one only")
     rows = []
     for group in [*dict.fromkeys(map(layer_group, true)), "all"]:
         a, b = _flat(found, group).double(), _flat(true, group).double()
@@ -243,7 +245,7 @@ def slope(model: nn.Module, batch: Batch, direction: Gradient, align: Align = DE
             for name, p in parameters.items():
                 p += move / length * direction[name].double()
             result = relevance(model, batch.images.double(), batch.labels, method, differentiable=False)
-            losses.append(map_loss(result, batch.masks, align).item())
+            losses.append(map_loss(result, batch.given("masks"), align).item())
     return (losses[0] - losses[1]) / (2 * step)
 
 # %% ../../nbs/19_exactness.ipynb #7719a1c7

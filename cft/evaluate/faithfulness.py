@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from .metrics import predict
 from .intervals import over_seeds
-from ..train.losses import patch_mask
+from .metrics import predict
 from ..explain.maps import ATTRIBUTIONS, Method, relevance
+from ..train.losses import patch_mask
 
 # %% ../../nbs/18_faithfulness.ipynb #c1dfd96e
 def zeros(images: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def mean(images: Tensor) -> Tensor:
 def blur(images: Tensor) -> Tensor:
     """Each picture after a Gaussian blur with σ = ⅛ of its shorter side, cut off at 2σ, edges reflected."""
     sigma = min(images.shape[2:]) / 8
-    return gaussian_blur(images, 2 * int(2 * sigma) + 1, sigma)
+    return gaussian_blur(images, [2 * int(2 * sigma) + 1] * 2, [sigma] * 2)
 
 
 BASELINES: dict[str, Callable[[Tensor], Tensor]] = {function.__name__: function for function in (zeros, mean, blur)}
@@ -86,7 +86,10 @@ class Curve:
 
 
 def blend(inside: Tensor, outside: Tensor, order: Tensor, count: int) -> Tensor:
-    """`inside` where a cell is among the first `count` of `order` (batch, rows, columns), else `outside`; both (batch, c, h, w)."""
+    """`inside` where a cell is among the first `count` of `order`, else `outside`.
+
+    inside, outside: (batch, channels, height, width); order: (batch, rows, columns).
+    """
     first = F.interpolate((order < count)[:, None].float(), inside.shape[-2:], mode="nearest")
     return torch.where(first > 0.5, inside, outside)
 
@@ -114,24 +117,25 @@ def _curve(model: nn.Module, inside: Tensor, outside: Tensor, maps: Tensor, targ
 def _checked(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | None, steps: int, score: Score) -> Tensor:
     """The class to watch, (batch,), after checking that all the arguments fit together."""
     _check_maps(maps)
-    if images.ndim != 4 or len(images) != len(maps) or any(side % n for side, n in zip(images.shape[2:], maps.shape[1:])):
-        raise ValueError("expected images (batch, channels, height, width) whose sides are multiples of those of the maps, "
-                         f"got {tuple(images.shape)} and maps {tuple(maps.shape)}")
+    sides = zip(images.shape[2:], maps.shape[1:])
+    if images.ndim != 4 or len(images) != len(maps) or any(side % cells for side, cells in sides):
+        raise ValueError("expected images (batch, channels, height, width) whose sides are multiples of those of the "
+                         f"maps, got {tuple(images.shape)} and maps {tuple(maps.shape)}")
     if not 1 <= steps <= maps[0].numel():
         raise ValueError(f"steps must lie between 1 and {maps[0].numel()}, the number of cells, got {steps}")
     if score not in ("probability", "logit"):
         raise ValueError(f"score must be 'probability' or 'logit', got {score!r}")
     if target is None:
-        return predict(model, [(images, torch.zeros(len(images), dtype=torch.long))], images.device)[0].argmax(1).to(images.device)
+        nothing = torch.zeros(len(images), dtype=torch.long)
+        return predict(model, [(images, nothing)], images.device)[0].argmax(1).to(images.device)
     if target.shape != (len(images),) or target.is_floating_point():
         raise ValueError(f"target must be integers of shape ({len(images)},), got {target.dtype} {tuple(target.shape)}")
     return target.to(images.device, torch.int64)
 
 # %% ../../nbs/18_faithfulness.ipynb #1574bddb
-def deletion(
-    model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | None = None, *, baseline: str | Tensor = "zeros",
-    steps: int = 16, score: Score = "probability", batch: int = 256, seed: int = 0,
-) -> Curve:
+def deletion(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | None = None, *,
+             baseline: str | Tensor = "zeros", steps: int = 16, score: Score = "probability", batch: int = 256,
+             seed: int = 0) -> Curve:
     """Score of `target` while the most relevant cells are replaced by the baseline: a small area is good.
 
     images: (batch, channels, height, width); maps: (batch, rows, columns), signed or not, one cell for each patch or
@@ -143,10 +147,9 @@ def deletion(
     return _curve(model, baseline_of(images, baseline), images, maps, target, steps, score, batch, seed)
 
 
-def insertion(
-    model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | None = None, *, baseline: str | Tensor = "zeros",
-    steps: int = 16, score: Score = "probability", batch: int = 256, seed: int = 0,
-) -> Curve:
+def insertion(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | None = None, *,
+              baseline: str | Tensor = "zeros", steps: int = 16, score: Score = "probability", batch: int = 256,
+              seed: int = 0) -> Curve:
     """Score of `target` while the most relevant cells are put back on the baseline: a large area is good.
 
     Arguments and errors as `deletion`.
@@ -159,7 +162,7 @@ def widen(masks: Tensor, radius: float) -> Tensor:
     """Every pixel of masks (batch, height, width) that is at most `radius` pixels from a true one; bool."""
     reach = int(radius)
     offset = torch.arange(-reach, reach + 1, device=masks.device)
-    disc = (offset[:, None] ** 2 + offset**2 <= radius**2).float()
+    disc = (offset[:, None]**2 + offset**2 <= radius**2).float()
     return F.conv2d(masks[:, None].float(), disc[None, None], padding=reach)[:, 0] > 0.5
 
 
@@ -168,11 +171,11 @@ def _covered(maps: Tensor, masks: Tensor) -> Tensor:
     _check_maps(maps)
     if masks.ndim != 3 or len(masks) != len(maps) or masks.dtype != torch.bool:
         raise ValueError(f"masks must be bool ({len(maps)}, height, width), got {masks.dtype} {tuple(masks.shape)}")
-    return patch_mask(masks, tuple(maps.shape[1:])).to(maps)
+    return patch_mask(masks, (maps.shape[1], maps.shape[2])).to(maps)
 
 
 def pointing(maps: Tensor, masks: Tensor, tolerance: float = 0) -> Tensor:
-    """Probability (batch,) that a pixel drawn from the most relevant cells lies at most `tolerance` pixels off the mask.
+    """Probability (batch,) that a pixel of the most relevant cells lies at most `tolerance` pixels off the mask.
 
     maps: (batch, rows, columns); masks: bool (batch, height, width). Raises ValueError for shapes that do not fit.
     """
@@ -205,7 +208,8 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
 
     NaN where a map is constant. Raises ValueError for two shapes or values that are not finite.
     """
-    _check_maps(a, "a"), _check_maps(b, "b")
+    _check_maps(a, "a")
+    _check_maps(b, "b")
     if a.shape != b.shape:
         raise ValueError(f"maps must share one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     x, y = ranks(a.detach().flatten(1)), ranks(b.detach().flatten(1))
@@ -220,8 +224,11 @@ def agreement(maps: Mapping[str, Tensor]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "other", "picture", "value"])
 
 # %% ../../nbs/18_faithfulness.ipynb #0a57cb53
+_Methods = Sequence[str | Method] | Mapping[str, str | Method]
+
+
 def all_maps(model: nn.Module, images: Tensor, target: Tensor | None = None,
-             methods: Sequence[str | Method] | Mapping[str, str | Method] = tuple(ATTRIBUTIONS)) -> dict[str, Tensor]:
+             methods: _Methods = tuple(ATTRIBUTIONS)) -> dict[str, Tensor]:
     """Signed maps (batch, rows, columns) by several methods, all for the same class (None: the predicted one).
 
     methods: names from ATTRIBUTIONS, or a mapping from a name of your own to a method. Errors as `relevance`.
@@ -234,24 +241,18 @@ def all_maps(model: nn.Module, images: Tensor, target: Tensor | None = None,
     return maps
 
 # %% ../../nbs/18_faithfulness.ipynb #b6692ea5
-def faithfulness_table(
-    model: nn.Module, images: Tensor, maps: Mapping[str, Tensor], masks: Tensor, target: Tensor | None = None, *,
-    baseline: str | Tensor = "zeros", steps: int = 16, score: Score = "probability", seed: int = 0,
-) -> pd.DataFrame:
+def faithfulness_table(model: nn.Module, images: Tensor, maps: Mapping[str, Tensor], masks: Tensor,
+                       target: Tensor | None = None, *, baseline: str | Tensor = "zeros", steps: int = 16,
+                       score: Score = "probability", seed: int = 0) -> pd.DataFrame:
     """Tidy rows with columns method, metric, picture, value; metrics: insertion, deletion, pointing and inside.
 
     images: (batch, channels, height, width); maps: name → (batch, rows, columns); masks: bool (batch, height, width);
     the rest as `deletion`. Insertion and deletion are areas under curves of the score. Errors as the metrics.
     """
-    rows = []
+    rows, options = [], {"baseline": baseline, "steps": steps, "score": score, "seed": seed}
     for method, values in maps.items():
-        options = {"baseline": baseline, "steps": steps, "score": score, "seed": seed}
-        found = {
-            "insertion": insertion(model, images, values, target, **options).area,
-            "deletion": deletion(model, images, values, target, **options).area,
-            "pointing": pointing(values, masks),
-            "inside": share_inside(values, masks),
-        }
+        found = {f.__name__: f(model, images, values, target, **options).area for f in (insertion, deletion)}
+        found |= {"pointing": pointing(values, masks), "inside": share_inside(values, masks)}
         rows += [(method, metric, i, value) for metric, each in found.items() for i, value in enumerate(each.tolist())]
     return pd.DataFrame(rows, columns=["method", "metric", "picture", "value"])
 

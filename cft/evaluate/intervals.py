@@ -89,10 +89,12 @@ def over_seeds(results: pd.DataFrame, by: Sequence[str] = ("set", "split", "metr
 def table_of_means(scores: pd.DataFrame, columns: Sequence[str], digits: Mapping[str, int] = {}) -> pd.DataFrame:
     """Text, methods × columns: mean ± sample standard deviation over seeds; empty where nothing was measured.
 
-    scores: rows with method, seed, column and value. digits: column → decimals, 1 by default. Methods come as first met.
+    scores: rows with method, seed, column and value; digits: column → decimals, 1 by default. Methods as first met.
     """
-    means = over_seeds(scores, ["method", "column"])
-    cells = {(row.method, row.column): f"{row.value:.{digits.get(row.column, 1)}f}" + (f" ± {row.std:.{digits.get(row.column, 1)}f}" if row.std > 0 else "")
-             for row in means.itertuples()}
+    means, cells = over_seeds(scores, ["method", "column"]), {}
+    for method, column, value, std in zip(means["method"], means["column"], means["value"], means["std"]):
+        decimals = digits.get(column, 1)
+        cells[method, column] = f"{value:.{decimals}f}" + (f" ± {std:.{decimals}f}" if std > 0 else "")
     methods = pd.Index(dict.fromkeys(scores["method"]), name="method")
-    return pd.DataFrame([[cells.get((method, column), "") for column in columns] for method in methods], index=methods, columns=list(columns))
+    rows = [[cells.get((method, column), "") for column in columns] for method in methods]
+    return pd.DataFrame(rows, index=methods, columns=list(columns))

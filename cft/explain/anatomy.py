@@ -12,17 +12,22 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, NormMlpClassifierHead, PatchDropout
+from timm.layers.classifier import NormMlpClassifierHead
+from timm.layers.drop import DropPath
+from timm.layers.patch_dropout import PatchDropout
 from timm.models.convnext import ConvNeXt, ConvNeXtStage
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..data.models import LinearProbe
-from .rules import Pullback, Step, Tape, UnsupportedModule, activation, block, convnext_block, is_plain, linear, norm
+from .rules import Pullback, Step, Tape, UnsupportedModule, activation, block
+from .rules import convnext_block, is_plain, linear, norm
 
 # %% ../../nbs/10_anatomy.ipynb #ac3478d6
-def pooled_tokens(model: VisionTransformer, tokens: int) -> tuple[int, int]:
+def pooled_tokens(model: nn.Module, tokens: int) -> tuple[int, int]:
     """First and last + 1 of the tokens that `model` pools: the class token, or the range it averages."""
+    if not isinstance(model, VisionTransformer):
+        raise UnsupportedModule(model, "timm VisionTransformer")
     if model.attn_pool is not None:
         raise UnsupportedModule(model.attn_pool, "pooling by class token or mean (global_pool 'token' or 'avg')")
     if model.global_pool not in ("token", "avg"):
@@ -43,9 +48,11 @@ def pool(model: VisionTransformer, x: Tensor, tape: Tape) -> tuple[Tensor, Pullb
         ranges = [(0, 1), (model.num_prefix_tokens, tokens)]
 
     def pullback(g: Tensor) -> Tensor:
-        parts = g.chunk(len(ranges), 1)
-        spread = [(part / (last - first)).unsqueeze(1).expand(-1, last - first, -1) for part, (first, last) in zip(parts, ranges)]
-        return sum(F.pad(s, (0, 0, first, tokens - last)) for s, (first, last) in zip(spread, ranges))
+        total = g.new_zeros(())
+        for part, (first, last) in zip(g.chunk(len(ranges), 1), ranges):
+            spread = (part / (last - first)).unsqueeze(1).expand(-1, last - first, -1)
+            total = total + F.pad(spread, (0, 0, first, tokens - last))
+        return total
 
     return torch.cat([x[:, first:last].mean(1) for first, last in ranges], 1), pullback
 
@@ -72,45 +79,46 @@ def flatten(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]
 def convnext_steps(model: ConvNeXt, stage: int) -> list[Step]:
     """Everything between the output of stage `stage` (0 to 3) and the logits."""
     steps: list[Step] = []
-    for module in model.stages[stage + 1 :]:
-        if not is_plain(module, ConvNeXtStage):
+    for module in model.stages[stage + 1:]:
+        if not is_plain(module, ConvNeXtStage) or not is_plain(module.downsample, nn.Identity, nn.Sequential):
             raise UnsupportedModule(module, "ConvNeXtStage")
-        if len(module.blocks) and not is_plain(module.downsample, nn.Identity):
+        if len(module.blocks) and isinstance(module.downsample, nn.Sequential):
             steps += [(norm, module.downsample[0]), (linear, module.downsample[1])]
         steps += [(convnext_block, inner) for inner in module.blocks]
     head = model.head
     if not is_plain(head, NormMlpClassifierHead):
         raise UnsupportedModule(head, "NormMlpClassifierHead (norm after pooling)")
-    hidden = [] if is_plain(head.pre_logits, nn.Identity) else [(linear, head.pre_logits.fc), (activation, head.pre_logits.act)]
-    pooled = [(plane_mean, head.global_pool), (norm, head.norm), (flatten, head.flatten)]
-    return [*steps, (norm, model.norm_pre), *pooled, *hidden, (linear, head.fc)]
+    steps += [(norm, model.norm_pre), (plane_mean, head.global_pool), (norm, head.norm), (flatten, head.flatten)]
+    if not is_plain(head.pre_logits, nn.Identity):
+        steps += [(linear, head.pre_logits.get_submodule("fc")), (activation, head.pre_logits.get_submodule("act"))]
+    return [*steps, (linear, head.fc)]
 
 # %% ../../nbs/10_anatomy.ipynb #fa35e192
-FORWARDS = {
-    LinearProbe: ("forward", "forward_features", "forward_head", "pool"),
-    VisionTransformer: ("forward", "forward_features", "forward_head", "pool"),
-    ConvNeXt: ("forward", "forward_features", "forward_head"),
-}
+_FORWARDS = ("forward", "forward_features", "forward_head")
+FORWARDS: dict[type[VisionTransformer | ConvNeXt], tuple[str, ...]] = {
+    LinearProbe: (*_FORWARDS, "pool"), VisionTransformer: (*_FORWARDS, "pool"), ConvNeXt: _FORWARDS}
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise `UnsupportedModule` unless `model` is a known architecture with its own forward and no active drop-out."""
+def check_model(model: nn.Module) -> VisionTransformer | ConvNeXt:
+    """`model` itself. UnsupportedModule unless it is a known architecture, runs its own forward and drops nothing."""
     known = next((kind for kind in FORWARDS if isinstance(model, kind)), None)
-    if known is None or any(
-        name in vars(model) or getattr(type(model), name) is not getattr(known, name) for name in FORWARDS[known]
-    ):
+    if known is None or not isinstance(model, known) or any(
+            name in vars(model) or getattr(type(model), name) is not getattr(known, name) for name in FORWARDS[known]):
         raise UnsupportedModule(model, "timm VisionTransformer and ConvNeXt", "the model")
     for path, module in model.named_modules():
         if module.training and isinstance(module, (nn.modules.dropout._DropoutNd, DropPath, PatchDropout)):
             rate = max(getattr(module, name, 0) or 0 for name in ("p", "drop_prob", "prob"))
             if rate > 0:
-                raise UnsupportedModule(module, f"drop rates of 0 in training mode, not {rate:g}, or model.eval()", path)
+                raise UnsupportedModule(module, f"drop rates of 0 in training mode, not {rate:g}, or model.eval()",
+                                        path)
+    return model
 
 
-def check_images(model: nn.Module, images: Tensor) -> None:
+def check_images(model: VisionTransformer | ConvNeXt, images: Tensor) -> None:
     """Raise a ValueError unless `images` is a finite float (batch, channels, height, width) of a size `model` takes."""
     if images.ndim != 4 or not images.is_floating_point() or len(images) == 0:
-        raise ValueError(f"images must be float (batch, channels, height, width), got {images.dtype} {tuple(images.shape)}")
+        got = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"images must be float (batch, channels, height, width), got {got}")
     channels = model.in_chans if isinstance(model, VisionTransformer) else model.stem[0].in_channels
     if images.shape[1] != channels:
         raise ValueError(f"images must have {channels} channels, got {images.shape[1]}")
@@ -124,23 +132,17 @@ def check_images(model: nn.Module, images: Tensor) -> None:
         if not padded and any(size % side for size, side in zip(images.shape[2:], patch)):
             raise ValueError(f"image height and width must be multiples of {patch[0]}×{patch[1]}, {got}")
     else:
-        height, width = _expected_size(model.patch_embed) or images.shape[2:]
+        stem = model.patch_embed
+        cells = zip(getattr(stem, "grid_size", None) or (), getattr(stem, "patch_size", None) or ())
+        height, width = getattr(stem, "img_size", None) or [n * side for n, side in cells] or images.shape[2:]
         if tuple(images.shape[2:]) != (height, width):
             raise ValueError(f"images must be {height}×{width} pixels (height×width), {got}")
     if not torch.isfinite(images).all():
         raise ValueError("images must be finite, got NaN or infinity")
 
 
-def _expected_size(stem: nn.Module) -> tuple[int, int] | None:
-    if getattr(stem, "img_size", None) is not None:
-        return tuple(stem.img_size)
-    if hasattr(stem, "grid_size") and hasattr(stem, "patch_size"):
-        return tuple(cells * side for cells, side in zip(stem.grid_size, stem.patch_size))
-    return None
-
-
 def check_target(target: Tensor | None, logits: Tensor) -> Tensor:
-    """The class to explain for every picture, (batch,) int64: `target` if it is sound, else the argmax of the logits."""
+    """The class to explain for every picture, (batch,) int64: `target`, or the argmax of the logits. Both are checked."""
     batch, classes = logits.shape
     bad = ~torch.isfinite(logits).all(1)
     if bad.any():
@@ -168,20 +170,20 @@ class Parts:
         return values if values.ndim == 3 else values.flatten(2).transpose(1, 2)
 
 
-def split(model: nn.Module, images: Tensor, stage: int) -> Parts:
+def split(model: VisionTransformer | ConvNeXt, images: Tensor, stage: int) -> Parts:
     """Run `model` up to the point where relevance ends (for ConvNeXt the output of `stage`)."""
     check_images(model, images)
     if isinstance(model, ConvNeXt):
-        x = model.stages[: stage + 1](model.stem(images))
-        return Parts(x, tuple(x.shape[2:]), 0, convnext_steps(model, stage))
+        x = model.stages[:stage + 1](model.stem(images))
+        return Parts(x, (x.shape[2], x.shape[3]), 0, convnext_steps(model, stage))
     stem = model.patch_embed(images)
     if stem.ndim == 4:
-        grid = tuple(stem.shape[1:3])
+        rows, columns = stem.shape[1:3]
     elif hasattr(model.patch_embed, "dynamic_feat_size"):
-        grid = tuple(model.patch_embed.dynamic_feat_size(images.shape[2:]))
+        rows, columns = model.patch_embed.dynamic_feat_size(images.shape[2:])
     else:
-        grid = tuple(model.patch_embed.grid_size)
-    if math.prod(stem.shape[1:-1]) != math.prod(grid):
-        raise ValueError(f"patch_embed must give {grid[0]}·{grid[1]} tokens, got {math.prod(stem.shape[1:-1])}")
+        rows, columns = model.patch_embed.grid_size
+    if math.prod(stem.shape[1:-1]) != rows * columns:
+        raise ValueError(f"patch_embed must give {rows}·{columns} tokens, got {math.prod(stem.shape[1:-1])}")
     tokens = model.norm_pre(model.patch_drop(model._pos_embed(stem)))
-    return Parts(tokens, grid, model.num_prefix_tokens, vit_steps(model))
+    return Parts(tokens, (rows, columns), model.num_prefix_tokens, vit_steps(model))

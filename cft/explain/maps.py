@@ -11,7 +11,7 @@ __all__ = ['Normalization', 'NORMALIZATIONS', 'NEED_ATTENTION', 'NAMES', 'ATTRIB
 import base64
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -82,8 +82,7 @@ def sigmoid(relevance: Tensor) -> Tensor:
 
 
 NORMALIZATIONS: dict[str, Normalization] = {
-    function.__name__: function for function in (saturating, softsign, minmax, relu_max, sigmoid)
-}
+    function.__name__: function for function in (saturating, softsign, minmax, relu_max, sigmoid)}
 
 
 def bound(phi: Tensor, epsilon: float) -> Tensor:
@@ -105,17 +104,14 @@ class Relevance:
     @property
     def patches(self) -> Tensor:
         """Signed relevance of the patches, (batch, height, width)."""
-        return self.tokens[:, self.prefix :].unflatten(1, self.grid)
+        return self.tokens[:, self.prefix:].unflatten(1, self.grid)
 
-    def map(
-        self,
-        normalize: str | Normalization = "saturating",
-        size: tuple[int, int] | None = None,
-        epsilon: float = 0.02,
-    ) -> Tensor:
+    def map(self, normalize: str | Normalization = "saturating", size: tuple[int, int] | None = None,
+            epsilon: float = 0.02) -> Tensor:
         """Map in [ε, 1 − ε], (batch, height, width), from one of NORMALIZATIONS or a function of your own.
 
-        `size` (height, width) first upsamples the *signed* patches bilinearly. ValueError: unknown name, ε not in [0, ½).
+        With `size` (height, width) the *signed* patches are first upsampled, bilinearly.
+        Raises ValueError for an unknown name or an ε outside [0, ½).
         """
         if not 0 <= epsilon < 0.5:
             raise ValueError(f"epsilon must lie in [0, 0.5), got {epsilon}")
@@ -128,12 +124,13 @@ class Relevance:
 
     def __repr__(self) -> str:
         """One line: how many pictures and tokens, the grid, and the classes explained."""
-        batch, tokens = self.tokens.shape
-        return f"Relevance({batch} pictures, {tokens} tokens, grid {self.grid[0]}×{self.grid[1]}, target {self.target.tolist()[:8]})"
+        (batch, tokens), (height, width), target = self.tokens.shape, self.grid, self.target.tolist()[:8]
+        return f"Relevance({batch} pictures, {tokens} tokens, grid {height}×{width}, target {target})"
 
     def _repr_html_(self) -> str:
         picture = base64.b64encode(thumbnail(self.patches[:8].detach())).decode()
-        return f'<p>{self!r}</p><img alt="signed relevance, red positive, blue negative" src="data:image/png;base64,{picture}"/>'
+        alt = "signed relevance, red positive, blue negative"
+        return f'<p>{self!r}</p><img alt="{alt}" src="data:image/png;base64,{picture}"/>'
 
 
 def thumbnail(patches: Tensor, height: int = 64) -> bytes:
@@ -159,18 +156,19 @@ class Method:
 
     name: str = "attnlrp"  # one of NAMES
     gamma: float = 0.0  # γ-rule of linear and convolution layers (attnlrp, cp); 0 for training
-    stage: int = 2  # ConvNeXt: the stage whose output is explained, 3 for 7×7, 2 for 14×14 at 224 pixels
+    stage: int = 2  # ConvNeXt: the stage whose output is explained; at 224 pixels 2 is 14×14, 3 is 7×7
     magnitude: bool = False  # ConvNeXt: the paper's form, Σ |a|·R⁺ / max|a|, in place of Σ R (attnlrp)
     steps: int = 10  # iia: interpolation steps (10 in the paper)
     true_gradient: bool = False  # differentiate gradients as well when the map is trained; the official code does not
-    frozen: bool = False  # all that the rules read off the forward pass is constant when the map is trained (attnlrp, cp)
+    frozen: bool = False  # what the rules read off the forward pass is constant when the map is trained (attnlrp, cp)
 
     def __post_init__(self) -> None:
         """Raise a ValueError for an unknown name or a setting out of range."""
         if self.name not in NAMES:
             raise ValueError(f"method must be one of {', '.join(ATTRIBUTIONS)}, got {self.name!r}")
         if not 0 <= self.gamma < math.inf or self.stage not in range(4) or self.steps < 1:
-            raise ValueError(f"expected gamma >= 0, stage in 0…3 and steps >= 1, got {self.gamma}, {self.stage}, {self.steps}")
+            got = f"{self.gamma}, {self.stage}, {self.steps}"
+            raise ValueError(f"expected gamma >= 0, stage in 0…3 and steps >= 1, got {got}")
 
 
 ATTRIBUTIONS: dict[str, Method] = {}
@@ -213,8 +211,9 @@ def run(steps: list[Step], x: Tensor, tape: Tape, checkpointed: bool = False) ->
 def _pullback_of(step: Step, tape: Tape, x: Tensor) -> Pullback:
     def pullback(g: Tensor) -> Tensor:
         g, booked = checkpoint(_pull_again, step, tape, x, g, use_reentrant=False, preserve_rng_state=False)
-        for kind, amount in (booked or {}).items():
-            tape.ledger[kind] = tape.ledger[kind] + amount if kind in tape.ledger else amount
+        if booked and tape.ledger is not None:
+            for kind, amount in booked.items():
+                tape.ledger[kind] = tape.ledger[kind] + amount if kind in tape.ledger else amount
         return g
 
     return pullback
@@ -239,31 +238,33 @@ def propagate(parts: Parts, target: Tensor | None, method: Method, with_ledger: 
 
 # %% ../../nbs/12_maps.ipynb #1574bddb
 def attribute(model: nn.Module, parts: Parts, target: Tensor | None, method: Method, keep: bool) -> Relevance:
-    """A method of `cft.explain.attributions` at the given pictures; gradients are constants unless `method.true_gradient`."""
-    leaf = parts.x if keep and parts.x.requires_grad else parts.x.detach().requires_grad_()
-    tape = Tape(maps=[], reads=[])
-    logits, pullbacks = run(parts.steps, leaf, tape)
-    del pullbacks
+    """A method of `cft.explain.attributions` for given pictures; gradients are constants but for `true_gradient`."""
+    leaf, maps, reads = _leaf(parts.x, keep), [], []
+    logits = run(parts.steps, leaf, Tape(maps=maps, reads=reads))[0]
     target = check_target(target, logits)
-    sources = {
-        "eq2": [], "input_x_gradient": [leaf], "gradcam": tape.maps[-1:], "gradcam_tokens": tape.reads[-1:] or [leaf],
-    }.get(method.name, tape.maps)
-    slopes = _slopes(logits, target, sources, keep, method.true_gradient) if sources else None
+    sources = {"eq2": [], "input_x_gradient": [leaf], "gradcam": maps[-1:], "gradcam_tokens": reads[-1:] or [leaf]}
+    sources = sources.get(method.name, maps)
+    slopes = _slopes(logits, target, sources, keep, method.true_gradient) if sources else []
     with torch.autocast(leaf.device.type, enabled=False):
-        tokens = _map_of(method.name, model, parts, sources, slopes, tape.maps)
+        tokens = _map_of(method.name, model, parts, sources, slopes, maps)
     if not keep:
         logits, tokens = logits.detach(), tokens.detach()
     return Relevance(logits, tokens, parts.grid, parts.prefix, target)
 
 
-def _map_of(name: str, model: nn.Module, parts: Parts, sources: list[Tensor], slopes: list[Tensor] | None,
+def _leaf(x: Tensor, keep: bool) -> Tensor:
+    """x where gradients can end: itself if its own graph is to be kept, else without that graph."""
+    return x if keep and x.requires_grad else x.detach().requires_grad_()
+
+
+def _map_of(name: str, model: nn.Module, parts: Parts, sources: list[Tensor], slopes: list[Tensor],
             maps: list[Tensor]) -> Tensor:
     if name in ("input_x_gradient", "gradcam_tokens"):
         values, slope = parts.per_token(full_precision(sources[0])), parts.per_token(full_precision(slopes[0]))
         if name == "gradcam_tokens":
             return attributions.gradcam_tokens(values, slope, parts.prefix)
         return attributions.input_x_gradient(values, slope)
-    maps, slopes = [full_precision(t) for t in maps], [full_precision(t) for t in slopes or ()]
+    maps, slopes = [full_precision(t) for t in maps], [full_precision(t) for t in slopes]
     start = attributions.seed(parts.x.shape[1], *pooled_tokens(model, parts.x.shape[1]), maps[0])
     if name in ("eq2", "eq2_grad"):
         return attributions.eq2(maps, start, slopes or None)
@@ -272,7 +273,8 @@ def _map_of(name: str, model: nn.Module, parts: Parts, sources: list[Tensor], sl
     return {"gae": attributions.gae, "gradient_rollout": attributions.gradient_rollout}[name](maps, slopes, start)
 
 
-def _slopes(logits: Tensor, target: Tensor, sources: list[Tensor], keep: bool, true: bool, again: bool = False) -> list[Tensor]:
+def _slopes(logits: Tensor, target: Tensor, sources: list[Tensor], keep: bool, true: bool,
+            again: bool = False) -> list[Tensor]:
     """∂ logit of the target / ∂ each source, jointly; with a graph of their own if `keep` and `true`."""
     chosen = logits.gather(1, target[:, None]).sum()
     return list(torch.autograd.grad(chosen, sources, retain_graph=keep or again, create_graph=keep and true))
@@ -280,38 +282,39 @@ def _slopes(logits: Tensor, target: Tensor, sources: list[Tensor], keep: bool, t
 # %% ../../nbs/12_maps.ipynb #9e6a55b6
 def integrate(model: VisionTransformer, images: Tensor, target: Tensor | None, method: Method, keep: bool) -> Relevance:
     """IIA: contributions averaged over (a/n)·images and (b/n)·A in the last block, then a gradient rollout."""
-    n, depth, totals, logits = method.steps, len(model.blocks), None, None
-    for a in reversed(range(n + 1)):
-        parts = split(model, images * (a / n), method.stage)
-        leaf = parts.x if keep and parts.x.requires_grad else parts.x.detach().requires_grad_()
-        below = Tape(maps=[])
-        x, _ = run(parts.steps[: depth - 1], leaf, below)
-        for b in reversed(range(n + 1)):
-            top = Tape(maps=[], factor=b / n)
-            z, _ = run(parts.steps[depth - 1 :], x, top)
-            if logits is None:  # the first round, a = b = n, is the model itself
-                logits, target = z, check_target(target, z)
-            sources = [*below.maps, *top.maps]
-            slopes = _slopes(z, target, sources, keep, method.true_gradient, again=b > 0)
-            found = [attributions.contribution(full_precision(s), full_precision(g)) for s, g in zip(sources, slopes)]
-            found = found if keep else [t.detach() for t in found]
-            totals = found if totals is None else [t + f for t, f in zip(totals, found)]
-    start = attributions.seed(x.shape[1], *pooled_tokens(model, x.shape[1]), totals[0])
-    with torch.autocast(x.device.type, enabled=False):
-        tokens = attributions.integrated_rollout(totals, (n + 1) ** 2, start)
+    rounds = _interpolated(model, images, method, keep)
+    parts, logits, maps, again = next(rounds)  # the first, a = b = n, is the model itself
+    target = check_target(target, logits)
+
+    def contributions(logits: Tensor, maps: list[Tensor], again: bool) -> list[Tensor]:
+        slopes = _slopes(logits, target, maps, keep, method.true_gradient, again)
+        found = [attributions.contribution(full_precision(a), full_precision(g)) for a, g in zip(maps, slopes)]
+        return found if keep else [t.detach() for t in found]
+
+    totals = contributions(logits, maps, again)
+    for _, z, maps, again in rounds:
+        totals = [total + found for total, found in zip(totals, contributions(z, maps, again))]
+    start = attributions.seed(parts.x.shape[1], *pooled_tokens(model, parts.x.shape[1]), totals[0])
+    with torch.autocast(images.device.type, enabled=False):
+        tokens = attributions.integrated_rollout(totals, (method.steps + 1)**2, start)
     return Relevance(logits if keep else logits.detach(), tokens, parts.grid, parts.prefix, target)
 
+
+def _interpolated(model: VisionTransformer, images: Tensor, method: Method,
+                  keep: bool) -> Iterator[tuple[Parts, Tensor, list[Tensor], bool]]:
+    """For every a and b, falling: parts, logits, attention weights, and whether the pictures' graph is needed again."""
+    n, last = method.steps, len(model.blocks) - 1
+    for a in reversed(range(n + 1)):
+        parts, below = split(model, images * (a / n), method.stage), []
+        x = run(parts.steps[:last], _leaf(parts.x, keep), Tape(maps=below))[0]
+        for b in reversed(range(n + 1)):
+            top: list[Tensor] = []
+            logits = run(parts.steps[last:], x, Tape(maps=top, factor=b / n))[0]
+            yield parts, logits, [*below, *top], b > 0
+
 # %% ../../nbs/12_maps.ipynb #91032ad7
-def relevance(
-    model: nn.Module,
-    images: Tensor,
-    target: Tensor | None = None,
-    method: str | Method = "attnlrp",
-    *,
-    differentiable: bool | None = None,
-    with_ledger: bool = False,
-    checkpointed: bool = False,
-) -> Relevance:
+def relevance(model: nn.Module, images: Tensor, target: Tensor | None = None, method: str | Method = "attnlrp", *,
+              differentiable: bool | None = None, with_ledger: bool = False, checkpointed: bool = False) -> Relevance:
     """Relevance of every token for the logit of `target`, by a name from ATTRIBUTIONS or a `Method`.
 
     `images` (batch, channels, height, width) as the model takes them; `target` (batch,) class indices, None for the
@@ -322,22 +325,22 @@ def relevance(
     Raises UnsupportedModule (a ValueError) naming the module without a rule; ValueError for bad pictures, targets or
     combinations of options.
     """
-    method = named(method)
-    check_model(model)
+    method, model = named(method), check_model(model)
     keep = torch.is_grad_enabled() if differentiable is None else differentiable
     if keep and torch.is_inference_mode_enabled():
         raise ValueError("differentiable relevance needs a graph: leave torch.inference_mode()")
     if method.name not in RULES and (with_ledger or checkpointed):
         raise ValueError(f"with_ledger and checkpointed work with {' and '.join(RULES)}, not with {method.name!r}")
     if method.name in NEED_ATTENTION and not isinstance(model, VisionTransformer):
-        raise UnsupportedModule(model, f"timm VisionTransformer, since {method.name!r} needs attention weights", "the model")
+        supported = f"timm VisionTransformer, since {method.name!r} needs attention weights"
+        raise UnsupportedModule(model, supported, "the model")
     try:
         if method.name in RULES:
             with torch.set_grad_enabled(keep):
                 return propagate(split(model, images, method.stage), target, method, with_ledger, checkpointed)
         with torch.inference_mode(False), torch.enable_grad():
             images = images.clone() if images.is_inference() else images
-            if method.name == "iia":
+            if method.name == "iia" and isinstance(model, VisionTransformer):
                 return integrate(model, images, target, method, keep)
             return attribute(model, split(model, images, method.stage), target, method, keep)
     except UnsupportedModule as error:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ITEMS', 'USED', 'DEAL_SAMPLING', 'Form', 'RELATED', 'DEAL_ANSWERS', 'DEAL_RECORDED', 'Explain', 'CLIP_PREPROCESS',
-           'BATCHES', 'DUAL', 'DealQuestion', 'deal_questions', 'Prompts', 'demo_prompts', 'contrastive_loss',
-           'overlap', 'disentangle_loss', 'localise_loss', 'sparsity_loss', 'DualEncoder', 'Site', 'last_attention',
+           'BATCHES', 'DUAL', 'deal_questions', 'Prompts', 'demo_prompts', 'contrastive_loss', 'overlap',
+           'disentangle_loss', 'localise_loss', 'sparsity_loss', 'DualEncoder', 'Site', 'last_attention',
            'class_attention', 'attention_maps', 'gradcam_maps', 'concept_maps', 'embed', 'OpenClip', 'Deal',
            'deal_recipe', 'TinyDual', 'Lesson', 'Lessons', 'balanced', 'train_dual', 'make_dual', 'save_dual',
            'dual_encoder', 'as_classifier']
@@ -34,7 +34,8 @@ from tqdm.auto import tqdm
 
 from ..data import backdrop
 from ..data.backdrop import BACKGROUNDS, CLASSES, SIZE
-from ..concepts.language import FORMATS, SYSTEM, Answer, ClassName, Facts, Question, Record, Sampling, ask, need
+from ..concepts.language import Answer, ClassName, Question, Record, Sampling, ask, questions
+from ..files import need
 from ..data.folders import Preprocess
 from ..demo.toy_grounder import ATOMS, MEANINGS, PARTS, Meaning, as_rows, known_words, paraphrase
 from ..train.loop import write_json
@@ -46,33 +47,13 @@ from ..explain.rules import UnsupportedModule, is_plain
 # %% ../../nbs/related/02_deal.ipynb #01b6e230
 ITEMS, USED = 6, 5  # features asked for, and of these the ones used
 DEAL_SAMPLING = Sampling(model="gpt-3.5-turbo", temperature=0.0, max_tokens=100, samples=1)
-_ASK = (f"List {ITEMS} visual features that tell this class from all others in a photo: each as different from the other features as "
-        "possible, the most important first, at most five words each.")
-_EXAMPLES: tuple[tuple[Facts, tuple[str, ...]], ...] = (
-    ({"class": "Persian cat"}, ("flat round face", "long silky coat", "large copper eyes", "small rounded ears", "bushy short tail", "stocky legs")),
-    ({"class": "tench"}, ("olive green scales", "tiny red eyes", "rounded dark fins", "short thick tail base", "barbel at the mouth", "slimy golden belly")),
-)
 
 
-@dataclass(frozen=True)
-class DealQuestion(Question):
-    """DEAL's question about one class: everything as in `Question` but the words."""
-
-    def messages(self, form: str = "json") -> list[dict[str, str]]:
-        """The chat: system message, two worked examples, the question. `form` is the form of the answer, json or list."""
-        say = lambda facts: json.dumps({"ask": _ASK, **facts}, ensure_ascii=False)
-        chat = [("system", SYSTEM + FORMATS[form])]
-        for facts, items in _EXAMPLES:
-            chat += [("user", say(facts)), ("assistant", json.dumps({"items": items}) if form == "json" else "\n".join(f"- {i}" for i in items))]
-        return [{"role": role, "content": content} for role, content in (*chat, ("user", say(json.loads(self.facts))))]
-
-
-def deal_questions(classes: Sequence[ClassName], sampling: Sampling = DEAL_SAMPLING) -> list[DealQuestion]:
+def deal_questions(classes: Sequence[ClassName], sampling: Sampling = DEAL_SAMPLING) -> list[Question]:
     """One question for each class. Raises ValueError for ids that occur twice, and for more than one sample."""
-    if len({c.id for c in classes}) != len(classes) or sampling.samples != 1:
-        raise ValueError(f"expected classes with ids of their own and one sample, got {[c.id for c in classes][:5]} and {sampling.samples}")
-    facts = lambda c: json.dumps({"class": c.name} | ({"description": c.description} if c.description else {}))
-    return [DealQuestion(c.id, "deal", facts(c), 0, sampling) for c in classes]
+    if sampling.samples != 1:
+        raise ValueError(f"expected one sample of each question, got {sampling.samples}")
+    return questions(classes, sampling, ("deal",))
 
 # %% ../../nbs/related/02_deal.ipynb #51a16196
 Form = Literal["augmented", "sentence", "name"]

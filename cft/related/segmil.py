@@ -35,7 +35,8 @@ from tqdm.auto import tqdm
 
 from ..data import backdrop
 from ..data.backdrop import CLASSES
-from ..concepts.language import MASK_KINDS, ClipText, demo_concepts, need
+from ..concepts.filters import MASK_KINDS, ClipText, demo_concepts
+from ..files import need
 from ..data.folders import MaskedImages, Preprocess
 from ..data.testsets import PictureFiles, folder_set
 from ..demo.experiment import POOL_PER_CLASS, TEST_PER_CLASS, settings
@@ -52,7 +53,7 @@ from ..evaluate.passes import accuracy_rows, checkpoint, reading_of, run_pass
 
 # %% ../../nbs/related/01_segmil.ipynb #a56da841
 class ImageText(Protocol):
-    """Puts texts and pictures into one space. Called with texts it is an `Encoder` of chapter 3."""
+    """Puts texts and pictures into one space. Called with texts it is an `Encoder` of chapter 4."""
 
     name: str
 

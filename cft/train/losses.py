@@ -71,7 +71,8 @@ def _checked_mask(phi: Tensor, mask: Tensor, norm: Norm) -> Tensor:
     mask = mask.to(phi.dtype)
     low, high, mask_low, mask_high = torch.stack([*phi.detach().aminmax(), *mask.detach().aminmax()]).tolist()
     if not 0 < low <= high < 1:
-        raise ValueError(f"phi must lie strictly inside (0, 1) and hold no NaN, got values from {low:.9g} to {high:.9g}")
+        got = f"{low:.9g} to {high:.9g}"
+        raise ValueError(f"phi must lie strictly inside (0, 1) and hold no NaN, got values from {got}")
     if not 0 <= mask_low <= mask_high <= 1:
         raise ValueError(f"mask must lie in [0, 1] and hold no NaN, got values from {mask_low:.9g} to {mask_high:.9g}")
     return mask
@@ -160,10 +161,9 @@ def distillation_loss(logits: Tensor, original_logits: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(1), target, log_target=True, reduction="batchmean")
 
 # %% ../../nbs/13_losses.ipynb #9109c85a
-def cft_loss(
-    phi: Tensor, mask: Tensor, logits: Tensor, target: Tensor | None = None, original_logits: Tensor | None = None,
-    weights: LossWeights = PAPER_WEIGHTS, norm: Norm = "region",
-) -> tuple[Tensor, dict[str, Tensor]]:
+def cft_loss(phi: Tensor, mask: Tensor, logits: Tensor, target: Tensor | None = None,
+             original_logits: Tensor | None = None, weights: LossWeights = PAPER_WEIGHTS,
+             norm: Norm = "region") -> tuple[Tensor, dict[str, Tensor]]:
     """The fine-tuning objective (Eq. 7) and its parts.
 
     phi, mask: (batch, height, width) as in `concept_loss`; logits: (batch, classes).
@@ -177,8 +177,8 @@ def cft_loss(
     if phi.shape[:1] != logits.shape[:1]:
         raise ValueError(f"phi and logits must share one batch, got {tuple(phi.shape)} and {tuple(logits.shape)}")
     align, concept, background = _alignment_terms(phi, mask, weights, norm)
-    classify = (classification_loss(logits, target) if original_logits is None
-                else distillation_loss(logits, original_logits))
+    own = original_logits is None
+    classify = classification_loss(logits, target) if own else distillation_loss(logits, original_logits)
     total = weights.align * align + weights.classify * classify
     parts = {"concept": concept, "background": background, "align": align, "classify": classify, "total": total}
     return total, {name: value.detach() for name, value in parts.items()}

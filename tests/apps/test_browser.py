@@ -1,6 +1,7 @@
 """What a reader sees, in a real browser: the explorer in JupyterLab, driven from the keyboard, and the report."""
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -13,8 +14,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from cft.apps.report import DARK, Report
-from cft.concepts.language import demo_concepts
+from cft.apps.report import Report
+from cft.concepts.filters import demo_concepts
 from cft.concepts.masks import build_masks, list_folder
 from cft.data import backdrop
 from cft.data.folders import scan
@@ -193,7 +194,8 @@ def test_the_report_fits_and_asks_for_nothing(browser, report, tmp_path, width, 
     page.goto(report.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") == width, "nothing sticks out"
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    dark = tuple(int(DARK["paper"][i:i + 2], 16) for i in (1, 3, 5))
+    paper = re.search(r"scheme: dark;.*?--paper: #(\w{6})", (ASSETS / "report/report.css").read_text(encoding="utf-8"), re.S)[1]
+    dark = tuple(bytes.fromhex(paper))
     assert (colour == f"rgb{dark}") == (scheme == "dark")
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     page.keyboard.press("Tab")
@@ -210,4 +212,29 @@ def test_the_report_prints_with_what_is_folded(browser, report, tmp_path):
     assert page.locator("nav").is_hidden() and page.locator("details.screen").first.is_hidden()
     page.pdf(path=tmp_path / "report.pdf", prefer_css_page_size=True, print_background=True)
     assert (tmp_path / "report.pdf").stat().st_size > 20_000
+    page.close()
+
+
+def test_no_heading_stands_alone_at_the_foot_of_a_page(browser, report):
+    """Columns of many heights break where pages would."""
+    page = browser.new_page()
+    page.goto(report.as_uri())
+    page.emulate_media(media="print")
+    alone, seen = page.evaluate("""() => {
+        const main = document.querySelector('main'), alone = [], column = rect => Math.floor((rect.left - main.getBoundingClientRect().left) / 720)
+        main.style.cssText = 'width: 700px; column-width: 700px; column-gap: 20px; column-fill: auto'
+        let seen = 0
+        for (let height = 600; height < 1000; height += 10) {
+            main.style.height = `${height}px`
+            for (const heading of main.querySelectorAll('h2, h3, caption, thead, summary, .lead')) {
+                const next = heading.matches('thead') ? heading.parentElement.rows[1] : heading.nextElementSibling
+                const here = [...heading.getClientRects()], there = next.getClientRects()[0]
+                if (!here.length || !there) continue
+                seen++
+                if (column(here[0]) !== column(there)) alone.push(`${height}: ${heading.textContent.slice(0, 60)}`)
+            }
+        }
+        return [alone, seen]
+    }""")
+    assert seen > 500 and not alone, alone[:5]
     page.close()

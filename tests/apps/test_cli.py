@@ -22,8 +22,9 @@ from typer.main import get_command
 
 from cft.apps import cli
 from cft.apps.cli import app, main
+from cft.concepts.filters import ConceptSet
 from cft.concepts.grounding import WEIGHTS
-from cft.concepts.language import ANSWERS, ConceptSet, Sampling
+from cft.concepts.language import ANSWERS, Sampling
 from cft.concepts.masks import MaskStore
 from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, scan

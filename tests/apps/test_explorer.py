@@ -30,8 +30,9 @@ from cft.apps.explorer import (
     see,
     union,
 )
+from cft.concepts.filters import Concept, ConceptSet, demo_concepts
 from cft.concepts.grounding import Grounding
-from cft.concepts.language import ClassName, Concept, ConceptSet, demo_concepts
+from cft.concepts.language import ClassName
 from cft.concepts.masks import build_masks, list_folder, masked_folder
 from cft.concepts.validation import conclude, gather_evidence
 from cft.data import backdrop

@@ -1,4 +1,5 @@
 """The report: numbers against plain loops, and a page that is safe, sound and readable whatever the names are."""
+import inspect
 import json
 import math
 import re
@@ -9,36 +10,35 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from jinja2 import UndefinedError
 from PIL import Image
 from torch import nn
 
+from cft.apps import report as report_module
+from cft.apps.drawing import data_uri, overlay
 from cft.apps.report import (
-    DARK,
-    LIGHT,
-    SIDES,
     Number,
     Report,
+    card_of,
     change_interval,
-    chosen,
+    choose_pictures,
     compare,
-    data_uri,
-    drawn,
-    groups,
-    name,
+    group_answers,
     numbers_of,
-    outline,
-    overlay,
-    sheet,
+    place,
+    sample_pictures,
     signed,
-    strip,
-    table,
 )
 from cft.data import backdrop
 from cft.data.folders import scan
 from cft.data.models import base_model
-from cft.evaluate.audit import Rule, audit, paired_interval
+from cft.evaluate import audit as audit_module
+from cft.evaluate.audit import Rule, audit, html_template, paired_interval
 from cft.evaluate.metrics import COLUMNS
+from cft.files import ASSETS
 
+CSS = re.sub(r"/\*.*?\*/", "", (ASSETS / "report/report.css").read_text(encoding="utf-8"), flags=re.S)
+LIGHT, DARK = (dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in re.split(r"@media screen and \(prefers-color-scheme: dark\)", CSS))
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>\u202e&'
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -134,7 +134,7 @@ def test_compare_is_a_plain_loop(pair, vits):
             rows = [(a, b) for (_, a), (_, b) in zip(before.pictures.iterrows(), after.pictures.iterrows()) if split in ("all", f"class {classes[a.label]}")]
             expected = {"accuracy": [float(b.correct) - float(a.correct) for a, b in rows], "alone": [b.alone - a.alone for a, b in rows],
                         "gap": [(b.own - b.other) - (a.own - a.other) for a, b in rows]}
-            got = numbers_of(found, split)
+            got = numbers_of(found)[split]
             for metric, values in expected.items():
                 values = [v for v in values if not math.isnan(v)]
                 number = got["background_alone" if metric == "alone" else metric]
@@ -164,59 +164,55 @@ def test_groups_are_plain_loops(vits):
     for p in found.pictures.itertuples():
         if not math.isnan(p.other):
             tally.setdefault((label[p.id], label[p.other_from]), []).append((p.other, classes[int(p.other_predicted)] == label[p.other_from]))
-    both = groups(found, least=1)
+    both = group_answers(found, least=1)
     assert len(both) == len(tally)
     for row in both.to_dict("records"):
         answers = tally[row["class"], row["background"]]
         assert row["n"] == len(answers) and row["right"] == pytest.approx(100 * np.mean([a for a, _ in answers]))
         assert row["misled"] == pytest.approx(100 * np.mean([m for _, m in answers])) and row["low"] <= row["right"] <= row["high"]
-    assert both["high"].is_monotonic_increasing and (groups(found)["n"] >= 3).all()
-    assert groups(found, "background", 1)["n"].sum() == sum(map(len, tally.values()))
+    assert both["high"].is_monotonic_increasing and (group_answers(found)["n"] >= 3).all()
+    assert group_answers(found, "background", 1)["n"].sum() == sum(map(len, tally.values()))
     with pytest.raises(ValueError, match="background or both"):
-        groups(found, "place")
+        group_answers(found, "place")
 
 
 def test_a_model_of_backgrounds_is_misled_by_them(pair):
-    assert (groups(pair[0], "background")["misled"] == 100).all() and (groups(pair[1], "background")["misled"] == 0).all()
+    assert (group_answers(pair[0], "background")["misled"] == 100).all() and (group_answers(pair[1], "background")["misled"] == 0).all()
 
 
 def test_numbers_read_well():
     assert signed(-0.4) == "0" and signed(-3) == "−3" and signed(7.6) == "+8"
     assert Number(float("nan"), float("nan"), float("nan"), 1).interval() == "[one picture]"
     assert Number(52, 44, 60, 9).percent() == "52\u00a0%"
+    assert [Number(1, *ends, 9).turn for ends in ((0.1, 2), (-2, -0.1), (-1, 1), (0, 2), (math.nan, math.nan))] == [1, -1, 0, 0, 0]
+    assert [place(*where) for where in ((-70, -50, 100), (20, -50, 100), (120,), (8.33,))] == ["0.0%", "46.7%", "100.0%", "8.3%"]
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def test_overlay_shows_relevance_and_outline():
-    picture, relevance, mask = torch.full((3, 40, 60), 0.5), torch.zeros(2, 3), torch.zeros(40, 60, dtype=torch.bool)
-    relevance[0, 0], relevance[1, 2] = 4.0, -4.0
-    mask[15:25, 20:40] = True
-    plain, shown = overlay(picture), overlay(picture, relevance)
-    assert plain.shape == (round(SIDES[0] * 40 / 60), SIDES[0], 3) and plain.dtype == np.uint8
-    red, blue = shown[0, 0].astype(int), shown[-1, -1].astype(int)
-    assert red[0] > red[2] + 60 and blue[2] > blue[0] + 60
-    assert np.ptp(overlay(picture, torch.zeros(2, 3)).astype(int), -1).max() < 3
-    strengths = [int(np.ptp(overlay(picture, relevance, strength=s)[0, 0].astype(int))) for s in (0.0, 0.3, 0.6, 1.0)]
-    assert strengths == sorted(strengths) and strengths[0] < 3
-    lined = overlay(picture, None, mask)
-    assert (lined == 255).all(-1).any() and (lined == 0).all(-1).any() and (lined[0] == plain[0]).all()
-    white, black = outline(mask)
-    assert not (white & mask).any() and not (white & black).any() and white.sum() == 12 * 22 - 200
-    assert overlay(torch.rand(3, 1000, 500)).shape == (SIDES[1], SIDES[1] // 2, 3)
-    half, full = overlay(picture, relevance / 2, scale=4.0)[0, 0].astype(int), red
-    assert full[0] - full[2] > half[0] - half[2] > 20
-
-
 def test_chosen_and_drawn(vits, pair):
-    ids = chosen(vits[0], 5)
+    ids = choose_pictures(vits[0], 5)
     label = dict(zip(vits[0].pictures["id"], vits[0].pictures["label"]))
     assert len({label[i] for i in ids}) == len(ids) <= 5
     p = vits[0].pictures.set_index("id").loc[ids]
     assert ((p.own == 1) & (p.other == 0)).all()
-    assert chosen(pair[1], 5) == []  # a model of objects is wrong nowhere
-    assert drawn(vits[0], 4, 1) == drawn(vits[0], 4, 1) != drawn(vits[0], 4, 2) and len(drawn(pair[0], 99)) == 15
+    assert choose_pictures(pair[1], 5) == []  # a model of objects is wrong nowhere
+    assert sample_pictures(vits[0], 4, 1) == sample_pictures(vits[0], 4, 1) != sample_pictures(vits[0], 4, 2) and len(sample_pictures(pair[0], 99)) == 15
+
+
+def test_a_card_says_what_the_models_say(vits):
+    picture = choose_pictures(vits[0], 1)[0]
+    card, cases = card_of(vits, picture, ("accuracy", "other_background")), [found.look(picture) for found in vits]
+    assert card.id == picture and card.label == cases[0].label and [shot.metric for shot in card.shots] == ["accuracy", "other_background"]
+    for shot, key in zip(card.shots, ("original", "other")):
+        assert (shot.pixels == overlay(cases[0].pictures[key])).all()
+        for answer, case in zip(shot.answers, cases, strict=True):
+            assert answer == (case.answers[key][0], round(100 * case.answers[key][1]), case.answers[key][0] == case.label)
+    rows = [found.pictures.set_index("id").loc[picture] for found in vits]
+    assert [(heat.audit, heat.off) for heat in card.maps] == [(i, round(row.off)) for i, row in enumerate(rows)]
+    assert card.behind == rows[0].other_from and not card_of(vits, picture, ("accuracy",)).behind
+    assert len(card_of(vits[:1], picture).shots) == 5
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -251,6 +247,11 @@ class Page(HTMLParser):
 
     def all(self, tag):
         return [(attrs, inside) for t, attrs, inside in self.seen if t == tag]
+
+
+def text_of(report):
+    """The words of a page, with single spaces (but those that do not break)."""
+    return re.sub(r"[ \n]+", " ", "".join(Page(report.html()).text))
 
 
 def assert_safe(text):
@@ -291,11 +292,11 @@ def test_a_page_is_sound_and_loads_nothing(pages, which):
 
 
 def test_the_verdict_comes_first_and_says_what_was_found(pages):
-    words = lambda which: "".join(Page(pages[which].html()).text)
+    words = lambda which: text_of(pages[which])
     assert re.search(r"Does by colour lean on the background\?.{0,80}▲ leans on the background ?Yes\. .*?0 of 100.*?100", words("pair"), re.S)
     assert "The gap has shrunk: 0 points, a change of −100" in words("pair") and "✓ better" in words("pair")
     assert "These pictures cannot tell." in words("blind") and "Object masks are missing" in words("blind") and "need object masks" in words("blind")
-    reverse = "".join(Page(Report(pages["pair"].after, pages["pair"].before).html()).text)
+    reverse = text_of(Report(pages["pair"].after, pages["pair"].before))
     assert "No. " in reverse and "The gap has grown" in reverse and "✗ worse" in reverse and "Measurably worse than before" in reverse
 
 
@@ -304,7 +305,7 @@ def test_numbers_on_the_page_are_those_of_the_audit(pages):
     words = "".join(Page(report.html()).text)
     for row in report.before.numbers.query("split == 'all' and metric in ('accuracy', 'other_background', 'off_object')").itertuples():
         assert f"{row.value:.0f}\u00a0%" in words and f"[{row.low:.0f}, {row.high:.0f}]" in words
-    gap = numbers_of(report.before.numbers)["gap"]
+    gap = numbers_of(report.before.numbers)["all"]["gap"]
     assert f"{gap.points()} points" in words and gap.interval(True) in words
     assert "today" in words and "rate 0.1" in words and "loss" not in words
 
@@ -330,10 +331,29 @@ def test_hostile_names_stay_text(tmp_path, world):
     assert json.loads(report.to_json())["record"]["model"] == EVIL
 
 
-def test_names_are_set_apart():
-    assert name("a<b") == "<bdi>a&lt;b</bdi>" and name('"\u202e') == "<bdi>&quot;\u202e</bdi>"
-    assert 'data-label="a&quot;b"' in table("c", ["x", 'a"b'], [["r", "1"]])
-    assert "left:0.0%" in strip([("before", Number(-70, -90, 20, 3))], -50, 100) and "calc(46.7% - 0.0%)" in strip([("before", Number(-70, -90, 20, 3))], -50, 100)
+def test_names_are_set_apart(pair):
+    folder = replace(pair[0].images.folder, classes=('a<"b\u202e', "two", "three"))
+    text = Report(audit(ByColour(True), folder, progress=False), worst=1, random=1).html()
+    assert text.count("<bdi>a&lt;&#34;b\u202e</bdi>") > 3 and 'a<"b' not in text and 'alt="A picture of a&lt;&#34;b\u202e, as it is' in text
+    assert 'data-label="named the background&#39;s class"' in text
+
+
+def test_every_value_is_escaped_by_the_environment():
+    for name in ("report.html.j2", "audit.html.j2", "case.html.j2"):
+        template = html_template(name)
+        assert template.environment.autoescape is True and template is html_template(name)
+        with pytest.raises(UndefinedError):
+            template.render()
+        assert not re.search(r"\|\s*safe\b|autoescape", (ASSETS / "report" / name).read_text(encoding="utf-8"))
+    for module in (report_module, audit_module):
+        assert not re.search(r"</\w|<(p|b|td|div|span|img)\b", inspect.getsource(module)), "markup belongs into the template"
+
+
+def test_a_class_may_be_called_all(pair):
+    folder = replace(pair[0].images.folder, classes=("all", "two", "three"))
+    text = Report(*(audit(ByColour(corner), folder, progress=False) for corner in (True, False)), worst=1, random=1).html()
+    row = re.search('<bdi>all</bdi></th><td data-label="pictures"><div>5</div>.*?</tr>', re.sub(r">\s+<", "><", text))
+    assert row and row[0].count("badge") == 2
 
 
 def test_pictures_are_bounded(pages):
@@ -375,9 +395,10 @@ def test_contrast_is_enough(palette):
 
 
 def test_the_sheet_stays_inside_the_report():
-    rules = re.sub(r"@media[^{]+\{|@page\{[^}]*\}", "", sheet())
-    selectors = [s for rule in re.findall(r"([^{}]+)\{[^{}]*\}", rules) for s in re.split(r",(?![^(]*\))", rule)]
-    assert len(selectors) > 80 and all(s.strip().startswith(".cft-report") for s in selectors), [s for s in selectors if not s.strip().startswith(".cft-report")]
+    rules = re.sub(r"@media[^{]+\{|@page\s*\{[^}]*\}", "", CSS)
+    selectors = [s.strip() for rule in re.findall(r"([^{}]+)\{[^{}]*\}", rules) for s in re.split(r",(?![^(]*\))", rule)]
+    assert len(selectors) > 80 and not [s for s in selectors if not s.startswith(".cft-report")]
+    assert CSS.count("{") == CSS.count("}") and not re.search(r"\{[{%#]", CSS), "nothing in it is a template"
 
 
 # -- the object -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from typer.main import get_command
 
 from cft.apps.cli import app
-from cft.concepts.language import ConceptSet
+from cft.concepts.filters import ConceptSet
 from cft.concepts.masks import MaskStore
 from cft.data.models import TINY, base_model
 

@@ -23,8 +23,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from cft.concepts import masks
+from cft.concepts.filters import Concept, ConceptSet
 from cft.concepts.grounding import PAPER_GROUNDING, Grounding, small_grounded_sam
-from cft.concepts.language import ClassName, Concept, ConceptSet
+from cft.concepts.language import ClassName
 from cft.concepts.masks import MaskStore, build_masks, list_folder, plan, training_pictures, work_list
 from cft.data import folders as data
 

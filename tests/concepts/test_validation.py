@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from cft.concepts import masks
+from cft.concepts.filters import Concept, ConceptSet, refine
 from cft.concepts.grounding import Grounding
-from cft.concepts.language import ClassName, Concept, ConceptSet, refine
+from cft.concepts.language import ClassName
 from cft.concepts.masks import MaskStore, build_masks, list_folder
 from cft.concepts.validation import (
     GRID,

@@ -303,7 +303,7 @@ def test_one_class_has_nothing_to_exchange_with(tmp_path):
 def test_nothing_reaches_a_page_unescaped(tmp_path):
     found = audit(ByColour(corner=True), write(tmp_path, (4, 4, 4), names=("one", EVIL, "two")), progress=False)
     page = found._repr_html_()
-    assert EVIL not in page and "<img" not in page and "&lt;img src=x onerror=&quot;alert(1)&quot;&gt;&amp;" in page
+    assert EVIL not in page and "<img" not in page and "&lt;img src=x onerror=&#34;alert(1)&#34;&gt;&amp;" in page
     assert "and 2 more classes" in audit_html(found, classes=1)
 
 

@@ -29,7 +29,8 @@ FAMILIES = {
 
 def make(family="plain", seed=0, **changes):
     torch.manual_seed(seed)
-    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3, "num_classes": 5, "mlp_ratio": 2}
+    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3, "num_classes": 5,
+                "mlp_ratio": 2}
     model = VisionTransformer(**(settings | FAMILIES[family] | changes))
     with torch.no_grad():
         for p in model.parameters():
@@ -58,7 +59,8 @@ def difference(loss, parameter, index, h=1e-5):
 
 
 def some(parameter, n=3):
-    return np.random.default_rng(parameter.numel()).choice(parameter.numel(), min(n, parameter.numel()), replace=False).tolist()
+    rng, size = np.random.default_rng(parameter.numel()), parameter.numel()
+    return rng.choice(size, min(n, size), replace=False).tolist()
 
 
 def check(model, found, loss, names=None):
@@ -121,7 +123,7 @@ def test_rollout_is_the_derivative_with_constant_gradients(batch):
 
 def test_naive_on_a_single_neuron_by_hand():
     """R = x·c·w with gate c = Φ(w x): the truth is d/dw [x w Φ(w x)], the naive way forgets that c depends on w."""
-    x, w = torch.tensor([0.7], dtype=torch.float64, requires_grad=True), torch.tensor([1.3], dtype=torch.float64, requires_grad=True)
+    x, w = (torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (0.7, 1.3))
     gate = lambda h: 0.5 * (1 + torch.erf(h / math.sqrt(2)))
     (g,) = torch.autograd.grad(e._CutGate(gate)(w * x), x, create_graph=True)
     (naive,) = torch.autograd.grad((x * g).sum(), w)
@@ -201,7 +203,8 @@ def test_frozen_inputs_of_the_naive_way(batch):
 def test_the_rollout_never_reaches_the_top(batch, align):
     model = make()
     silent = e.unreached(e.gradient(model, batch, "rollout", align))
-    top = [name for name, _ in model.named_parameters() if name.startswith(("blocks.1.attn.proj", "blocks.1.norm2", "blocks.1.mlp", "norm", "head"))]
+    upper = ("blocks.1.attn.proj", "blocks.1.norm2", "blocks.1.mlp", "norm", "head")
+    top = [name for name, _ in model.named_parameters() if name.startswith(upper)]
     assert silent == top
     rollout, exact = e.gradient(model, batch, "rollout", align), e.gradient(model, batch, "exact", align)
     assert not rollout["blocks.1.attn.qkv.weight"][24:].any() and rollout["blocks.1.attn.qkv.weight"][:24].any()
@@ -214,8 +217,10 @@ def test_the_rollout_never_reaches_the_top(batch, align):
 
 def test_layer_groups():
     model = make("deit3")
-    expected = {"cls_token": "stem", "pos_embed": "stem", "patch_embed.proj.weight": "stem", "blocks.0.norm1.weight": "0 attention",
-                "blocks.0.attn.qkv.bias": "0 attention", "blocks.1.attn.proj.weight": "1 projection", "blocks.1.ls1.gamma": "1 projection",
+    expected = {"cls_token": "stem", "pos_embed": "stem", "patch_embed.proj.weight": "stem",
+                "blocks.0.norm1.weight": "0 attention",
+                "blocks.0.attn.qkv.bias": "0 attention", "blocks.1.attn.proj.weight": "1 projection",
+                "blocks.1.ls1.gamma": "1 projection",
                 "blocks.0.norm2.bias": "0 MLP", "blocks.1.mlp.fc2.weight": "1 MLP", "blocks.1.ls2.gamma": "1 MLP",
                 "norm.weight": "head", "head.bias": "head"}
     assert set(expected) <= {name for name, _ in model.named_parameters()}
@@ -224,7 +229,8 @@ def test_layer_groups():
 
 def test_compare_against_numpy():
     rng = np.random.default_rng(0)
-    shapes = {"cls_token": (1, 1, 4), "blocks.0.mlp.fc1.weight": (3, 4), "blocks.0.norm2.weight": (4,), "head.weight": (2, 4)}
+    shapes = {"cls_token": (1, 1, 4), "blocks.0.mlp.fc1.weight": (3, 4), "blocks.0.norm2.weight": (4,),
+              "head.weight": (2, 4)}
     a, b = ({k: torch.tensor(rng.normal(size=s)) for k, s in shapes.items()} for _ in range(2))
     a["head.weight"] = torch.zeros(2, 4, dtype=torch.float64)
     table = e.compare(a, b).set_index("group")
@@ -256,7 +262,8 @@ def test_study_compares_with_both_truths(batch):
     assert list(table.columns) == ["model", "way", "group", "cosine", "length", "own"]
     assert whole.loc["exact", "cosine"] == pytest.approx(1) and whole.loc["true rollout", "own"] == pytest.approx(1)
     assert whole.loc["naive", "own"] == whole.loc["naive", "cosine"]
-    assert whole.loc["rollout", "own"] == pytest.approx(e.compare(ways["rollout"], ways["true rollout"])["cosine"].iloc[-1])
+    own = e.compare(ways["rollout"], ways["true rollout"])["cosine"].iloc[-1]
+    assert whole.loc["rollout", "own"] == pytest.approx(own)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -270,7 +277,7 @@ def test_bad_input(batch):
         (lambda: e.gradient(make().requires_grad_(False), batch), "require gradients"),
         (lambda: e.compare({"norm.bias": torch.ones(1)}, {"head.bias": torch.ones(1)}), "same parameters"),
         (lambda: e.slope(model, batch, {}), "every parameter"),
-        (lambda: e.slope(model, batch, {k: torch.zeros_like(p) for k, p in model.named_parameters()}), "must not be zero"),
+        (lambda: e.slope(model, batch, {k: 0 * p for k, p in model.named_parameters()}), "must not be zero"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

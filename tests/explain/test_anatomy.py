@@ -34,7 +34,10 @@ def test_convnext_steps(stage):
     assert torch.equal(rows[0, parts.grid[1] + 2], parts.x[0, :, 1, 2])
 
 
-@pytest.mark.parametrize("settings", [{}, {"global_pool": "avg"}, {"global_pool": "avg", "pool_include_prefix": True, "reg_tokens": 2}])
+POOLED = {"global_pool": "avg", "pool_include_prefix": True, "reg_tokens": 2}
+
+
+@pytest.mark.parametrize("settings", [{}, {"global_pool": "avg"}, POOLED])
 def test_pool_is_transposed(settings):
     model = make(**settings)
     x = torch.randn(2, 16 + model.num_prefix_tokens, 12, dtype=torch.float64)

@@ -90,7 +90,8 @@ def test_matches_definition(family, name):
     for i in range(2):
         np.testing.assert_allclose(result.tokens[i].detach(), slow(name, model, images, i), rtol=1e-8, atol=1e-12)
     assert result.tokens.abs().sum() > 0
-    torch.testing.assert_close(r.relevance(model, images, TARGET, r.Method(name, true_gradient=True)).tokens, result.tokens)
+    again = r.relevance(model, images, TARGET, r.Method(name, true_gradient=True))
+    torch.testing.assert_close(again.tokens, result.tokens)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -113,7 +114,8 @@ def test_iia_matches_definition(family, steps):
 
 def test_iia_predicts_the_target_of_the_real_picture():
     model, images = make(), pictures()
-    assert r.relevance(model, images, method=r.Method("iia", steps=2)).target.tolist() == model(images).argmax(1).tolist()
+    own = r.relevance(model, images, method=r.Method("iia", steps=2)).target
+    assert own.tolist() == model(images).argmax(1).tolist()
 
 
 @pytest.mark.parametrize("family", ["plain", "qk_norm"])
@@ -132,15 +134,18 @@ def test_input_x_gradient(family):
     torch.testing.assert_close(result.tokens, (leaf["x"] * slope).sum(-1))
 
 
-TRUE = [r.Method(name, true_gradient=True) for name in ("gae", "gradient_rollout", "gradcam", "gradcam_tokens", "input_x_gradient", "eq2_grad")]
+TRUE = [r.Method(name, true_gradient=True)
+        for name in ("gae", "gradient_rollout", "gradcam", "gradcam_tokens", "input_x_gradient", "eq2_grad")]
+IIA = r.Method("iia", steps=1, true_gradient=True)
 
 
-@pytest.mark.parametrize("method", [r.Method("eq2"), *TRUE, r.Method("iia", steps=1, true_gradient=True)], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [r.Method("eq2"), *TRUE, IIA], ids=lambda m: m.name)
 def test_true_gradients(method):
     model, images = make(), pictures()
     parameters = list(model.parameters())
     generator = torch.Generator().manual_seed(5)
-    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) / 50 for p in parameters]  # norm about 1: few kinks of ReLU crossed
+    # of norm about 1: few kinks of ReLU are crossed
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) / 50 for p in parameters]
     f = lambda: scalar(model, images, "saturating", method) + 0 * sum(p.sum() for p in parameters)
     assert directional_error(f, parameters, direction, h=1e-6) < 1e-6
 
@@ -148,7 +153,8 @@ def test_true_gradients(method):
 @pytest.mark.parametrize("name", ["gae", "gradient_rollout", "gradcam", "iia"])
 def test_constant_gradients_leave_the_top_untrained(name):
     model, images = make(), pictures()
-    loss = lambda true: r.relevance(model, images, TARGET, r.Method(name, steps=2, true_gradient=true)).map().log().mean()
+    method = lambda true: r.Method(name, steps=2, true_gradient=true)
+    loss = lambda true: r.relevance(model, images, TARGET, method(true)).map().log().mean()
     top = [model.blocks[-1].attn.proj.weight, model.blocks[-1].mlp.fc2.weight, model.head.weight]
     below = model.blocks[-1].attn.qkv.weight
     constant = torch.autograd.grad(loss(False), [*top, below], allow_unused=True)
@@ -184,7 +190,8 @@ def test_no_graph_without_gradients(name):
         assert not quiet.tokens.requires_grad and not quiet.logits.requires_grad
         torch.testing.assert_close(quiet.tokens, kept.tokens.detach())
     frozen = make().requires_grad_(False)
-    torch.testing.assert_close(r.relevance(frozen, images, TARGET, method, differentiable=False).tokens, kept.tokens.detach())
+    alone = r.relevance(frozen, images, TARGET, method, differentiable=False).tokens
+    torch.testing.assert_close(alone, kept.tokens.detach())
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -70,7 +70,8 @@ class Slow:
 
         def back(R):
             if self.rule == "cp":
-                return 0 * q, 0 * k, np.array([sum(a[i, j] * v[j] / o[i] * R[i] for i in range(len(q))) for j in range(len(v))])
+                passed = [sum(a[i, j] * v[j] / o[i] * R[i] for i in range(len(q))) for j in range(len(v))]
+                return 0 * q, 0 * k, np.array(passed)
             Ra, Rv, Rq, Rk = np.zeros_like(a), np.zeros_like(v), np.zeros_like(q), np.zeros_like(k)
             for i in range(len(q)):
                 for j in range(len(k)):
@@ -207,7 +208,8 @@ def test_cp_conserves_alone_without_biases(family):
             if getattr(module, "bias", None) is not None and path.split(".")[0] not in ("patch_embed", "norm_pre"):
                 module.bias.zero_()
     result = r.relevance(model, pictures(), method="cp")
-    torch.testing.assert_close(result.tokens.sum(1), result.logits.gather(1, result.target[:, None])[:, 0], rtol=1e-10, atol=0)
+    explained = result.logits.gather(1, result.target[:, None])[:, 0]
+    torch.testing.assert_close(result.tokens.sum(1), explained, rtol=1e-10, atol=0)
     taylor = r.relevance(model, pictures(), method="attnlrp")
     assert (taylor.tokens.sum(1) / taylor.logits.gather(1, taylor.target[:, None])[:, 0] - 1).abs().min() > 1e-6
 
@@ -220,12 +222,14 @@ def test_logits_are_the_models(family, dtype):
     torch.testing.assert_close(result.logits, model(images))
     assert result.target.tolist() == model(images).argmax(1).tolist()
     reference = r.relevance(make(family), pictures())
-    torch.testing.assert_close(result.tokens.double(), reference.tokens, rtol=1e-3, atol=1e-3 * reference.tokens.abs().max().item())
+    largest = reference.tokens.abs().max().item()
+    torch.testing.assert_close(result.tokens.double(), reference.tokens, rtol=1e-3, atol=1e-3 * largest)
 
 
 # --- the derivative -----------------------------------------------------------------------------------------------
 
-WEIGHTS = ["patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight", "blocks.0.attn.qkv.weight", "blocks.1.norm2.bias",
+WEIGHTS = ["patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight", "blocks.0.attn.qkv.weight",
+           "blocks.1.norm2.bias",
            "blocks.1.attn.proj.weight", "blocks.1.mlp.fc1.weight", "blocks.0.mlp.fc2.bias", "head.weight"]
 
 
@@ -244,7 +248,7 @@ def test_gradient_of_every_family(family, method):
     model, images = make(family), pictures()
     parameters = list(model.parameters())
     if family == "bare":  # the gate of ReLU jumps at 0: small steps, no kink crossed
-        parameters = [p for name, p in model.named_parameters() if "head" in name or name.startswith("blocks.1.mlp.fc2")]
+        parameters = [p for n, p in model.named_parameters() if "head" in n or n.startswith("blocks.1.mlp.fc2")]
     generator = torch.Generator().manual_seed(3)
     direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
     f = lambda: scalar(model, images, "saturating", method) + 0 * sum(p.sum() for p in parameters)
@@ -265,10 +269,12 @@ def test_fused_inference_is_the_same(family, method):
 @pytest.mark.parametrize("family", ["plain", "dinov2", "giant", "convnext"])
 def test_gradient_with_gamma(family):
     model, images = (make_convnext(), pictures(2, (64, 64))) if family == "convnext" else (make(family), pictures())
-    p = dict(model.named_parameters())["stages.3.blocks.0.mlp.fc2.weight" if family == "convnext" else "blocks.1.attn.proj.weight"]
+    name = "stages.3.blocks.0.mlp.fc2.weight" if family == "convnext" else "blocks.1.attn.proj.weight"
+    p = model.get_parameter(name)
     direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(3), dtype=p.dtype)
     f = lambda: scalar(model, images, "sigmoid", r.Method(gamma=0.25))
-    assert directional_error(f, [p], [direction], h=1e-8) < 1e-5  # small steps: the rule jumps where a value changes sign
+    # small steps: the rule jumps where a value changes its sign
+    assert directional_error(f, [p], [direction], h=1e-8) < 1e-5
 
 
 def test_gradcheck():
@@ -285,9 +291,8 @@ def test_gradcheck():
             return scalar(self.model, images, "saturating")
 
     loss = Scalar()
-    assert torch.autograd.gradcheck(
-        lambda *values: functional_call(loss, {f"model.{n}": v for n, v in zip(names, values)}, (images,)), start, eps=1e-6, atol=1e-8, rtol=1e-5
-    )
+    call = lambda *values: functional_call(loss, {f"model.{n}": v for n, v in zip(names, values)}, (images,))
+    assert torch.autograd.gradcheck(call, start, eps=1e-6, atol=1e-8, rtol=1e-5)
 
 
 def test_last_block_and_head_learn_from_the_map():
@@ -372,7 +377,8 @@ class SlowConvNeXt(Slow):
         backs = []
         for s in range(stage + 1, 4):
             for step, name in ((self.norm_planes, f"stages.{s}.downsample.0"), (self.conv, f"stages.{s}.downsample.1"),
-                               *((self.block, f"stages.{s}.blocks.{i}") for i in range(len(self.model.stages[s].blocks)))):
+                               *((self.block, f"stages.{s}.blocks.{i}")
+                                 for i in range(len(self.model.stages[s].blocks)))):
                 x, back = step(name, x)
                 backs.append(back)
         pooled = self.tokens(x).mean(0, keepdims=True)
@@ -410,7 +416,8 @@ def test_convnext_matches_slow_reference(kind, stage):
         np.testing.assert_allclose(weighed, (np.maximum(signed, 0) * a / a.max()).sum(0), rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", [r.Method(), r.Method(stage=1), r.Method(magnitude=True), r.Method("gradcam_tokens", true_gradient=True),
+@pytest.mark.parametrize("method", [r.Method(), r.Method(stage=1), r.Method(magnitude=True),
+                                    r.Method("gradcam_tokens", true_gradient=True),
                                     r.Method("input_x_gradient", true_gradient=True)])
 def test_convnext_gradient(method):
     model, images = make_convnext(), pictures(2, (64, 64))
@@ -442,7 +449,8 @@ def test_checkpointed_is_the_same(family, method):
     results, gradients = [], []
     for checkpointed in (False, True):
         result = r.relevance(model, images, method=method, with_ledger=True, checkpointed=checkpointed)
-        loss = result.map("sigmoid").log().mean() + result.logits.square().sum() + sum(v.square().sum() for v in result.ledger.values())
+        absorbed = sum(v.square().sum() for v in result.ledger.values())
+        loss = result.map("sigmoid").log().mean() + result.logits.square().sum() + absorbed
         gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
         results.append(result)
         with torch.no_grad():
@@ -582,12 +590,14 @@ def test_unsupported_gate_and_subclass():
     model.blocks[1].norm2 = Odd(12).double()
     with pytest.raises(r.UnsupportedModule, match=r"^blocks\.1\.norm2 is a Odd"):
         r.relevance(model, pictures())
-    with pytest.raises(r.UnsupportedModule, match="^the model is a Sequential: supported here: timm VisionTransformer and ConvNeXt"):
+    message = "^the model is a Sequential: supported here: timm VisionTransformer and ConvNeXt"
+    with pytest.raises(r.UnsupportedModule, match=message):
         r.relevance(nn.Sequential(nn.Flatten()), pictures())
 
 
 @pytest.mark.parametrize("rate,path", [
-    ("drop_path_rate", "blocks.1.drop_path1"), ("proj_drop_rate", "blocks.0.attn.proj_drop"), ("attn_drop_rate", "blocks.0.attn.attn_drop"),
+    ("drop_path_rate", "blocks.1.drop_path1"), ("proj_drop_rate", "blocks.0.attn.proj_drop"),
+    ("attn_drop_rate", "blocks.0.attn.attn_drop"),
     ("pos_drop_rate", "pos_drop"), ("patch_drop_rate", "patch_drop"), ("drop_rate", "head_drop"),
 ])
 def test_active_dropout(rate, path):
@@ -600,7 +610,8 @@ def test_active_dropout(rate, path):
 
 
 @pytest.mark.parametrize("target,message", [
-    (torch.tensor([0, 5]), r"0…4, got 0…5"), (torch.tensor([-1, 0]), r"got -1…0"), (torch.tensor([0]), r"shape \(2,\), got torch.int64 \(1,\)"),
+    (torch.tensor([0, 5]), r"0…4, got 0…5"), (torch.tensor([-1, 0]), r"got -1…0"),
+    (torch.tensor([0]), r"shape \(2,\), got torch.int64 \(1,\)"),
     (torch.tensor([0.0, 1.0]), "got torch.float32"), (torch.tensor([[0], [1]]), r"\(2, 1\)"),
 ])
 def test_bad_target(target, message):
@@ -612,7 +623,8 @@ def test_bad_target(target, message):
 def test_bad_pictures():
     model = make()
     for images, message in [
-        (pictures(2, (16, 20)), "16×16 pixels.*got 16×20"), (pictures()[0], r"\(3, 16, 16\)"), (pictures()[:, :2], "3 channels, got 2"),
+        (pictures(2, (16, 20)), "16×16 pixels.*got 16×20"), (pictures()[0], r"\(3, 16, 16\)"),
+        (pictures()[:, :2], "3 channels, got 2"),
         (pictures() * float("nan"), "images must be finite"), (pictures().long(), "float"), (pictures()[:0], "float"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -676,7 +688,8 @@ def test_map_sizes_and_bounds():
     p, y, x = result.patches, (5 + 0.5) / 4 - 0.5, (6 + 0.5) / 4 - 0.5
     i, j = int(y), int(x)
     by_hand = sum(w * p[:, i + a, j + b] for a, b, w in [
-        (0, 0, (1 - y + i) * (1 - x + j)), (1, 0, (y - i) * (1 - x + j)), (0, 1, (1 - y + i) * (x - j)), (1, 1, (y - i) * (x - j))])
+        (0, 0, (1 - y + i) * (1 - x + j)), (1, 0, (y - i) * (1 - x + j)),
+        (0, 1, (1 - y + i) * (x - j)), (1, 1, (y - i) * (x - j))])
     torch.testing.assert_close(large[:, 5, 6], by_hand)
     assert r.bound(torch.tensor([0.0, 0.5, 1.0]), 0.1).tolist() == pytest.approx([0.1, 0.5, 0.9])
     for bad in (dict(normalize="max"), dict(epsilon=0.5), dict(epsilon=-0.1)):
@@ -697,7 +710,8 @@ def test_repr():
 
 def make_probe():
     torch.manual_seed(0)
-    model = LinearProbe(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=5, mlp_ratio=2, init_values=0.5)
+    model = LinearProbe(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=5, mlp_ratio=2,
+                        init_values=0.5)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.2 * torch.randn_like(p)
@@ -723,7 +737,8 @@ def test_linear_probe_is_two_heads():
     whole = r.relevance(model, images, torch.tensor([0, 1]), method="cp").tokens
     parts = []
     for pool, rows in (("token", slice(0, 12)), ("avg", slice(12, 24))):
-        half = VisionTransformer(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=5, mlp_ratio=2, init_values=0.5,
+        half = VisionTransformer(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=5,
+                                 mlp_ratio=2, init_values=0.5,
                                  global_pool=pool, fc_norm=False).double().eval()
         state = model.state_dict()
         half.load_state_dict(state | {"head.weight": state["head.weight"][:, rows]})

@@ -35,7 +35,8 @@ def make(**changes):
 
 
 def pictures():
-    return torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64), torch.tensor([0, 6, 2])
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(3, 3, 24, 24, generator=generator, dtype=torch.float64), torch.tensor([0, 6, 2])
 
 
 def distance(ours, theirs):
@@ -65,7 +66,8 @@ def attnlrp_of_timm():
 def copied(source):
     """A timm VisionTransformer with the weights of torchvision's `source`."""
     target = VisionTransformer(**SHAPE, mlp_ratio=2).double().eval()
-    names = {"class_token": "cls_token", "conv_proj": "patch_embed.proj", "encoder.pos_embedding": "pos_embed", "encoder.ln.": "norm.",
+    names = {"class_token": "cls_token", "conv_proj": "patch_embed.proj", "encoder.pos_embedding": "pos_embed",
+             "encoder.ln.": "norm.",
              "encoder.layers.encoder_layer_": "blocks.", ".ln_": ".norm", ".self_attention.in_proj_": ".attn.qkv.",
              ".self_attention.out_proj": ".attn.proj", ".mlp.0": ".mlp.fc1", ".mlp.3": ".mlp.fc2", "heads.head": "head"}
     state = {}
@@ -87,7 +89,8 @@ def cp_of_torchvision():
     model, (images, target) = copied(source), pictures()
     with torch.no_grad():
         logits = distance(model(images), source(images))
-    ours, attnlrp = (relevance(model, images, target, method, differentiable=False).tokens for method in ("cp", "attnlrp"))
+    ours, attnlrp = (relevance(model, images, target, method, differentiable=False).tokens
+                     for method in ("cp", "attnlrp"))
     monkey_patch(vision_transformer)  # for good: from here on this process computes other gradients
     inputs = []
 
@@ -118,7 +121,7 @@ def lxt():
 def test_attnlrp_is_lxts(lxt, name):
     found = lxt["attnlrp"]
     assert found[name] <= 1e-7
-    assert found[name + " plain gradient"] > 1e-2, "the rules must make a difference for their agreement to say something"
+    assert found[name + " plain gradient"] > 1e-2, "the rules must matter for their agreement to say something"
     assert found["classes unchanged"] is True
 
 
@@ -131,13 +134,14 @@ def test_cp_is_lxts_default_on_torchvision(lxt):
 def test_captum_input_x_gradient_at_the_first_block():
     attr = pytest.importorskip("captum.attr")
     model, (images, target) = make(init_values=0.5, reg_tokens=2), pictures()
-    theirs = attr.LayerGradientXActivation(model, model.blocks[0]).attribute(images, target, attribute_to_layer_input=True)
+    layer = attr.LayerGradientXActivation(model, model.blocks[0])
+    theirs = layer.attribute(images, target, attribute_to_layer_input=True)
     ours = relevance(model, images, target, "input_x_gradient", differentiable=False).tokens
     assert distance(ours, theirs.sum(-1).detach()) <= 1e-12
 
 
 def test_captum_input_x_gradient_of_pixels():
-    """A linear stem without bias and positions keeps Σ x ⊙ ∂z/∂x: the pixels of a patch sum to the token of the patch."""
+    """A linear stem without bias and positions keeps Σ x ⊙ ∂z/∂x: the pixels of a patch sum to its token."""
     attr = pytest.importorskip("captum.attr")
     model, (images, target) = make(), pictures()
     with torch.no_grad():

@@ -18,7 +18,8 @@ def dense(layer, shape):
     """Matrix (outputs, inputs) and bias of a linear map on one sample, by unit vectors."""
     size = math.prod(shape)
     zero = layer(torch.zeros(1, *shape, dtype=torch.float64)).detach().flatten()
-    columns = [layer(torch.eye(size, dtype=torch.float64)[i].view(1, *shape)).detach().flatten() - zero for i in range(size)]
+    units = torch.eye(size, dtype=torch.float64)
+    columns = [layer(unit.view(1, *shape)).detach().flatten() - zero for unit in units]
     return torch.stack(columns, 1).numpy(), zero.numpy()
 
 
@@ -60,7 +61,8 @@ def test_linear(name, gamma):
     for i in range(2):
         slow, absorbed = slow_gamma(matrix, bias, x[i].flatten().numpy(), gamma, (y * g)[i].detach().flatten().numpy())
         np.testing.assert_allclose(fast[i].flatten(), slow, rtol=1e-8, atol=1e-10)
-        np.testing.assert_allclose(tape.ledger["linear_bias"][i].detach() if tape.ledger else 0, absorbed, rtol=1e-8, atol=1e-10)
+        booked = tape.ledger["linear_bias"][i].detach() if tape.ledger else 0
+        np.testing.assert_allclose(booked, absorbed, rtol=1e-8, atol=1e-10)
     if gamma == 0:
         assert rules.linear(layer, x, rules.Tape())[1](g).shape == x.shape
 
@@ -77,7 +79,8 @@ def test_gamma_is_safe_where_outputs_vanish():
 
 
 @pytest.mark.parametrize("rule", rules.RULES)
-@pytest.mark.parametrize("module", [SwiGLU(4, 6), GluMlp(4, 12, act_layer=nn.SiLU, gate_last=False), GluMlp(4, 12, act_layer=nn.GELU)])
+@pytest.mark.parametrize("module", [SwiGLU(4, 6), GluMlp(4, 12, act_layer=nn.SiLU, gate_last=False),
+                                    GluMlp(4, 12, act_layer=nn.GELU)])
 def test_gated(module, rule):
     module = module.double()
     x, tape = torch.randn(1, 3, 4, dtype=torch.float64), rules.Tape(rule, ledger={})
@@ -148,7 +151,8 @@ def test_norm_layouts_and_missing_parameters():
     torch.testing.assert_close(y, z.movedim(-1, 1))
     g = torch.randn_like(y)
     torch.testing.assert_close(pullback(g), pull(g.movedim(1, -1)).movedim(-1, 1))
-    for module in (nn.LayerNorm(4, elementwise_affine=False), nn.RMSNorm(4), nn.RMSNorm(4, eps=1e-3), nn.LayerNorm(4, bias=False)):
+    for module in (nn.LayerNorm(4, elementwise_affine=False), nn.RMSNorm(4), nn.RMSNorm(4, eps=1e-3),
+                   nn.LayerNorm(4, bias=False)):
         module = module.double()
         y, pullback = rules.norm(module, x, tape := rules.Tape(ledger={}))
         g = torch.randn_like(y)
@@ -158,7 +162,8 @@ def test_norm_layouts_and_missing_parameters():
 @pytest.mark.parametrize("layer,module", [
     (rules.linear, nn.Bilinear(2, 2, 2)), (rules.linear, nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular")),
     (rules.norm, nn.LayerNorm((3, 4))), (rules.activation, nn.Tanh()), (rules.layer_scale, nn.Linear(2, 2)),
-    (rules.grn, nn.Identity()), (rules.block, nn.Identity()), (rules.attention, nn.Identity()), (rules.convnext_block, nn.Identity()),
+    (rules.grn, nn.Identity()), (rules.block, nn.Identity()), (rules.attention, nn.Identity()),
+    (rules.convnext_block, nn.Identity()), (rules.gated, nn.Identity()),
 ])
 def test_refuses_by_name(layer, module):
     with pytest.raises(rules.UnsupportedModule, match=f"^this module is a {type(module).__name__}: supported here: "):
@@ -167,7 +172,9 @@ def test_refuses_by_name(layer, module):
 
 def test_full_precision_and_recomputed():
     half = torch.ones(2, dtype=torch.bfloat16)
-    assert rules.full_precision(half).dtype == torch.float32 and rules.full_precision(half.double()).dtype == torch.float64
+    assert rules.full_precision(half).dtype == torch.float32
+    assert rules.full_precision(half.double()).dtype == torch.float64
     x = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(torch.autograd.grad(rules.recomputed(lambda t: t.sin() * t, x).sum(), x)[0], (x.sin() + x * x.cos()).detach())
+    (slope,) = torch.autograd.grad(rules.recomputed(lambda t: t.sin() * t, x).sum(), x)
+    torch.testing.assert_close(slope, (x.sin() + x * x.cos()).detach())
     assert torch.autograd.gradcheck(lambda t: rules.recomputed(lambda u: u.sin() * u, t), x)

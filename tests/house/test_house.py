@@ -66,7 +66,8 @@ def test_wheel_holds_the_package_and_its_assets(copy, tmp_path):
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, copy], check=True, capture_output=True)
     wheel = next(tmp_path.glob("*.whl"))
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"cft/apps/cli.py", "cft/demo/toy_grounder.py", "cft/assets/bases.json", "cft/assets/base_4.safetensors"} <= names
+    assert {"cft/apps/cli.py", "cft/demo/toy_grounder.py", "cft/assets/bases.json", "cft/assets/base_4.safetensors",
+            "cft/assets/report/report.html.j2", "cft/assets/report/report.css"} <= names
     assert not [name for name in names if name.startswith("benchmarks")]
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")

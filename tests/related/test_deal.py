@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cft.concepts.language import Answer, ClassName, Record, Reply, ask
+from cft.concepts.language import Answer, ClassName, Record, Reply, Sampling, ask
 from cft.related.deal import (
     BATCHES,
     DEAL_ANSWERS,
@@ -127,8 +127,9 @@ def test_the_texts():
             Prompts(("cat",), concepts)
     with pytest.raises(ValueError, match=r"lists of \[1, 2\]"):
         Prompts(("cat", "ox"), (("a",), ("b", "c")))
-    with pytest.raises(ValueError, match="ids of their own"):
-        deal_questions([ClassName("a", "A"), ClassName("a", "B")])
+    for classes, sampling, problem in ((("a", "a"), DEAL_SAMPLING, "ids must be unique"), (("a",), Sampling(), "one sample")):
+        with pytest.raises(ValueError, match=problem):
+            deal_questions([ClassName(i, "A") for i in classes], sampling)
 
 
 def test_the_demo_has_five_concepts_a_class_in_the_answers_order():

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cft.concepts.language import demo_concepts
+from cft.concepts.filters import demo_concepts
 from cft.concepts.masks import build_masks, list_folder
 from cft.data import backdrop
 from cft.data.folders import Preprocess

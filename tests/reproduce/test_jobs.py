@@ -11,8 +11,9 @@ import timm
 import torch
 from PIL import Image
 
+from cft.concepts.filters import ConceptSet, merge
 from cft.concepts.grounding import small_grounded_sam
-from cft.concepts.language import ClassName, ConceptSet, concept
+from cft.concepts.language import ClassName
 from cft.concepts.masks import MaskStore
 from cft.data.models import read_weights, save_model
 from cft.data.testsets import CARDS, miniature, synsets
@@ -89,8 +90,9 @@ def test_bad_methods(method, message):
 
 def some_concepts():
     classes = (ClassName("a", "a cat"), ClassName("b", "a bus"))
-    return ConceptSet(classes, (concept("tail", {"a": ["important"]}), concept("road", {"b": ["around"], "a": ["important", "around"]}),
-                                concept("animal", {"a": ["superclass"]})))
+    shares = [("a", "tail", ["important"]), ("b", "road", ["around"]), ("a", "road", ["important", "around"]),
+              ("a", "animal", ["superclass"])]
+    return ConceptSet(classes, merge(shares))
 
 
 def test_concepts_by_question():
@@ -266,7 +268,7 @@ def test_the_whole_way_on_imagenet(imagenet, monkeypatch):
     settings, root = imagenet
     folder = open_world(settings, root).folder("all")
     classes = tuple(ClassName(folder.classes[k], folder.classes[k]) for k in folder.labels)
-    everything = ConceptSet(classes, tuple(concept(text, {c.id: ["important"] for c in classes}) for text in ("ear", "paw")))
+    everything = ConceptSet(classes, merge((c.id, text, ["important"]) for c in classes for text in ("ear", "paw")))
     everything.save(root / "concepts.json")
     grounder = small_grounded_sam()
     monkeypatch.setattr(jobs, "load_grounder", lambda name, weights, device: grounder)

@@ -1,4 +1,4 @@
-"""The losses of Eq. 3–7 against loops over pixels in double precision, and their gradients against finite differences."""
+"""The losses of Eq. 3–7 against loops over pixels in double precision, and gradients against finite differences."""
 
 import math
 import random
