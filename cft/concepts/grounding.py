@@ -392,7 +392,7 @@ SMALL_BERT = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, in
 
 
 def _turn_up(words: nn.Embedding, fusion: Sequence[Tensor], boxes: Sequence[nn.Linear], norm: nn.LayerNorm) -> None:
-    """Words that differ, fusion that fuses, boxes of many sizes, scores that spread: a random GroundingDINO, in place."""
+    """Words that differ, fusion that fuses, boxes of many sizes, scores that spread, in a random GroundingDINO."""
     nn.init.normal_(words.weight)
     for scale in fusion:
         nn.init.constant_(scale, 0.5)
@@ -559,9 +559,9 @@ def load_grounder(name: str = "groundingdino-swint+sam-vit-h", folder: str | Pat
     """
     if "sam3" in name:
         raise NotImplementedError(
-            "SAM 3 finds concepts without a GroundingDINO and has no backend here yet. It needs Sam3Model of transformers "
-            "5, with which groundingdino-py does not run, and the weights facebook/sam3, whose licence Meta asks you to "
-            "accept")
+            "SAM 3 finds concepts without a GroundingDINO and has no backend here yet. It needs Sam3Model of "
+            "transformers 5, with which groundingdino-py does not run, and the weights facebook/sam3, whose licence "
+            "Meta asks you to accept")
     detectors, segmenters = ([n for n in WEIGHTS if n.startswith("sam") == sam] for sam in (False, True))
     detector, _, segmenter = name.partition("+")
     if detector not in detectors or segmenter not in segmenters:

@@ -155,7 +155,7 @@ def naive_map(model: nn.Module, images: Tensor, target: Tensor | None = None) ->
 
 # %% ../../nbs/19_exactness.ipynb #1574bddb
 def rollout_map(model: nn.Module, images: Tensor, target: Tensor | None = None) -> Relevance:
-    """Gradient-weighted rollout as the official code differentiates it: the gradients of the attention are constants."""
+    """Gradient-weighted rollout as the official code differentiates it: the attention's gradients are constants."""
     return relevance(model, images, target, "gae", differentiable=True)
 
 

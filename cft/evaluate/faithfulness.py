@@ -196,7 +196,7 @@ def share_inside(maps: Tensor, masks: Tensor) -> Tensor:
 
 # %% ../../nbs/18_faithfulness.ipynb #f6e1126c
 def ranks(values: Tensor) -> Tensor:
-    """Ranks 1 … n along the last dimension, equal values sharing the mean of theirs; float64, in the shape of values."""
+    """Ranks 1 … n along the last dimension, equal values sharing their mean; float64, in the shape of values."""
     values = values.contiguous()
     ordered = values.sort(-1).values
     below, up_to = (torch.searchsorted(ordered, values, right=side) for side in (False, True))

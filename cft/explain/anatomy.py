@@ -142,7 +142,7 @@ def check_images(model: VisionTransformer | ConvNeXt, images: Tensor) -> None:
 
 
 def check_target(target: Tensor | None, logits: Tensor) -> Tensor:
-    """The class to explain for every picture, (batch,) int64: `target`, or the argmax of the logits. Both are checked."""
+    """The class to explain for every picture, (batch,) int64: `target`, or the argmax of the logits, checked."""
     batch, classes = logits.shape
     bad = ~torch.isfinite(logits).all(1)
     if bad.any():

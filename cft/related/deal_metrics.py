@@ -15,8 +15,9 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,21 +30,22 @@ from tqdm.auto import tqdm
 
 from ..data import backdrop
 from ..data.backdrop import CLASSES, Pictures
-from ..data.folders import Preprocess, open_image
-from ..data.testsets import class_names, synsets
-from .deal import RELATED, Deal, DualEncoder, Explain, Prompts, TinyDual, as_classifier, concept_maps, demo_prompts, dual_encoder, embed, overlap
-from cft.demo.experiment import (
-    EPOCHS, POOL_PER_CLASS, SEGMENTATION_PER_CLASS, TEST_PER_CLASS, TESTS, TRAIN_PER_CLASS, batches, headline, measure, read_set,
-    settings, swapped_batches, training_images, tuned_classes, write_world,
-)
-from ..evaluate.metrics import evaluate, foreground, predict
-from ..evaluate.intervals import table_of_means
-from ..evaluate.faithfulness import blend, order_of, pointing
-from ..demo.toy_grounder import ATOMS, MEANINGS, plural, read_phrase
-from ..train.loop import FineTuned, fine_tune, provenance
+from ..data.folders import Preprocess, find_pictures, open_image
 from ..data.models import SEEDS, weights_digest
-from ..train.objectives import Recipe
+from ..data.testsets import class_names, synsets
+from ..demo.experiment import (EPOCHS, POOL_PER_CLASS, SEGMENTATION_PER_CLASS, TEST_PER_CLASS, TESTS, TRAIN_PER_CLASS,
+                                 batches, headline, measure, read_set, settings, swapped_batches, training_images,
+                                 tuned_classes, write_world)
+from ..demo.toy_grounder import ATOMS, MEANINGS, plural, read_phrase
+from ..evaluate.faithfulness import blend, order_of, pointing
+from ..evaluate.intervals import table_of_means
+from ..evaluate.metrics import evaluate, foreground, predict
+from ..files import read_json, write_json, written
+from .deal import (RELATED, Deal, DualEncoder, Explain, Prompts, TinyDual, as_classifier, concept_maps,
+                              demo_prompts, dual_encoder, embed, overlap)
 from ..reproduce.paper import Claim, Profile, reference, verdicts
+from ..train.loop import FineTuned, fine_tune, provenance
+from ..train.objectives import Recipe
 
 # %% ../../nbs/related/03_deal_metrics.ipynb #628a2dc5
 class Disentanglability(NamedTuple):
@@ -58,15 +60,16 @@ class Disentanglability(NamedTuple):
     def minus(self, other: "Disentanglability") -> float:
         """Difference of the values. Raises ValueError for another grid or another number of concepts."""
         if (self.grid, self.concepts) != (other.grid, other.concepts):
-            raise ValueError(f"disentanglability depends on the grid and the number of concepts: expected {self.grid} and {self.concepts}, "
-                             f"got {other.grid} and {other.concepts}")
+            raise ValueError("disentanglability depends on the grid and the number of concepts: expected "
+                             f"{self.grid} and {self.concepts}, got {other.grid} and {other.concepts}")
         return self.value - other.value
 
 
 def disentanglability(maps: Tensor) -> Disentanglability:
     """How far the maps of concepts (pictures, concepts, rows, columns) keep apart. Raises ValueError as `overlap`."""
     mean = overlap(maps.double()).mean().item()
-    return Disentanglability(1 / (1 + math.exp(-10 * (0.2 - mean / 100))), mean, tuple(maps.shape[2:]), maps.shape[1], len(maps))
+    pictures, concepts, rows, columns = maps.shape
+    return Disentanglability(1 / (1 + math.exp(-10 * (0.2 - mean / 100))), mean, (rows, columns), concepts, pictures)
 
 # %% ../../nbs/related/03_deal_metrics.ipynb #ee460369
 def half_blur(images: Tensor) -> Tensor:
@@ -75,35 +78,31 @@ def half_blur(images: Tensor) -> Tensor:
     return F.interpolate(small, images.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _cosines(model: DualEncoder, images: Tensor, texts: Tensor, batch: int) -> Tensor:
-    """Cosine of each picture with its own text: (pairs, channels, height, width) and (pairs, dimensions) to (pairs,)."""
-    return torch.cat([F.cosine_similarity(model.encode_image(x), t) for x, t in zip(images.split(batch), texts.split(batch))])
-
-
 @torch.no_grad()
-def insertion_scores(model: DualEncoder, images: Tensor, texts: Tensor, maps: Tensor, steps: int = 5, bug_compatible: bool = False,
-                     batch: int = 256) -> Tensor:
-    """How much of a picture's similarity to each text is back after each step of insertion: (pictures, texts, steps) in [0, 1].
+def insertion_scores(model: DualEncoder, images: Tensor, texts: Tensor, maps: Tensor, steps: int = 5,
+                     bug_compatible: bool = False, batch: int = 256) -> Tensor:
+    """How much of a picture's similarity to each text is back after each step: (pictures, texts, steps) in [0, 1].
 
-    images: (pictures, channels, height, width); texts: embeddings (pictures, texts, dimensions); maps: (pictures, texts, rows,
-    columns). NaN where the blurred picture is exactly as similar as the picture. `batch`: pictures in one forward pass.
-    Raises ValueError for shapes that do not fit and fewer than one step.
+    images: (pictures, channels, height, width); texts: embeddings (pictures, texts, dimensions); maps: (pictures,
+    texts, rows, columns). NaN where the blurred picture is exactly as similar as the picture. `batch`: pictures in one
+    forward pass. Raises ValueError for shapes that do not fit and fewer than one step.
     """
     n, k = maps.shape[:2] if maps.ndim == 4 else (0, 0)
     if images.ndim != 4 or texts.shape[:2] != (n, k) or len(images) != n or not n * k or steps < 1:
-        raise ValueError("expected images (pictures, …), embeddings (pictures, texts, dimensions), maps (pictures, texts, rows, columns) and "
-                         f"steps >= 1; got {tuple(images.shape)}, {tuple(texts.shape)}, {tuple(maps.shape)} and {steps}")
-    size = images.shape[-2:]
-    large = F.interpolate(maps, size, mode="bicubic", align_corners=False).flatten(0, 1)
+        shapes = [tuple(t.shape) for t in (images, texts, maps)]
+        raise ValueError("expected images (n, channels, height, width), embeddings (n, texts, dimensions), maps "
+                         f"(n, texts, rows, columns) and steps >= 1; got {shapes} and {steps}")
+    height, width = images.shape[-2:]
+    order = order_of(F.interpolate(maps, (height, width), mode="bicubic", align_corners=False).flatten(0, 1))
     shown = images.repeat(k, 1, 1, 1) if bug_compatible else images.repeat_interleave(k, 0)
-    canvas, order, texts = half_blur(shown), order_of(large), texts.flatten(0, 1)
-    start, end = (_cosines(model, x, texts, batch) for x in (canvas, shown))
-    scores = []
+    canvas, texts = half_blur(shown), texts.flatten(0, 1)
+    cosine = lambda pair: F.cosine_similarity(model.encode_image(pair[0]), pair[1])
+    cosines = lambda x: torch.cat([*map(cosine, zip(x.split(batch), texts.split(batch)))])
+    start, end, scores = cosines(canvas), cosines(shown), []
     for step in range(1, steps + 1):
-        mixed = blend(shown, canvas, order, step * size[0] * size[1] // steps)
-        if bug_compatible:
-            mixed = torch.cat([mixed[:, :1], canvas[:, 1:]], 1)
-        scores.append((_cosines(model, mixed, texts, batch) - start).abs() / (end - start).abs())
+        mixed = blend(shown, canvas, order, step * height * width // steps)
+        mixed = torch.cat([mixed[:, :1], canvas[:, 1:]], 1) if bug_compatible else mixed
+        scores.append((cosines(mixed) - start).abs() / (end - start).abs())
     return torch.stack(scores, 1).clamp(0, 1).view(n, k, steps)
 
 
@@ -112,14 +111,11 @@ def localizability(scores: Tensor) -> float:
     return scores.double().nanmean().item()
 
 # %% ../../nbs/related/03_deal_metrics.ipynb #7b5a9494
-def concept_rows(model: DualEncoder, prompts: Prompts, by: str = "concepts") -> Tensor:
-    """One vector for each class, (classes, dimensions): the mean of its normalised evaluation texts, or its normalised name.
-
-    by: "concepts" (Eq. 6) or "name". Raises ValueError for another word.
-    """
+def concept_rows(model: DualEncoder, prompts: Prompts, by: Literal["concepts", "name"] = "concepts") -> Tensor:
+    """Rows (classes, dimensions): the mean of normalised evaluation texts (Eq. 6), or the name. Raises ValueError."""
     if by not in ("concepts", "name"):
         raise ValueError(f"by must be concepts or name, got {by!r}")
-    texts = prompts.evaluation() if by == "concepts" else tuple((name,) for name in prompts.captions("name"))
+    texts = prompts.evaluation() if by == "concepts" else [[name] for name in prompts.captions("name")]
     return F.normalize(embed(model, texts), dim=-1).mean(1)
 
 
@@ -131,16 +127,16 @@ def similarity_logits(model: DualEncoder, images: Tensor, rows: Tensor) -> Tenso
 def part_table(maps: Tensor, masks: Tensor, parts: Sequence[str]) -> pd.DataFrame:
     """IoU of every part in percent: columns part, pictures, iou.
 
-    maps: (n, rows, columns), one for each picture and part; masks: bool (n, height, width); parts: n names. An empty mask
-    says that the part is not to be seen, and is left out. Raises ValueError for shapes that do not fit.
+    maps: (n, rows, columns), one for each picture and part; masks: bool (n, height, width); parts: n names. An empty
+    mask says that the part is not to be seen, and is left out. Raises ValueError for shapes that do not fit.
     """
     if maps.ndim != 3 or masks.ndim != 3 or masks.dtype != torch.bool or not len(maps) == len(masks) == len(parts) > 0:
         raise ValueError("expected maps (n, rows, columns), bool masks (n, height, width) and n names, "
                          f"got {tuple(maps.shape)}, {masks.dtype} {tuple(masks.shape)} and {len(parts)}")
-    found = foreground(F.interpolate(maps.double()[:, None], masks.shape[1:], mode="bilinear", align_corners=False)[:, 0])
-    rows = pd.DataFrame({"part": list(parts), "seen": masks.any(2).any(1).numpy(), "both": (found & masks).sum((1, 2)).numpy(),
-                         "either": (found | masks).sum((1, 2)).numpy()})
-    sums = rows[rows["seen"]].groupby("part", sort=False)
+    large = F.interpolate(maps.double()[:, None], masks.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+    found, count = foreground(large), lambda where: where.sum((1, 2)).numpy()
+    rows = pd.DataFrame(dict(part=parts, mask=count(masks), both=count(found & masks), either=count(found | masks)))
+    sums = rows[rows["mask"] > 0].groupby("part", sort=False)
     return pd.DataFrame({"pictures": sums.size(), "iou": 100 * sums["both"].sum() / sums["either"].sum()}).reset_index()
 
 
@@ -149,107 +145,97 @@ def part_miou(table: pd.DataFrame) -> float:
     return float(table["iou"].mean())
 
 # %% ../../nbs/related/03_deal_metrics.ipynb #d0a0a91b
-CUB_PARTS: dict[int, str] = dict(enumerate(("head", "beak", "tail", "left wing", "right wing", "left leg", "right leg", "left eye", "right eye", "torso"), 1))
+_CUB = "head, beak, tail, left wing, right wing, left leg, right leg, left eye, right eye, torso"
+CUB_PARTS: dict[int, str] = dict(enumerate(_CUB.split(", "), 1))
 
 
 @dataclass(frozen=True)
 class PartSet:
-    """Pictures with a number for the part at every pixel. Item i: (picture RGB, (height, width) int, name of the class).
-
-    Numbers that `names` does not have are background.
-    """
+    """Pictures with the number of a part at every pixel. Item i: RGB picture, int (height, width), class name."""
 
     pictures: tuple[Path, ...]
     annotations: tuple[Path, ...]
     classes: tuple[str, ...]  # of every picture
-    names: Mapping[int, str]
+    names: Mapping[int, str]  # of the parts; other numbers are background
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray, str]:
-        image = open_image(self.pictures[index])
-        with Image.open(self.annotations[index]) as file:
-            numbers = np.asarray(file.convert("L") if file.mode not in ("L", "P", "I", "I;16") else file).astype(np.int64)
-        if numbers.shape != (image.height, image.width):
-            raise ValueError(f"{self.annotations[index]} is {numbers.shape[1]} × {numbers.shape[0]} pixels; its picture is {image.width} × {image.height}")
+        image, path = open_image(self.pictures[index]), self.annotations[index]
+        with Image.open(path) as file:
+            numbers = np.asarray(file if file.mode in ("L", "P", "I", "I;16") else file.convert("L")).astype(np.int64)
+        if numbers.shape[::-1] != image.size:
+            raise ValueError(f"{path} is {numbers.shape[1]} × {numbers.shape[0]} pixels; its picture is "
+                             f"{image.width} × {image.height}")
         return image, numbers, self.classes[index]
 
 
-def _listed(pictures: Path, annotations: Path, ending: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """All pictures with this ending and their annotations. Raises ValueError for a missing folder, picture or annotation."""
-    found = tuple(sorted(p for p in pictures.iterdir() if p.suffix.lower() == ending)) if pictures.is_dir() else ()
+def _part_set(pictures: Path, annotations: Path, names: Mapping[int, str], class_of: Callable[[str], str]) -> PartSet:
+    """All pictures of a folder. Raises ValueError if there are none, or for one without an annotation."""
+    found, _ = find_pictures(pictures, deep=False)
     if not found:
-        raise ValueError(f"no {ending} pictures in {pictures}")
-    beside = tuple(annotations / f"{p.stem}.png" for p in found)
-    missing = [p for p in beside if not p.is_file()]
-    if missing:
+        raise ValueError(f"no pictures in {pictures}")
+    beside = [annotations / f"{p.stem}.png" for p in found]
+    if missing := [p for p in beside if not p.is_file()]:
         raise ValueError(f"{len(missing)} of {len(found)} pictures have no annotation, first {missing[0]}")
-    return found, beside
+    return PartSet(tuple(found), tuple(beside), tuple(class_of(p.stem) for p in found), names)
 
 
 def cub_parts(root: str | Path, split: str = "test") -> PartSet:
-    """CUB-Part from the folder that holds CUB_Parts. A class is read from the file's name, as CUB writes it. Raises ValueError."""
+    """CUB-Part from the folder that holds CUB_Parts; classes by the names of files. Raises ValueError."""
     home = Path(root) / "CUB_Parts"
-    pictures, annotations = _listed(home / f"images_{split}", home / f"parts_{split}", ".jpg")
-    classes = tuple(" ".join(w for w in p.stem.split("_") if not w.isdigit()).lower() or "bird" for p in pictures)
-    return PartSet(pictures, annotations, classes, CUB_PARTS)
+    class_of = lambda stem: " ".join(w for w in stem.split("_") if not w.isdigit()).lower() or "bird"
+    return _part_set(home / f"images_{split}", home / f"parts_{split}", CUB_PARTS, class_of)
 
 
 def partimagenet(root: str | Path, split: str = "test") -> PartSet:
     """PartImageNet from its folder. Parts lose their group's name (Quadruped Head: head). Raises ValueError."""
-    root = Path(root)
-    pictures, annotations = _listed(root / "images" / split, root / "annotations" / split, ".jpeg")
-    listing = root / "annotations" / split / f"{split}.json"
+    annotations, known = Path(root) / "annotations" / split, dict(zip(synsets(), class_names()))
+    listing = annotations / f"{split}.json"
     if not listing.is_file():
         raise ValueError(f"no {listing}; expected the names of the parts there, in COCO's form")
-    categories = json.loads(listing.read_text(encoding="utf-8"))["categories"]
-    names = {c["id"]: c["name"].removeprefix(c.get("supercategory", "")).strip().lower() for c in categories}
-    known = dict(zip(synsets(), class_names()))
-    wnids = [p.stem.partition("_")[0] for p in pictures]
-    strangers = sorted(set(wnids) - set(known))
-    if strangers:
-        raise ValueError(f"expected names that start with a WordNet id of ImageNet, got {strangers[0]!r} in {root / 'images' / split}")
-    return PartSet(pictures, annotations, tuple(known[w].split(",")[0] for w in wnids), names)
+    name_of = lambda part: part["name"].removeprefix(part.get("supercategory", "")).strip().lower()
+    names = {part["id"]: name_of(part) for part in read_json(listing)["categories"]}
+    class_of = lambda stem: known.get(stem.partition("_")[0], "").partition(",")[0]
+    found = _part_set(Path(root) / "images" / split, annotations, names, class_of)
+    if "" in found.classes:
+        stranger = found.pictures[found.classes.index("")].name
+        raise ValueError(f"expected names that start with a WordNet id of ImageNet, got {stranger!r}")
+    return found
 
 # %% ../../nbs/related/03_deal_metrics.ipynb #89888fe8
 def miniature_parts(kind: str, root: str | Path, count: int = 3, seed: int = 0) -> Path:
-    """Write a few pictures in the exact layout of "cub" (CUB-Part) or "partimagenet" below `root`, split test; returns `root`.
-
-    Raises ValueError for another kind.
-    """
+    """Write a small "cub" (CUB-Part) or "partimagenet" (else ValueError), split test, below `root`; returns `root`."""
     if kind not in ("cub", "partimagenet"):
         raise ValueError(f"kind must be cub or partimagenet, got {kind!r}")
     root, rng, own = Path(root), np.random.default_rng(seed), kind == "cub"
-    pictures, annotations = ((root / "CUB_Parts" / f"{name}_test" for name in ("images", "parts")) if own
-                             else (root / name / "test" for name in ("images", "annotations")))
-    for folder in (pictures, annotations):
-        folder.mkdir(parents=True, exist_ok=True)
+    folders = ("CUB_Parts/images_test", "CUB_Parts/parts_test") if own else ("images/test", "annotations/test")
+    background, first, second, ending = (0, 1, 3, ".jpg") if own else (40, 9, 11, ".JPEG")
     for k in range(count):
-        height, width = (40, 48) if k % 2 else (48, 40)
+        numbers = np.full((40, 48) if k % 2 else (48, 40), background, np.uint8)
+        numbers[8:24, 8:20], numbers[20:32, 24:36] = first, second
+        noise = rng.integers(0, 256, (*numbers.shape, 3), dtype=np.uint8)
         stem = f"Black_Footed_Albatross_{k:04d}_796{k:03d}" if own else f"n01440764_{10026 + k}"
-        numbers = np.full((height, width), 0 if own else 40, np.uint8)
-        numbers[8:24, 8:20] = 1 if own else 9
-        numbers[20:32, 24:36] = 3 if own else 11
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(pictures / (stem + (".jpg" if own else ".JPEG")), "JPEG")
-        Image.fromarray(numbers).save(annotations / f"{stem}.png")
+        for folder, suffix, values in zip(folders, (ending, ".png"), (noise, numbers)):
+            with written(root / folder / (stem + suffix), flush=False) as file:
+                Image.fromarray(values).save(file, "PNG" if suffix == ".png" else "JPEG")
     if not own:
-        categories = [{"id": 9, "name": "Fish Head", "supercategory": "Fish"}, {"id": 11, "name": "Fish Fin", "supercategory": "Fish"}]
-        (annotations / "test.json").write_text(json.dumps({"images": [], "annotations": [], "categories": categories}), encoding="utf-8")
+        categories = [dict(id=k, name=f"Fish {name}", supercategory="Fish") for k, name in ((9, "Head"), (11, "Fin"))]
+        write_json(root / "annotations/test/test.json", {"images": [], "annotations": [], "categories": categories})
     return root
 
 
 def part_scores(model: DualEncoder, parts: PartSet, preprocess: Preprocess, explain: Explain = "attention",
                 text: Callable[[str, str], str] = lambda cls, part: f"{cls}, which has a {part}") -> pd.DataFrame:
-    """`part_table` of a model's maps on a set, picture by picture. `text` makes a part's text from the class and the part."""
-    device, transform, maps, masks, names = model.logit_scale.device, preprocess.transform(train=False), [], [], []
-    for k in range(len(parts)):
-        image, numbers, cls = parts[k]
+    """`part_table` of a model's maps on a set, picture by picture; `text` makes a part's text of class and part."""
+    transform, maps, masks, names = preprocess.transform(train=False), [], [], []
+    for image, numbers, cls in parts:
         picture, small = transform(tv_tensors.Image(np.array(image).transpose(2, 0, 1)), tv_tensors.Mask(numbers))
-        seen = [n for n in torch.unique(small).tolist() if n in parts.names]
+        x, seen = picture.as_subclass(Tensor)[None], [n for n in torch.unique(small).tolist() if n in parts.names]
         if seen:
             texts = embed(model, [[text(cls, parts.names[n]) for n in seen]])
-            maps.append(concept_maps(model, picture.as_subclass(Tensor)[None].to(device), texts, explain, detach=True)[0].cpu())
+            maps.append(concept_maps(model, x.to(texts.device), texts, explain, detach=True)[0].cpu())
             masks += [small.as_subclass(Tensor) == n for n in seen]
             names += [parts.names[n] for n in seen]
     if not maps:
@@ -258,25 +244,24 @@ def part_scores(model: DualEncoder, parts: PartSet, preprocess: Preprocess, expl
 
 # %% ../../nbs/related/03_deal_metrics.ipynb #7c008b89
 def named_parts(label: int, phrase: str) -> frozenset[int]:
-    """The parts of a drawn class that a phrase names, as numbers in `Pictures.parts`; empty if the class has none of them.
+    """The parts of a drawn class that a phrase names, as numbers in `Pictures.parts`; empty if it names none of them.
 
-    The longest noun of the toy grounder's vocabulary counts, of equally long ones the last, in the phrase before its first preposition.
+    Of the toy grounder's nouns in the phrase before its first preposition the longest counts, of several the last.
     """
     head, modifiers, _ = read_phrase(phrase)
-    words, cls = (*modifiers, head), tuple(CLASSES)[label]
-    first = next(k for k, (owner, _) in enumerate(ATOMS) if owner == cls)
-    spans = [(start, stop) for start in range(len(words)) for stop in range(start + 1, len(words) + 1)]
-    for start, stop in sorted(spans, key=lambda s: (s[0] - s[1], -s[1])):
-        noun = " ".join(words[start:stop])
+    words, cls = (*modifiers, head), list(CLASSES)[label]
+    atoms = [k for k, (owner, _) in enumerate(ATOMS) if owner == cls]
+    spans = sorted(combinations(range(len(words) + 1), 2), key=lambda span: (span[0] - span[1], -span[1]))
+    for noun in (" ".join(words[start:stop]) for start, stop in spans):
         for meaning in MEANINGS.values():
-            own = frozenset(k - first + 1 for k in meaning.atoms if ATOMS[k][0] == cls)
+            own = frozenset(number for number, atom in enumerate(atoms, 1) if atom in meaning.atoms)
             if own and any(noun in (n, plural(n)) for n in meaning.nouns):
                 return own
     return frozenset()
 
 
 def true_masks(pictures: Pictures, prompts: Prompts) -> Tensor:
-    """Where each picture shows each concept of its class, bool (pictures, concepts, height, width); nowhere if it is not drawn."""
+    """Where each picture shows each concept of its class, bool (pictures, concepts, height, width)."""
     masks = np.zeros((len(pictures), len(prompts.concepts[0]), *pictures.parts.shape[1:]), bool)
     for label in np.unique(pictures.labels):
         here = pictures.labels == label
@@ -299,34 +284,34 @@ def pixels(pictures: Pictures) -> Tensor:
     return (torch.from_numpy(pictures.images).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
 
-def class_maps(model: DualEncoder, prompts: Prompts, images: Tensor, labels: Tensor, explain: Explain = "attention", batch: int = 40) -> Tensor:
+def class_maps(model: DualEncoder, prompts: Prompts, images: Tensor, labels: Tensor, explain: Explain = "attention",
+               batch: int = 40) -> Tensor:
     """Maps (pictures, 1 + concepts, rows, columns) of each picture's own class and of its concepts, as constants."""
-    with torch.no_grad():
-        texts = embed(model, prompts.explained())
-    return torch.cat([concept_maps(model, x, texts[y], explain, detach=True) for x, y in zip(images.split(batch), labels.split(batch))])
+    texts = embed(model, prompts.explained()).detach()[labels]
+    pairs = zip(images.split(batch), texts.split(batch))
+    return torch.cat([concept_maps(model, x, t, explain, detach=True) for x, t in pairs])
 
 
-def explanation_scores(model: DualEncoder, prompts: Prompts, pictures: Pictures, name: str, insertion: bool = True) -> pd.DataFrame:
+def explanation_scores(model: DualEncoder, prompts: Prompts, pictures: Pictures, name: str,
+                       insertion: bool = True) -> pd.DataFrame:
     """All metrics of the maps on drawn pictures: columns set, split, metric, value, n.
 
-    disentanglability and localizability as above; part_miou and pointing (percent; within 4 pixels, half a patch) against the
-    true masks; the same two with "_swapped" against the masks of the next concept; without `insertion` no localizability.
+    disentanglability and localizability as above; part_miou and pointing (percent; within 4 pixels, half a patch) by
+    the true masks, and "_swapped" by those of the next concept; without `insertion` no localizability.
     """
     images, labels = pixels(pictures), torch.from_numpy(pictures.labels)
     concepts, masks = class_maps(model, prompts, images, labels)[:, 1:], true_masks(pictures, prompts)
     apart = disentanglability(concepts)
     found = {"disentanglability": apart.value, "overlap": apart.overlap}
     if insertion:
-        with torch.no_grad():
-            texts = embed(model, prompts.explained())[labels, 1:]
+        texts = embed(model, prompts.explained()).detach()[labels, 1:]
         found["localizability"] = localizability(insertion_scores(model, images, texts, concepts))
-    for ending, truth in (("", masks), ("_swapped", masks.roll(-1, 1))):
-        flat, maps = truth.flatten(0, 1), concepts.flatten(0, 1)
-        names = [f"{label} {phrase}" for label in pictures.labels for phrase in prompts.concepts[label]]
-        seen = flat.any(2).any(1)
-        found |= {f"part_miou{ending}": part_miou(part_table(maps, flat, names)),
-                  f"pointing{ending}": 100 * pointing(maps[seen], flat[seen], 4).mean().item()}
-    return pd.DataFrame([{"set": name, "split": "all", "metric": metric, "value": value, "n": len(pictures)} for metric, value in found.items()])
+    maps, names = concepts.flatten(0, 1), [f"{y} {phrase}" for y in pictures.labels for phrase in prompts.concepts[y]]
+    for ending, truth in (("", masks.flatten(0, 1)), ("_swapped", masks.roll(-1, 1).flatten(0, 1))):
+        seen = truth.any(2).any(1)
+        found[f"part_miou{ending}"] = part_miou(part_table(maps, truth, names))
+        found[f"pointing{ending}"] = 100 * pointing(maps[seen], truth[seen], 4).mean().item()
+    return pd.DataFrame(dict(set=name, split="all", metric=list(found), value=list(found.values()), n=len(pictures)))
 
 
 def drawn_tests(seed: int) -> dict[str, list[dict]]:

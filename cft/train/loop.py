@@ -70,10 +70,9 @@ class Sampler:
         self.per_epoch, self.classes = -(-len(images) // recipe.batch), images.folder.classes
         missing = {need for need in recipe.objective.needs for s in images.folder.samples if getattr(s, need) is None}
         if missing:
-            raise ValueError(
-                f"this method needs {' and '.join(sorted(missing))} masks; the folder {images.folder.root} has none")
-        plain = replace(images.preprocess, crop=1.0)
-        self._contexts = MaskedImages(images.folder, plain) if "object" in recipe.objective.needs else None
+            words = " and ".join(sorted(missing))
+            raise ValueError(f"this method needs {words} masks; the folder {images.folder.root} has none")
+        self._contexts = MaskedImages(images.folder, replace(images.preprocess, crop=1.0))
         self._filled: dict[int, Tensor] = {}
         labels = torch.tensor([s.label for s in images.folder.samples])
         self._others = {k: torch.nonzero(labels != k).flatten() for k in set(labels.tolist())}
@@ -101,17 +100,18 @@ class Sampler:
             self._filled[k] = without_object(item["image"][None], item["object"][None])[0]
             if len(self._filled) > 512:  # enough for a small set; a large one does not fit in memory
                 self._filled.pop(next(iter(self._filled)))
-        return self._filled.get(k).flip(-1) if torch.rand(()) < 0.5 else self._filled.get(k)
+        return self._filled[k].flip(-1) if torch.rand(()) < 0.5 else self._filled[k]
 
     def batch(self, step: int, device: torch.device | str = "cpu") -> Batch:
         """The batch of a step; call it with torch's random state set for the step."""
         items = default_collate([self.images[i] for i in self.indices(step)])
         needs = self.recipe.objective.needs
-        contexts = torch.stack([self._context(int(k)) for k in items["label"]]) if self._contexts else None
-        tensors = (items["image"], items["label"], items["mask"] if "mask" in needs else None,
-                   items["object"] if "object" in needs else None, contexts)
-        coins = torch.rand(len(items["label"]))
-        return Batch(*(t if t is None else t.to(device) for t in (*tensors, coins)))
+        given = {f"{name}s": items[name] for name in ("mask", "object") if name in needs}
+        if "object" in needs:
+            given["contexts"] = torch.stack([self._context(int(k)) for k in items["label"]])
+        given["coins"] = torch.rand(len(items["label"]))
+        moved = {name: values.to(device) for name, values in given.items()}
+        return Batch(items["image"].to(device), items["label"].to(device), **moved)
 
 # %% ../../nbs/15_loop.ipynb #902ba3cd
 def draw(folder: Folder, seed: int, classes: int = 500, per_class: int = 3) -> Folder:
@@ -148,10 +148,11 @@ def _sum_over_processes(parameters: Sequence[nn.Parameter], logged: dict[str, fl
     error = next((text for _, text in told if text), "")
     if not error:
         mine = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
-        used = reduce(mine.float(), "sum")
+        used: Any = reduce(mine.float(), "sum")
         for p, n in zip(parameters, used.tolist(), strict=True):
             if n:
-                p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+                whole: Any = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+                p.grad = whole
     keys = dict.fromkeys(key for values, _ in told for key in values)
     return {key: sum(values.get(key, 0.0) for values, _ in told) for key in keys}, error
 
@@ -237,10 +238,10 @@ def _step(model: nn.Module, original: nn.Module, batches: Batches, recipe: Recip
             share = (which.stop - which.start) / batch.size
             try:
                 loss, parts = _loss(model, original, recipe, batch.part(which), device)
-                error = "" if loss.isfinite() else f"the loss is {loss.item()}"
+                if not loss.isfinite():
+                    raise ValueError(f"the loss is {loss.item()}")
             except ValueError as failure:
                 error = str(failure)
-            if error:
                 break
             (share * loss).backward()
             for key, value in ({"loss": loss.detach()} | parts).items():
@@ -352,7 +353,8 @@ def fine_tune(model: nn.Module, images: MaskedImages | Batches, recipe: Recipe, 
     record["provenance"] = provenance()
     if run and writes:
         save_model(run / "model.safetensors", tuned, batches.classes)
-        name = tuned.pretrained_cfg["architecture"] if type(tuned).__module__.startswith("timm.") else ""
+        known: Any = tuned if type(tuned).__module__.startswith("timm.") else None
+        name = known.pretrained_cfg["architecture"] if known else ""
         write_text(run / "README.md", model_card(record, name))
         write_json(run / "record.json", record)
         (run / "state.pt").unlink(missing_ok=True)

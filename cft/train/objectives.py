@@ -7,6 +7,7 @@ __all__ = ['RATES', 'CFT', 'RECIPES', 'Batch', 'Objective', 'CrossEntropy', 'Sel
            'input_gradient', 'GradMask', 'RightReasons', 'Align', 'Recipe']
 
 # %% ../../nbs/14_objectives.ipynb #da4b9237
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol, get_args, get_origin, get_type_hints
 
@@ -28,6 +29,11 @@ class Batch(NamedTuple):
     objects: Tensor | None = None  # whole objects, bool (batch, height, width)
     contexts: Tensor | None = None  # (batch, 3, height, width): other pictures without their objects
     coins: Tensor | None = None  # (batch,) uniform in [0, 1): what an objective decides at random, it decides by these
+
+    @property
+    def size(self) -> int:
+        """How many pictures."""
+        return len(self.images)
 
     def part(self, which: slice) -> "Batch":
         """Some pictures of the batch."""
@@ -205,6 +211,8 @@ class Recipe:
     weight_decay: float = 1e-4
     decay: float = 0.85  # the rate is multiplied by this …
     decays: int = 25  # … this many times, evenly spread
+    schedule: Literal["steps", "cosine"] = "steps"  # cosine: down to 0 along half a wave, whatever `decay` says
+    rates: Mapping[str, float] = field(default_factory=dict)  # part of the model → a rate of its own, 0: as it is
     trainable: Literal["all", "head"] = "all"
     average: float = 1.0
     seed: int = 0
@@ -214,11 +222,13 @@ class Recipe:
 
     def __post_init__(self):
         """Refuse settings that cannot train."""
-        if self.precision not in ("no", "bf16") or self.chunk < 0:
-            raise ValueError(f"expected precision no or bf16 and chunk >= 0; got {self.precision!r}, {self.chunk}")
-        if not (self.rate > 0 and self.epochs >= 1 and self.batch >= 1 and 0 < self.average <= 1):
-            raise ValueError("expected rate > 0, epochs >= 1, batch >= 1 and average in (0, 1]; got "
-                             f"{self.rate}, {self.epochs}, {self.batch}, {self.average}")
+        if self.precision not in ("no", "bf16") or self.schedule not in ("steps", "cosine") or self.chunk < 0:
+            raise ValueError("expected precision no or bf16, schedule steps or cosine, and chunk >= 0; got "
+                             f"{self.precision!r}, {self.schedule!r}, {self.chunk}")
+        rates = (self.rate > 0, *(rate >= 0 for rate in self.rates.values()), self.epochs >= 1, self.batch >= 1)
+        if not (all(rates) and 0 < self.average <= 1):
+            raise ValueError("expected rate > 0, rates >= 0, epochs >= 1, batch >= 1 and average in (0, 1]; got "
+                             f"{self.rate}, {dict(self.rates)}, {self.epochs}, {self.batch}, {self.average}")
 
     def as_dict(self) -> dict:
         """Plain values for a record, the objective's class name included."""
@@ -228,18 +238,17 @@ class Recipe:
 
 
 RATES: dict[str, dict[str, float]] = {  # Table 8, as printed
-    "vit_base_patch16_224": {"cft": 5e-7, "rrr": 2e-6, "gradmask": 1e-3, "swap": 2e-6},
-    "dinov2_vitb14": {"cft": 6e-7, "rrr": 1e-5, "gradmask": 5e-3, "swap": 1e-5},
-    "deit3_base_patch16_224": {"cft": 8e-7, "rrr": 5e-6, "gradmask": 1e-3, "swap": 5e-6},
-    "convnextv2_base": {"cft": 3e-6, "rrr": 3e-6, "gradmask": 5e-2, "swap": 3e-6},
+    "vit_base_patch16_224": {"cft": 5e-7, "rrr": 2e-6, "gradmask": 1e-3, "rrda": 2e-6},
+    "dinov2_vitb14": {"cft": 6e-7, "rrr": 1e-5, "gradmask": 5e-3, "rrda": 1e-5},
+    "deit3_base_patch16_224": {"cft": 8e-7, "rrr": 5e-6, "gradmask": 1e-3, "rrda": 5e-6},
+    "convnextv2_base": {"cft": 3e-6, "rrr": 3e-6, "gradmask": 5e-2, "rrda": 3e-6},
 }
 
 CFT = Align(norm="image", normalize="saturating", grid="patch")
 _PLUS = replace(CFT, anchor="original", swap=0.5, weights=LossWeights(classify=1.0))
 RECIPES: dict[str, Recipe] = {
-    "plain": Recipe(CrossEntropy()), "self": Recipe(SelfCrossEntropy()), "gradmask": Recipe(GradMask()),
-    "rrr": Recipe(RightReasons()), "swap": Recipe(SwappedCrossEntropy()),
-    "last-layer": Recipe(SwappedCrossEntropy(), trainable="head"), "cft-paper": Recipe(Align()),
-    "cft-official": Recipe(Align(norm="image", method="gae"), rate=3e-6, best=True), "cft": Recipe(CFT),
-    "cft-object": Recipe(replace(CFT, guide="object")), "cft+": Recipe(_PLUS, average=0.7),
-    "cft+ without alignment": Recipe(replace(_PLUS, weights=LossWeights(align=0.0, classify=1.0)), average=0.7)}
+    "plain": Recipe(CrossEntropy()), "lcls-only": Recipe(SelfCrossEntropy()), "gradmask": Recipe(GradMask()),
+    "rrr": Recipe(RightReasons()), "rrda": Recipe(SwappedCrossEntropy()),
+    "dfr-like": Recipe(SwappedCrossEntropy(), trainable="head"), "cft-paper": Recipe(Align()),
+    "cft-official": Recipe(Align(norm="image", method="gae"), rate=3e-6,
+                           best=True), "cft": Recipe(CFT), "cft+": Recipe(_PLUS, average=0.7)}

@@ -1,4 +1,4 @@
-"""The audit against worlds with a known truth: models that read only the object or only the background, and plain loops."""
+"""The audit against plain loops and worlds with a known truth: models that read only the object or the background."""
 
 import itertools
 import json
@@ -41,8 +41,8 @@ class ByColour(nn.Module):
     """Names the class whose colour is nearest to one place of the picture: the middle (the object) or the corner."""
 
     num_classes = 3
-    pretrained_cfg = {"architecture": "by colour", "input_size": (3, 24, 24), "crop_pct": 1.0, "interpolation": "bilinear",
-                      "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    pretrained_cfg = dict(architecture="by colour", input_size=(3, 24, 24), crop_pct=1.0, interpolation="bilinear",
+                          mean=(0.5,) * 3, std=(0.5,) * 3)
 
     def __init__(self, corner):
         super().__init__()
@@ -73,7 +73,7 @@ def write(root, counts, masks=True, names=("one", "two", "three")):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = backdrop.write(tmp_path_factory.mktemp("world") / "world", {"val": 5}, seed=1)
-    return scan(root / "images" / "val", objects=root / "objects" / "val", classes=list(backdrop.CLASSES)).only([0, 2, 6])
+    return scan(root / "images/val", objects=root / "objects/val", classes=list(backdrop.CLASSES)).only([0, 2, 6])
 
 
 # ---- pairs and intervals ----
@@ -91,7 +91,7 @@ def test_partners_are_what_they_are_called():
             assert (other[i] == -1) == everyone and (everyone or labels[other[i]] != labels[i])
         fixed, _ = partners([0, 0, 0, 0], seed)
         seen |= set(enumerate(fixed.tolist()))
-    assert seen == {(i, j) for i in range(4) for j in range(4) if i != j}                       # everyone may get everyone
+    assert seen == {(i, j) for i in range(4) for j in range(4) if i != j}  # everyone may get everyone
     assert all(np.array_equal(a, b) for a, b in zip(partners(labels, 3), partners(labels, 3)))
     assert not np.array_equal(partners(np.arange(40) % 2, 0)[0], partners(np.arange(40) % 2, 1)[0])
 
@@ -105,7 +105,7 @@ def test_paired_interval_against_the_formula_and_its_promise():
         value, low, high = paired_interval(first, second)
         assert value == pytest.approx(100 * (b - c) / n)
         assert low == pytest.approx(100 * max(-1, p - q - half)) and high == pytest.approx(100 * min(1, p - q + half))
-    n = 12                                                              # how often the truth is inside, summed over all outcomes
+    n = 12  # how often the truth is inside, summed over all outcomes
     for p, q in ((0.02, 0.02), (0.3, 0.0), (0.5, 0.1), (0.25, 0.25), (0.05, 0.0)):
         inside = 0.0
         for b, c in itertools.product(range(n + 1), repeat=2):
@@ -194,7 +194,8 @@ def test_pictures_without_a_test_are_left_out_and_counted(tmp_path):
     found = audit(ByColour(corner=True), folder, progress=False)
     table = found.pictures.set_index("id")
     for name in ("one/000.png", "two/000.png"):
-        assert table.loc[name, ["own", "other", "blurred", "alone", "background"]].isna().all() and table.loc[name, "correct"]
+        assert table.loc[name, ["own", "other", "blurred", "alone", "background"]].isna().all()
+        assert table.loc[name, "correct"]
     assert np.isnan(table.own["three/000.png"]) and table.own_from["three/000.png"] == ""
     text, bare = " ".join(found.unmeasured), 0
     for name, row in table.iterrows():
@@ -203,7 +204,8 @@ def test_pictures_without_a_test_are_left_out_and_counted(tmp_path):
                 assert np.isnan(row[test]) == (row[f"{test}_from"] in ("", "two/000.png"))
             bare += "two/000.png" in (row.own_from, row.other_from)
     assert bare > 0 and f"{bare} pictures whose partner shows no background" in text
-    assert "2 pictures whose object is out of view or fills the picture" in text and "1 pictures without another one of their class" in text
+    assert "2 pictures whose object is out of view or fills the picture" in text
+    assert "1 pictures without another one of their class" in text
     assert found.table().set_index("class").verdict["three"] == UNKNOWN
 
 
@@ -213,10 +215,11 @@ def test_pictures_without_a_test_are_left_out_and_counted(tmp_path):
 def test_summarise_against_counting():
     rng = np.random.default_rng(0)
     n = 40
-    table = pd.DataFrame({"id": [f"{i}" for i in range(n)], "label": rng.integers(0, 3, n), "correct": rng.random(n) < 0.8,
-                          "own": (rng.random(n) < 0.7).astype(float), "other": (rng.random(n) < 0.4).astype(float),
-                          "blurred": (rng.random(n) < 0.6).astype(float), "alone": (rng.random(n) < 0.2).astype(float),
-                          "off": 100 * rng.random(n), "background": 100 * rng.random(n)})
+    table = pd.DataFrame({"id": [f"{i}" for i in range(n)], "label": rng.integers(0, 3, n)})
+    for column, rate in {"correct": 0.8, "own": 0.7, "other": 0.4, "blurred": 0.6, "alone": 0.2}.items():
+        right = rng.random(n) < rate
+        table[column] = right if column == "correct" else right.astype(float)
+    table["off"], table["background"] = 100 * rng.random(n), 100 * rng.random(n)
     table.loc[:4, "own"] = np.nan
     rows = summarise(table, ("a", "b", "c"), "val")
     assert tuple(rows.columns) == COLUMNS and set(rows.set) == {"val"}
@@ -228,7 +231,8 @@ def test_summarise_against_counting():
             row = rows.loc[split, metric]
             assert row.n == len(values) and row.value == pytest.approx(100 * sum(values) / len(values))
             assert (row.low, row.high) == pytest.approx(wilson_interval(int(sum(values)), len(values)))
-        for metric, (a, b) in {"gap": ("own", "other"), "swap_drop": ("correct", "other"), "blur_drop": ("correct", "blurred")}.items():
+        differences = {"gap": ("own", "other"), "swap_drop": ("correct", "other"), "blur_drop": ("correct", "blurred")}
+        for metric, (a, b) in differences.items():
             pairs = [(r[a], r[b]) for r in part if not np.isnan(r[a])]
             assert rows.loc[split, metric].n == len(pairs)
             assert rows.loc[split, metric].value == pytest.approx(100 * sum(x - y for x, y in pairs) / len(pairs))
@@ -248,14 +252,16 @@ def test_models_whose_truth_is_known(tmp_path):
     guilty, innocent = (audit(ByColour(corner), folder, progress=False) for corner in (True, False))
     assert guilty.verdict == LEANS and innocent.verdict == CLEARED
     assert set(guilty.table().verdict) == {LEANS} and set(innocent.table().verdict) == {CLEARED}
-    numbers = {name: found.numbers[found.numbers.split == "all"].set_index("metric").value for name, found in (("guilty", guilty), ("innocent", innocent))}
+    numbers = {name: found.numbers[found.numbers.split == "all"].set_index("metric").value
+               for name, found in (("guilty", guilty), ("innocent", innocent))}
     assert numbers["guilty"]["gap"] == 100 == numbers["guilty"]["swap_drop"] and numbers["guilty"]["blur_drop"] == 0
     assert numbers["guilty"]["background_alone"] == 100 and numbers["innocent"]["gap"] == 0
-    assert "relevance:" in guilty.unmeasured[0] and "off_object" not in numbers["guilty"]        # no rule for this model
+    assert "relevance:" in guilty.unmeasured[0] and "off_object" not in numbers["guilty"]
     worst = guilty.worst(3, "two")
     assert set(worst.label) == {"two"} and len(worst) == 3 and (worst.other_predicted != "two").all()
     assert len(innocent.worst()) == 0 and guilty.look("one/000.png").relevance is None
-    assert audit(ByColour(True), tmp_path / "images", tmp_path / "objects", ("one", "two", "three"), progress=False).numbers.equals(guilty.numbers)
+    by_path = audit(ByColour(True), tmp_path / "images", tmp_path / "objects", ("one", "two", "three"), progress=False)
+    assert by_path.numbers.equals(guilty.numbers)
 
 
 def test_few_pictures_are_not_cleared(tmp_path):
@@ -269,11 +275,14 @@ def test_the_base_leans_and_its_pictures_can_be_seen(world):
     table = found.table()
     assert table["class"][0] == "all" and table.gap[1:].is_monotonic_decreasing and len(table) == 4
     worst = found.worst(4)
-    assert worst.off.is_monotonic_decreasing and (worst.label == worst.predicted).all() and (worst.label != worst.other_predicted).all()
+    assert worst.off.is_monotonic_decreasing and (worst.label == worst.predicted).all()
+    assert (worst.label != worst.other_predicted).all()
     row = worst.iloc[0]
     case = found.look(row.id)
-    assert case.label == row.label and case.answers["other"][0] == row.other_predicted and case.answers["original"][0] == row.predicted
-    assert case.answers["original"][1] == pytest.approx(row.probability, abs=1e-4) and case.answers["own"][0] == row.label
+    assert case.label == row.label and case.answers["other"][0] == row.other_predicted
+    assert case.answers["original"][0] == row.predicted
+    assert case.answers["original"][1] == pytest.approx(row.probability, abs=1e-4)
+    assert case.answers["own"][0] == row.label
     original = np.asarray(Image.open(world.root / row.id)) / 255
     assert np.allclose(case.pictures["original"].permute(1, 2, 0).numpy(), original, atol=1e-5)
     assert case.object.shape == (64, 64) and case.relevance.shape == (8, 8)
@@ -288,7 +297,8 @@ def test_without_masks_there_is_no_verdict(tmp_path):
     found = audit(ByColour(corner=True), write(tmp_path, (5, 5, 5), masks=False), progress=False)
     assert found.verdict == UNKNOWN and "need object masks" in found.unmeasured[-1]
     assert set(found.numbers.metric) == {"accuracy", "frame_blurred", "frame_drop"}
-    assert list(found.worst().columns[:2]) == ["id", "label"] and set(found.look("one/000.png").pictures) == {"original", "frame_blurred"}
+    assert list(found.worst().columns[:2]) == ["id", "label"]
+    assert set(found.look("one/000.png").pictures) == {"original", "frame_blurred"}
     assert json.loads(found.to_json())["verdict"] == UNKNOWN
 
 
@@ -310,7 +320,8 @@ def test_nothing_reaches_a_page_unescaped(tmp_path):
 def test_json_is_plain_and_complete(tmp_path):
     found = audit(ByColour(corner=True), write(tmp_path / "data", (4, 4, 1)), progress=False)
     text = found.to_json(tmp_path / "out" / "audit.json")
-    read = json.loads((tmp_path / "out" / "audit.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    refuse = lambda name: pytest.fail(f"{name} is no JSON")
+    read = json.loads((tmp_path / "out/audit.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert json.loads(text) == read and [p.name for p in (tmp_path / "out").iterdir()] == ["audit.json"]
     assert read["verdict"] == found.verdict and len(read["classes"]) == 4 and len(read["numbers"]) == len(found.numbers)
     assert read["worst"][0]["id"] == found.worst().id[0] and read["rule"] == {"margin": 10.0}

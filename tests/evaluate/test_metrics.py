@@ -13,15 +13,13 @@ from torch import nn
 
 from cft.evaluate.intervals import over_seeds, paired_difference
 from cft.evaluate.metrics import (
-    COLUMNS,
     accuracy_table,
-    evaluate,
+    evaluating,
     foreground,
     image_scores,
+    pooled,
     predict,
-    prediction_table,
     segmentation_scores,
-    segmentation_table,
     summarize,
     top_k,
     wilson_interval,
@@ -29,7 +27,6 @@ from cft.evaluate.metrics import (
 
 # quantiles of the t distribution at 97.5 %, from printed tables; the key is the degrees of freedom
 T_TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 29: 2.045}
-POOLED = ("pixel_accuracy", "mean_iou", "mean_average_precision")
 
 
 # ---- slow references ----
@@ -177,6 +174,16 @@ def test_predict_restores_the_state_of_every_module():
     assert not any(module.training for module in model.modules())
 
 
+def test_evaluating_restores_the_states_of_all_models():
+    first, second = answers()[0].train(), answers()[0].train()
+    second.dropout.eval()
+    with pytest.raises(RuntimeError, match="gone"), evaluating(first, second):
+        assert not any(module.training for model in (first, second) for module in model.modules())
+        raise RuntimeError("gone")
+    assert first.training and first.norm.training and first.dropout.training
+    assert second.training and second.norm.training and not second.dropout.training
+
+
 def test_predict_sends_images_to_the_device_of_the_model_or_the_given_one():
     class Probe(nn.Module):
         def forward(self, images):
@@ -240,43 +247,27 @@ def slow_summary(frame, by):
                   for metric in frame.columns if metric.startswith("top")} for key, rows in groups.items()}
 
 
-def images_of(seed=0, n=80, classes=7):
+def images_of(name="val", fine_tuned=(), seed=0, n=80, classes=7):
+    """One row per image of a made-up set."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (n,), generator=generator)
     logits = torch.randn(n, classes, generator=generator) + 1.2 * torch.nn.functional.one_hot(labels, classes)
-    return logits, labels
-
-
-def test_prediction_table_equals_loops():
-    logits, labels = images_of()
-    table = prediction_table(logits, labels, "val", fine_tuned=[1, 4])
-    assert list(table.columns) == ["set", "split", "label", "predicted", "top1", "top5"]
-    for i, row in enumerate(table.to_dict("records")):
-        scores, label = logits[i].tolist(), labels[i].item()
-        assert row == {"set": "val", "split": "fine-tuned" if label in (1, 4) else "other", "label": label,
-                       "predicted": scores.index(max(scores)), "top1": slow_top_k(scores, label, 1),
-                       "top5": slow_top_k(scores, label, 5)}
-    assert prediction_table(logits, labels, "val").split.eq("all").all()
-    assert prediction_table(logits, labels, "val", fine_tuned=[]).split.eq("other").all()
-
-
-@pytest.mark.parametrize("classes, names", [(7, ["top1", "top5"]), (4, ["top1", "top4"]), (1, ["top1"])])
-def test_k_is_cut_to_the_classes_and_the_name_says_so(classes, names):
-    logits, labels = torch.zeros(3, classes), torch.zeros(3, dtype=torch.int64)
-    table = prediction_table(logits, labels, "val")
-    assert [column for column in table.columns if column.startswith("top")] == names
+    split = ["fine-tuned" if label in fine_tuned else "other" for label in labels.tolist()]
+    return pd.DataFrame({"set": name, "split": split, "label": labels.numpy(),
+                         **{f"top{k}": top_k(logits, labels, k).numpy() for k in (1, 5)}})
 
 
 @pytest.mark.parametrize("by", [["set"], ["set", "split"], ["label"]])
 def test_summaries_equal_counting(by):
-    frame = pd.concat([prediction_table(*images_of(seed), name, [0, 2]) for seed, name in enumerate("ab")])
+    frame = pd.concat([images_of(name, [0, 2], seed) for seed, name in enumerate("ab")])
     expected = slow_summary(frame, by)
     tidy, wide = summarize(frame, by), accuracy_table(frame, by)
     assert list(tidy.columns) == [*by, "metric", "value", "low", "high", "n"]
     assert len(tidy) == 2 * len(expected) and len(wide) == len(expected)
     for row in tidy.to_dict("records"):
         key = tuple(row[column] for column in by)
-        assert (row["value"], row["low"], row["high"], row["n"]) == pytest.approx(expected[key][row["metric"]], abs=1e-6)
+        actual = (row["value"], row["low"], row["high"], row["n"])
+        assert actual == pytest.approx(expected[key][row["metric"]], abs=1e-6)
     for row in wide.to_dict("records"):
         key = tuple(row[column] for column in by)
         for metric in ("top1", "top5"):
@@ -285,36 +276,9 @@ def test_summaries_equal_counting(by):
 
 
 def test_grouping_by_one_name():
-    frame = prediction_table(*images_of(), "val").assign(topic="birds")         # not a metric, whatever its name
+    frame = images_of().assign(topic="birds")  # not a metric, whatever its name
     pd.testing.assert_frame_equal(summarize(frame, "set"), summarize(frame, ["set"]))
     pd.testing.assert_frame_equal(accuracy_table(frame, "set"), accuracy_table(frame, ["set"]))
-
-
-def test_evaluate_equals_loops():
-    sets, expected = {}, {}
-    model, logits, labels, batches = answers(40)
-    sets["val"], sets["odd"] = batches, [(images[1::2], target[1::2]) for images, target in batches]
-    rows = {"val": list(range(40)), "odd": [i for start in range(0, 40, 5) for i in (start + 1, start + 3)]}
-    for name, chosen in rows.items():
-        for split, keep in {"all": set(range(6)), "fine-tuned": {0, 5}, "other": {1, 2, 3, 4}}.items():
-            of_split = [i for i in chosen if labels[i].item() in keep]
-            for k in (1, 5):
-                hits = sum(slow_top_k(logits[i].tolist(), labels[i].item(), k) for i in of_split)
-                n = len(of_split)
-                expected[name, split, f"top{k}"] = (100 * hits / n, *slow_wilson(hits, n), n)
-    results = evaluate(model, sets, fine_tuned=[0, 5])
-    assert tuple(results.columns) == COLUMNS and len(results) == len(expected) == 12
-    for row in results.to_dict("records"):
-        actual = (row["value"], row["low"], row["high"], row["n"])
-        assert actual == pytest.approx(expected[row["set"], row["split"], row["metric"]], abs=1e-6)
-
-
-def test_evaluate_without_split_and_with_an_empty_side():
-    model, _, labels, batches = answers()
-    assert set(evaluate(model, {"val": batches}).split) == {"all"}
-    every = sorted(set(labels.tolist()))
-    assert set(evaluate(model, {"val": batches}, fine_tuned=every).split) == {"all", "fine-tuned"}
-    assert set(evaluate(model, {"val": batches}, k=2).metric) == {"top1", "top2"}
 
 
 # ---- segmentation ----
@@ -402,33 +366,14 @@ def test_only_the_shape_of_a_map_matters():
     assert segmentation_scores(0.25 + 0.5 * maps, masks) == pytest.approx(expected, abs=1e-4)
 
 
-def test_segmentation_table():
-    maps, masks = random_pictures(8, n=30)
-    maps = 0.7 * maps + 0.3 * masks
-    table, scores = segmentation_table(maps, masks, "toy", "other"), segmentation_scores(maps, masks)
-    assert tuple(table.columns) == COLUMNS and table.n.eq(30).all()
-    assert table.set_index("metric").value.to_dict() == scores
-    assert set(table["set"]) == {"toy"} and set(table["split"]) == {"other"}
-    pd.testing.assert_frame_equal(table, segmentation_table(maps, masks, "toy", "other"))
-    assert not segmentation_table(maps, masks, "toy", seed=1).low.equals(table.low)
-    single = segmentation_table(maps[:1], masks[:1], "toy")                 # resampling one image gives it again
-    assert np.allclose(single.low, single.value) and np.allclose(single.high, single.value)
-
-
-def test_bootstrap_equals_drawing_images_one_by_one():
-    maps, masks = random_pictures(9, n=25)
-    maps = 0.7 * maps + 0.3 * masks
-    table = segmentation_table(maps, masks, "toy", draws=4000).set_index("metric")
-    dice, images = random.Random(0), image_scores(maps, masks)
-    counts = images[["true_positive", "false_positive", "false_negative", "true_negative"]].to_numpy().tolist()
-    drawn = []
-    for _ in range(4000):
-        tp, fp, fn, tn = (sum(column) for column in zip(*dice.choices(counts, k=25)))
-        drawn.append(50 * (tp / (tp + fp + fn) + tn / (tn + fp + fn)))
-    drawn.sort()
-    width = drawn[3899] - drawn[99]
-    assert table.low["mean_iou"] == pytest.approx(drawn[99], abs=0.08 * width)
-    assert table.high["mean_iou"] == pytest.approx(drawn[3899], abs=0.08 * width)
+def test_weights_count_images_as_often_as_they_say():
+    maps, masks = random_pictures(8, n=5)
+    weights = np.array([[1, 1, 1, 1, 1], [0, 3, 0, 1, 1], [0, 0, 2, 0, 0]])
+    found = pooled(image_scores(maps, masks), weights.astype(float))
+    for row, counts in enumerate(weights):
+        drawn = np.repeat(np.arange(5), counts)
+        expected = segmentation_scores(maps[drawn], masks[drawn])
+        assert {metric: values[row] for metric, values in found.items()} == pytest.approx(expected)
 
 
 def test_speed_of_a_demonstration_set():
@@ -502,39 +447,30 @@ def test_bad_logits_and_labels():
     for message, bad_logits, bad_labels, k in cases:
         with pytest.raises(ValueError, match=message):
             top_k(bad_logits, bad_labels, k)
-        if k:
-            with pytest.raises(ValueError, match=message):
-                prediction_table(bad_logits, bad_labels, "val")
-    with pytest.raises(ValueError, match="fine_tuned must hold classes"):
-        prediction_table(logits, labels, "val", fine_tuned=[4])
     for hits, n in [(-1, 5), (6, 5), (0, 0)]:
         with pytest.raises(ValueError, match="expected 0 ≤ hits ≤ n"):
             wilson_interval(hits, n)
 
 
-def test_bad_sets_are_named():
+def test_bad_sets():
     model, logits, labels, batches = answers()
     broken, _, _, _ = answers()
     with torch.no_grad():
         broken.logits[3, 2] = float("nan")
-    with pytest.raises(ValueError, match="at least one set"):
-        evaluate(model, {})
-    for bad_model, bad, message in [(model, [], "empty set"), (model, iter([]), "empty set"), (broken, batches, "NaN"),
-                                    (model, [(images, target + 1) for images, target in batches], "classes of the")]:
-        with pytest.raises(ValueError, match=f"set 'bad': .*{message}"):
-            evaluate(bad_model, {"bad": bad})
-    with pytest.raises(ValueError, match="set 'second': .*empty set"):
-        evaluate(model, {"first": batches, "second": []})
+    foreign = [(images, target + 1) for images, target in batches]
+    cases = [(model, [], "empty set"), (model, iter([]), "empty set"), (broken, batches, "NaN"),
+             (model, foreign, "classes of the")]
+    for bad_model, bad, message in cases:
+        with pytest.raises(ValueError, match=message):
+            predict(bad_model, bad)
     spent = iter(batches)
-    evaluate(model, {"first": spent})
-    with pytest.raises(ValueError, match="set 'again': .*empty set"):
-        evaluate(model, {"again": spent})
-    with pytest.raises(ValueError, match="fine_tuned must hold classes 0 … 5"):
-        evaluate(model, {"val": batches}, fine_tuned=[6])
+    predict(model, spent)
+    with pytest.raises(ValueError, match="empty set"):
+        predict(model, spent)
 
 
 def test_bad_tables():
-    frame = prediction_table(*images_of(), "val")
+    frame = images_of()
     for call in (summarize, accuracy_table):
         with pytest.raises(ValueError, match="group by"):
             call(frame, [])
@@ -556,12 +492,10 @@ def test_bad_maps():
              ("in \\[0, 1\\]", maps * 255, masks), ("share one shape", maps[:, :, :5], masks),
              ("share one shape", maps[:2], masks), ("share one shape", maps[:0], masks[:0]),
              ("share one shape", maps[0], masks[0]), ("masks bool", maps, masks.int()), ("masks bool", masks, masks)]
-    for call in (image_scores, segmentation_scores, lambda m, s: segmentation_table(m, s, "toy")):
+    for call in (image_scores, segmentation_scores):
         for message, bad_maps, bad_masks in cases:
             with pytest.raises(ValueError, match=message):
                 call(bad_maps, bad_masks)
-    with pytest.raises(ValueError, match="draws"):
-        segmentation_table(maps, masks, "toy", draws=0)
 
 
 def test_bad_seeds():
@@ -597,6 +531,7 @@ def test_no_warnings():
     model, _, _, batches = answers()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        evaluate(model, {"val": batches}, fine_tuned=[0])
-        segmentation_table(torch.full_like(maps, 0.5), masks, "toy")
+        predict(model, batches)
+        summarize(images_of())
+        segmentation_scores(torch.full_like(maps, 0.5), masks)
         paired_difference(pd.Series([1.0, 1.0]), pd.Series([0.0, 0.0]))

@@ -1,4 +1,4 @@
-"""The suite against plain loops: sorting for ranks, lists drawn with replacement for intervals, single passes for shared ones."""
+"""Passes against loops: sorting for ranks, lists drawn with replacement for intervals, one pass for each model."""
 
 import gc
 import hashlib
@@ -17,24 +17,29 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
+from cft.data import backdrop
+from cft.data.folders import list_folder
 from cft.data.models import base_model, save_model, weights_digest
-from cft.data.testsets import EvalSet, miniature, open_set
-from cft.evaluate.metrics import image_scores, segmentation_table, wilson_interval
+from cft.data.testsets import EvalSet, folder_set, miniature, open_set
+from cft.evaluate.metrics import COLUMNS, COUNTS, image_scores, segmentation_scores, wilson_interval
 from cft.evaluate.passes import (
     BY,
     ROWS,
     Loop,
+    MaskedSet,
     Results,
     accuracy_rows,
     answer_columns,
     answers,
     checkpoint,
     compare_methods,
-    evaluate_suite,
+    evaluate_folder,
+    evaluate_sets,
     headline,
     macro_accuracy,
     paired_pictures,
     reading_of,
+    relevance_of_set,
     run_pass,
     seconds,
     segmentation_rows,
@@ -71,8 +76,8 @@ class Linear(nn.Module):
         self.num_classes, self.size = classes, size
         self.weight = nn.Parameter(torch.randn(3 * size * size, classes, generator=generator))
         self.drop = nn.Dropout(0.5)
-        self.pretrained_cfg = {"architecture": "linear", "input_size": (3, size, size), "crop_pct": 1.0, "interpolation": "bilinear",
-                               "mean": (mean,) * 3, "std": (0.25,) * 3}
+        self.pretrained_cfg = {"architecture": "linear", "input_size": (3, size, size), "crop_pct": 1.0,
+                               "interpolation": "bilinear", "mean": (mean,) * 3, "std": (0.25,) * 3}
 
     def forward(self, x):
         return self.drop(x.flatten(1)) @ self.weight
@@ -109,7 +114,7 @@ def test_judge_against_sorting():
     rng = random.Random(0)
     for _ in range(30):
         classes, n = rng.randrange(7, 12), 5
-        logits = [[float(rng.randrange(4)) for _ in range(classes)] for _ in range(n)]          # ties everywhere
+        logits = [[float(rng.randrange(4)) for _ in range(classes)] for _ in range(n)]  # ties everywhere
         targets = [tuple(rng.sample(range(classes), rng.randrange(1, 4))) for _ in range(n)]
         present = sorted({c for accepted in targets for c in accepted} | {rng.randrange(classes)})
         found = answer_columns(torch.tensor(logits), targets, present)
@@ -143,7 +148,7 @@ def test_full_is_never_above_subset_on_the_miniatures(tmp_path):
         for (labels, *rest), value in table.items():
             if labels == "full1000" and ("subset", *rest) in table:
                 assert value <= table["subset", *rest]
-        first_class = open_set(key, tmp_path, check_counts=False, first_mapping_only=True)      # the released code's way
+        first_class = open_set(key, tmp_path, check_counts=False, first_mapping_only=True)  # the released code's way
         (released,) = run_pass(first_class, [model], reading_of(model.model))
         assert released.full_top1.equals(found.full_first1)
 
@@ -170,7 +175,8 @@ def test_accuracy_rows_against_counting():
                     assert row.n == len(hits) and row.value == pytest.approx(100 * sum(hits) / len(hits))
                     assert (row.low, row.high) == pytest.approx(wilson_interval(sum(hits), len(hits)))
                     macro = rows.loc[labels, rule, split, f"{name}_macro"]
-                    assert macro.value == pytest.approx(100 * sum(sum(v) / len(v) for v in per_class.values()) / len(per_class))
+                    each = [sum(hit) / len(hit) for hit in per_class.values()]
+                    assert macro.value == pytest.approx(100 * sum(each) / len(each))
                     seen |= {(labels, rule, split, name), (labels, rule, split, f"{name}_macro")}
             for k in (1, 5):
                 groups = pictures.groupby("group")[f"{space}_{word}{k}"].mean()
@@ -189,6 +195,8 @@ def test_groups_of_the_caller_and_classes_that_are_groups():
     assert "worst group" not in set(as_classes.split)
     with pytest.raises(ValueError, match="one group for each of 60"):
         accuracy_rows(pictures, 1000, groups=own[:-1])
+    with pytest.raises(ValueError, match="fine_tuned must hold classes 0 … 999, got .0, 1000"):
+        accuracy_rows(pictures, 1000, fine_tuned=[1000, 0])
 
 
 def test_top5_of_few_classes_is_called_what_it_is():
@@ -215,7 +223,8 @@ def test_macro_interval_against_drawing_lists():
     drawn = sorted(macro([rng.randrange(len(classes)) for _ in classes]) for _ in range(4000))
     assert value == pytest.approx(macro(range(len(classes))))
     assert low == pytest.approx(drawn[100], abs=1.5) and high == pytest.approx(drawn[3900], abs=1.5)
-    assert macro_accuracy(np.array([True, False]), np.array([7, 7])) == macro_accuracy(np.array([True, False]), np.array([7, 7]))
+    again = [macro_accuracy(np.array([True, False]), np.array([7, 7])) for _ in range(2)]
+    assert again[0] == again[1]
 
 
 def test_paired_interval_and_mcnemar_against_plain_python():
@@ -235,19 +244,163 @@ def test_paired_interval_and_mcnemar_against_plain_python():
         paired_pictures(a, b.assign(id="x" + b.id))
 
 
-def test_segmentation_rows_are_chapter_14s():
-    generator = torch.Generator().manual_seed(0)
-    maps, masks = torch.rand(9, 8, 8, generator=generator), torch.rand(9, 8, 8, generator=generator) > 0.6
-    ours, theirs = segmentation_rows(image_scores(maps, masks)), segmentation_table(maps, masks, "")
-    for column in ("value", "low", "high", "n"):
-        assert ours[column].tolist() == pytest.approx(theirs[column].tolist())
-    assert ours.metric.tolist() == theirs.metric.tolist()
+def made_up_maps(n, seed=0):
+    """Maps and masks (n, 5, 6) that agree more often than not."""
+    generator = torch.Generator().manual_seed(seed)
+    maps, masks = torch.rand(n, 5, 6, generator=generator), torch.rand(n, 5, 6, generator=generator) < 0.3
+    return 0.7 * maps + 0.3 * masks, masks
+
+
+def test_segmentation_rows_are_the_scores_with_intervals():
+    maps, masks = made_up_maps(30)
+    rows, images = segmentation_rows(image_scores(maps, masks)), image_scores(maps, masks)
+    assert rows.n.eq(30).all() and set(rows["split"]) == {"all"} and set(rows.labels) == set(rows.targets) == {""}
+    assert rows.set_index("metric").value.to_dict() == segmentation_scores(maps, masks)
+    pd.testing.assert_frame_equal(rows, segmentation_rows(images))
+    assert not segmentation_rows(images, seed=1).low.equals(rows.low)
+    single = segmentation_rows(images[:1])  # resampling one image gives it again
+    assert np.allclose(single.low, single.value) and np.allclose(single.high, single.value)
+    with pytest.raises(ValueError, match="draws"):
+        segmentation_rows(images, draws=0)
+
+
+def test_bootstrap_equals_drawing_images_one_by_one():
+    images = image_scores(*made_up_maps(25, seed=9))
+    table = segmentation_rows(images, draws=4000).set_index("metric")
+    dice, counts, drawn = random.Random(0), images[list(COUNTS)].to_numpy().tolist(), []
+    for _ in range(4000):
+        tp, fp, fn, tn = (sum(column) for column in zip(*dice.choices(counts, k=25)))
+        drawn.append(50 * (tp / (tp + fp + fn) + tn / (tn + fp + fn)))
+    drawn.sort()
+    width = drawn[3899] - drawn[99]
+    assert table.low["mean_iou"] == pytest.approx(drawn[99], abs=0.08 * width)
+    assert table.high["mean_iou"] == pytest.approx(drawn[3899], abs=0.08 * width)
+
+
+# ---- a folder and a model ----
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A small drawn world with object masks."""
+    return backdrop.write(tmp_path_factory.mktemp("drawn") / "world", {"val": 3, "segmentation": 1}, seed=7)
+
+
+def folder_of(world, name, objects=False):
+    folder = list_folder(world / "images" / name, list(backdrop.CLASSES))
+    return folder.with_masks(object=world / "objects" / name) if objects else folder
+
+
+def test_a_folder_against_loops(world):
+    folder, base, tuned = folder_of(world, "val"), base_model(0), {0, 5, 7}
+    table = evaluate_folder(base, folder, "mine", fine_tuned=sorted(tuned), loop=Loop(batch=10))
+    assert tuple(table.columns) == COLUMNS and set(table["set"]) == {"mine"}
+    found = table.set_index(["split", "metric"])
+    assert found.index.is_unique and len(found) == 6
+    answered = []
+    for sample in folder.samples:
+        x = torch.tensor(np.asarray(Image.open(sample.path)) / 255).permute(2, 0, 1).float()
+        answered.append((sample.label, slow_rank(base((x[None] - 0.5) / 0.25)[0].tolist(), sample.label)))
+    for split in ("all", "fine-tuned", "other"):
+        ranks = [rank for label, rank in answered if split == "all" or (split == "fine-tuned") == (label in tuned)]
+        for k in (1, 5):
+            row, hits = found.loc[split, f"top{k}"], sum(rank < k for rank in ranks)
+            assert row.n == len(ranks) and row.value == pytest.approx(100 * hits / len(ranks))
+            assert (row.low, row.high) == pytest.approx(wilson_interval(hits, len(ranks)))
+    whole = evaluate_folder(base, folder, "mine")
+    pd.testing.assert_frame_equal(whole, table[table.split == "all"].reset_index(drop=True))
+    every = evaluate_folder(base, folder, "mine", fine_tuned=range(12))  # an empty side gives no rows
+    assert set(every.split) == {"all", "fine-tuned"}
+
+
+def test_a_folder_with_object_masks(world):
+    folder, base = folder_of(world, "segmentation", objects=True), base_model(0)
+    table = evaluate_folder(base, folder, "mine", objects=True)
+    assert tuple(table.columns) == COLUMNS and table.n.eq(12).all() and table.split.eq("all").all()
+    images = torch.stack([torch.tensor(np.asarray(Image.open(s.path)) / 255).permute(2, 0, 1) for s in folder.samples])
+    masks = torch.stack([torch.tensor(np.asarray(Image.open(s.object)) > 0) for s in folder.samples])
+    maps = relevance(base, (images.float() - 0.5) / 0.25, differentiable=False).map("minmax", (64, 64), 0.0)
+    expected, scores = segmentation_scores(maps, masks), table.set_index("metric")
+    assert scores.value[list(expected)].to_dict() == pytest.approx(expected, abs=0.01)
+    assert (scores.low <= scores.value).all() and (scores.value <= scores.high).all()
+    assert set(evaluate_folder(base, folder, "mine").metric) == {"top1", "top5"}  # masks that nobody asked about
+
+
+def test_top5_of_a_model_of_few_classes_is_called_what_it_is(tmp_path):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (16, 16), (20 * ord(name) % 256, 0, 0)).save(tmp_path / name / "0.png")
+    folder = list_folder(tmp_path)
+    for classes, names in ((7, ["top1", "top5"]), (4, ["top1", "top4"]), (3, ["top1", "top3"])):
+        assert evaluate_folder(Linear(0, classes=classes), folder, "few").metric.tolist() == names
+    assert evaluate_folder(Linear(0, classes=1), folder.only([0]), "one").metric.tolist() == ["top1"]
+
+
+def test_folders_that_cannot_be_judged(world, tmp_path):
+    val, drawn = folder_of(world, "val"), folder_of(world, "segmentation", objects=True)
+    with pytest.raises(ValueError, match=r"mine: expected object masks for its 36 pictures, got 0"):
+        evaluate_folder(base_model(0), val, "mine", objects=True)
+    with pytest.raises(ValueError, match="fine_tuned must hold classes 0 … 11, got .*12"):
+        evaluate_folder(base_model(0), val, "mine", fine_tuned=[3, 12])
+    with pytest.raises(ValueError, match="on mine: the set has class 11; the model has 4 classes only"):
+        evaluate_folder(Linear(0), val, "mine")
+    with pytest.raises(ValueError, match="mine: expected pictures"):
+        evaluate_folder(base_model(0), val.choose([]), "mine")
+    broken = Linear(0, classes=12)
+    with torch.no_grad():
+        broken.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="on mine: logits must not hold NaN"):
+        evaluate_folder(broken, val, "mine")
+    with pytest.raises(ValueError, match="got 0"):
+        MaskedSet(drawn.choose([]), "nothing")
+
+
+def test_a_folder_of_masks_is_a_set(world):
+    folder = folder_of(world, "segmentation", objects=True)
+    source = MaskedSet(folder, "objects")
+    assert len(source) == 12 and source.ids == tuple(folder.names) and source.digest() == folder.digest()
+    image, mask = source[3]
+    assert image.mode == "RGB" and mask.dtype == np.uint8 and set(mask.flat) == {0, 1}
+    assert np.array_equal(mask, np.asarray(Image.open(folder.samples[3].object)) > 0)
+
+
+# ---- relevance of some pictures ----
+
+
+def test_relevance_of_drawn_pictures_against_one_at_a_time(world):
+    source, base = folder_of(world, "val"), base_model(1)
+    source = folder_set(source, key="val")
+    found = relevance_of_set(base, source, 7, "maps val", batch=3)
+    drawn = sorted(random.Random("maps val").sample(range(36), 7))
+    assert found["ids"].tolist() == [source.ids[i] for i in drawn] and found["relevance"].dtype == np.float16
+    assert found["pictures"].shape == (7, 64, 64, 3) and found["pictures"].dtype == np.uint8
+    for k, i in enumerate(drawn):
+        image, accepted = source[i]
+        pixels = np.asarray(image)
+        assert np.array_equal(found["pictures"][k], pixels) and found["label"][k] == accepted[0]
+        x = (torch.tensor(pixels / 255).permute(2, 0, 1).float()[None] - 0.5) / 0.25
+        alone = relevance(base, x, torch.tensor([accepted[0]]), differentiable=False)
+        assert found["predicted"][k] == alone.logits.argmax()
+        assert np.allclose(found["relevance"][k], alone.patches[0].numpy(), atol=2e-3)
+
+
+def test_which_pictures_depends_on_the_key_alone(world):
+    source = folder_set(folder_of(world, "val"), key="val")
+    one, other = (relevance_of_set(base_model(seed), source, 5, "a key") for seed in (0, 1))
+    elsewhere = relevance_of_set(base_model(0), source, 5, "another key")
+    assert one["ids"].tolist() == other["ids"].tolist() != elsewhere["ids"].tolist()
+    assert relevance_of_set(base_model(0), source, 99, "all")["ids"].tolist() == list(source.ids)
+    training = base_model(0).train()
+    again = relevance_of_set(training, source, 5, "a key")
+    assert training.training and all(np.array_equal(one[name], again[name]) for name in one)
 
 
 # ---- reading ----
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_224.augreg_in21k_ft_in1k", "convnextv2_tiny.fcmae_ft_in22k_in1k_384", "swin_tiny_patch4_window7_224.ms_in1k"])
+@pytest.mark.parametrize("name", [
+    "vit_small_patch16_224.augreg_in21k_ft_in1k", "convnextv2_tiny.fcmae_ft_in22k_in1k_384",
+    "swin_tiny_patch4_window7_224.ms_in1k"])
 @pytest.mark.parametrize("size", [(400, 300), (231, 517)])
 def test_pictures_are_read_as_timm_reads_them(name, size):
     with torch.device("meta"):
@@ -322,10 +475,12 @@ def test_segmentation_pass_against_a_loop(tmp_path):
         x = torch.tensor(np.asarray(image.resize((64, 64), Image.BILINEAR)) / 255).permute(2, 0, 1).float()
         result = relevance(base.model, (x[None] - 0.5) / 0.25, differentiable=False)
         values = result.map("minmax", (64, 64), 0.0)[0].double()
-        mask = np.array([[labels[int((y + 0.5) * labels.shape[0] / 64), int((z + 0.5) * labels.shape[1] / 64)] for z in range(64)] for y in range(64)])
+        rows, columns = ([int((k + 0.5) * side / 64) for k in range(64)] for side in labels.shape)
+        mask = np.array([[labels[y, z] for z in columns] for y in rows])
         above = (values > values.mean()).numpy()
         assert row.predicted == result.logits.argmax() and mask.sum() > 0
-        assert abs(row.true_positive - (above & (mask == 1)).sum()) <= 1 and abs(row.true_negative - (~above & (mask == 0)).sum()) <= 1
+        assert abs(row.true_positive - (above & (mask == 1)).sum()) <= 1
+        assert abs(row.true_negative - (~above & (mask == 0)).sum()) <= 1
 
 
 def test_models_come_back_as_they_were_also_after_a_failure():
@@ -353,17 +508,18 @@ def test_memory_does_not_grow_with_the_set():
             return x.mean((2, 3)) @ self.weight[:3]
 
     model, most = Watched(0, size=256), []
-    for count in (50, 50, 500):                                         # the first fills caches
+    for count in (50, 50, 500):  # the first fills caches
         gc.collect()
         peaks, before = [], resident()
         run_pass(Colours(count=count, size=256), [checkpoint(model, "a")], reading_of(model), Loop(batch=10))
         most.append(max(peaks) - before)
-    assert most[2] - most[1] < 40, most                                 # 450 more pictures are 84 MiB of bytes, 337 of floats
+    assert most[2] - most[1] < 40, most  # 450 more pictures are 84 MiB of bytes, 337 of floats
 
 
 def test_autocast_and_bad_options():
     source, tested = Colours(), linear(0)
-    plain, half = (run_pass(source, [tested], reading_of(tested.model), Loop(precision=p))[0] for p in ("float32", "bfloat16"))
+    reading, loops = reading_of(tested.model), (Loop(), Loop(precision="bfloat16"))
+    plain, half = (run_pass(source, [tested], reading, loop)[0] for loop in loops)
     assert (plain.full_predicted == half.full_predicted).mean() > 0.8
     for options in ({"precision": "int8"}, {"batch": 0}, {"workers": -1}):
         with pytest.raises(ValueError, match="expected precision"):
@@ -376,18 +532,18 @@ def test_autocast_and_bad_options():
 def test_nothing_finished_is_redone_after_a_kill(tmp_path):
     models = [linear(0), linear(1)]
     child = os.fork()
-    if child == 0:                                                      # this process dies in the middle of the second set
+    if child == 0:  # this process dies in the middle of the second set
         dying = Colours("second", fail_at=9, fail=lambda: os.kill(os.getpid(), signal.SIGKILL))
-        evaluate_suite(models, [Colours("first"), dying, Colours("third")], tmp_path, loop=Loop(batch=4))
+        evaluate_sets(models, [Colours("first"), dying, Colours("third")], tmp_path, loop=Loop(batch=4))
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
     assert len(done) == 2
     again = [Colours("first"), Colours("second"), Colours("third")]
-    resumed = evaluate_suite(models, again, tmp_path, loop=Loop(batch=4))
+    resumed = evaluate_sets(models, again, tmp_path, loop=Loop(batch=4))
     assert [len(s.reads) for s in again] == [0, 23, 23]
     assert all((tmp_path / "pictures" / name).stat().st_mtime_ns == when for name, when in done.items())
-    direct = evaluate_suite(models, [Colours("first"), Colours("second"), Colours("third")], tmp_path / "new")
+    direct = evaluate_sets(models, [Colours("first"), Colours("second"), Colours("third")], tmp_path / "new")
     pd.testing.assert_frame_equal(resumed.rows(), direct.rows())
 
 
@@ -397,37 +553,82 @@ def test_a_file_that_was_being_written_does_not_count(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
         patched.setattr("os.replace", full_disk)
-        evaluate_suite([linear(0)], [Colours()], tmp_path)
+        evaluate_sets([linear(0)], [Colours()], tmp_path)
     source = Colours()
-    assert len(evaluate_suite([linear(0)], [source], tmp_path).rows()) > 0 and len(source.reads) == 23
+    assert len(evaluate_sets([linear(0)], [source], tmp_path).rows()) > 0 and len(source.reads) == 23
 
 
 def test_each_picture_is_read_once_for_each_reading(tmp_path):
     models = [linear(0), linear(1), linear(2, mean=0.4), linear(3, mean=0.4)]
     source = Colours()
-    store = evaluate_suite(models, [source], tmp_path)
+    store = evaluate_sets(models, [source], tmp_path)
     assert sorted(source.reads) == sorted(list(range(23)) * 2)
     alone = Colours()
     for tested in models:
         assert store.pictures("colours", tested.name).equals(
-            evaluate_suite([tested], [alone], tmp_path / tested.name).pictures("colours", tested.name))
+            evaluate_sets([tested], [alone], tmp_path / tested.name).pictures("colours", tested.name))
 
 
 def test_rows_say_where_they_come_from(tmp_path):
     models = [linear(0), checkpoint(Linear(1), "nobody")]
-    store = evaluate_suite(models, [Colours()], tmp_path, fine_tuned=[0], loop=Loop(precision="bfloat16"))
+    store = evaluate_sets(models, [Colours()], tmp_path, loop=Loop(precision="bfloat16"))
     rows = store.rows()
     assert tuple(rows.columns) == ROWS and set(rows.set) == {"colours"} and set(rows.labels) == {"full4", "subset"}
     assert set(rows[rows.checkpoint == "linear 0"].sha256) == {weights_digest(models[0].model)}
     assert rows.seed.isna().sum() == (rows.checkpoint == "nobody").sum() and set(rows.method) == {"linear", "nobody"}
-    assert set(rows.data) == {Colours().digest()} and set(rows.precision) == {"bfloat16"} and '"bilinear"' in rows.reading[0]
+    assert set(rows.data) == {Colours().digest()} and set(rows.precision) == {"bfloat16"}
+    assert '"bilinear"' in rows.reading[0]
     assert store.about("colours", "linear 0")["versions"]["torch"] == torch.__version__
-    assert set(rows.split) == {"all", "fine-tuned", "other", "worst group"}
-    evaluate_suite(models, [Colours()], tmp_path, loop=Loop(precision="bfloat16"))              # another question, no new pass
-    assert set(store.rows().split) == {"all", "worst group"}
+    assert set(rows.split) == {"all", "worst group"}
     assert "linear 0" in store._repr_html_() and "none yet" in Results(tmp_path / "nowhere")._repr_html_()
     table = headline(rows)
-    assert table.loc[("linear 0", "model"), ("colours", "top1")] == pytest.approx(100 * store.pictures("colours", "linear 0").full_top1.mean())
+    right = store.pictures("colours", "linear 0").full_top1
+    assert table.loc[("linear 0", "model"), ("colours", "top1")] == pytest.approx(100 * right.mean())
+
+
+def test_rows_for_each_seed_and_its_split(tmp_path):
+    models, splits = [checkpoint(Linear(0), "original"), linear(1)], {3: [0], 8: [1, 2]}
+    store = evaluate_sets(models, [Colours()], tmp_path)
+    plain = store.rows()
+    source = Colours()
+    evaluate_sets(models, [source], tmp_path, splits=splits)
+    rows = store.rows()
+    assert source.reads == [] and set(rows.seed) == {3, 8} and str(rows.seed.dtype) == "Int64"
+    assert set(plain.split) == {"all", "worst group"} and set(rows.split) == {*plain.split, "fine-tuned", "other"}
+    for name, seed in (("original", 3), ("linear 1", 8)):
+        mine = rows[(rows.checkpoint == name) & (rows.seed == seed)].reset_index(drop=True)
+        expected = accuracy_rows(store.pictures("colours", name), 4, fine_tuned=splits[seed])
+        pd.testing.assert_frame_equal(mine[expected.columns], expected)
+    pd.testing.assert_frame_equal(headline(rows), headline(plain))
+    assert "original" in store._repr_html_()
+    evaluate_sets(models, [source], tmp_path)  # another question, no new pass
+    pd.testing.assert_frame_equal(store.rows(), plain)
+
+
+def test_headlines_of_several_right_classes_and_protocols():
+    key = {"checkpoint": "one", "set": "a", "labels": "full4", "split": "all", "metric": "top1", "seed": 0}
+    rows = [key | {"protocol": "model", "targets": "any", "value": 1.0},
+            key | {"protocol": "model", "targets": "first", "value": 2.0},
+            key | {"protocol": "official", "targets": "any", "value": 3.0},
+            key | {"protocol": "official", "targets": "first", "value": 4.0},
+            key | {"protocol": "official", "targets": "any", "value": 5.0, "set": "b"},
+            key | {"protocol": "model", "targets": "", "value": 6.0, "set": "c", "labels": "", "metric": "mean_iou"}]
+    table = headline(pd.DataFrame(rows))
+    assert table.loc[("one", "model"), ("a", "top1")] == 1 and table.loc[("one", "official"), ("a", "top1")] == 4
+    assert table.loc[("one", "official"), ("b", "top1")] == 5 and table.loc[("one", "model"), ("c", "mean_iou")] == 6
+
+
+def test_a_set_with_masks_in_the_store(world, tmp_path):
+    source = MaskedSet(folder_of(world, "segmentation", objects=True), "objects")
+    base = checkpoint(base_model(0), "base")
+    store = evaluate_sets([base], [source], tmp_path, splits={0: [1], 1: [2]})
+    rows, pictures = store.rows(), store.pictures("objects", "base")
+    assert pictures.id.tolist() == list(source.ids) and store.about("objects", "base")["relevance"] == "attnlrp"
+    for seed in (0, 1):
+        mine = rows[rows.seed == seed].reset_index(drop=True)
+        pd.testing.assert_frame_equal(mine[["metric", "value", "low", "high", "n"]],
+                                      segmentation_rows(pictures)[["metric", "value", "low", "high", "n"]])
+    assert store.about("objects", "nobody") == {} and len(rows) == 10
 
 
 @pytest.mark.parametrize("changed, what", [
@@ -437,11 +638,11 @@ def test_rows_say_where_they_come_from(tmp_path):
     (lambda: ([linear(0)], Colours(), Loop(precision="bfloat16")), "another precision"),
 ])
 def test_results_of_something_else_are_neither_used_nor_lost(tmp_path, changed, what):
-    store = evaluate_suite([linear(0)], [Colours()], tmp_path)
+    store = evaluate_sets([linear(0)], [Colours()], tmp_path)
     before = store.rows()
     models, source, loop = changed()
     with pytest.raises(ValueError, match=what):
-        evaluate_suite(models, [source], tmp_path, loop=loop)
+        evaluate_sets(models, [source], tmp_path, loop=loop)
     assert store.rows().equals(before) and source.reads == []
 
 
@@ -450,11 +651,11 @@ def test_names_that_cannot_be(tmp_path):
         with pytest.raises(ValueError, match="become file names"):
             Results(tmp_path).path("pictures", "set", bad, "model")
     with pytest.raises(ValueError, match="checkpoints with different names"):
-        evaluate_suite([linear(0), linear(0)], [Colours()], tmp_path)
+        evaluate_sets([linear(0), linear(0)], [Colours()], tmp_path)
     with pytest.raises(ValueError, match="sets with different names"):
-        evaluate_suite([linear(0)], [Colours(), Colours()], tmp_path)
+        evaluate_sets([linear(0)], [Colours(), Colours()], tmp_path)
     with pytest.raises(ValueError, match="groups are given for others"):
-        evaluate_suite([linear(0)], [Colours()], tmp_path, groups={"others": []})
+        evaluate_sets([linear(0)], [Colours()], tmp_path, groups={"others": []})
     with pytest.raises(ValueError, match="no results in"):
         Results(tmp_path).rows()
     with pytest.raises(ValueError, match="no results of 'a' on 'b'"):
@@ -469,13 +670,14 @@ def test_the_hash_is_of_the_weights(tmp_path):
     base = base_model(0)
     path = save_model(tmp_path / "a.safetensors", base)
     assert checkpoint(base, "a", path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != weights_digest(base)
-    assert weights_digest(nn.BatchNorm1d(2)) == weights_digest(nn.BatchNorm1d(2))               # holds a tensor without dimensions
+    assert weights_digest(nn.BatchNorm1d(2)) == weights_digest(nn.BatchNorm1d(2))  # holds a tensor without dimensions
 
 
 def test_methods_are_compared_seed_by_seed():
     values = {"a": {0: 10.0, 1: 30.0, 2: 20.0}, "b": {2: 19.0, 0: 12.0, 1: 25.0}}
     key = dict(zip(BY, ("val", "model", "full4", "any", "all", "top1")))
-    rows = pd.DataFrame([key | {"method": m, "seed": s, "value": v} for m, each in values.items() for s, v in each.items()])
+    rows = [key | {"method": m, "seed": s, "value": v} for m, each in values.items() for s, v in each.items()]
+    rows = pd.DataFrame(rows)
     found = compare_methods(rows, "a", "b")
     differences = [-2.0, 5.0, 1.0]
     mean = sum(differences) / 3

@@ -16,14 +16,15 @@ from cft.data.folders import MaskedImages, Preprocess, scan
 from cft.data.models import TINY, base_model
 from cft.train.loop import (
     Diverged,
-    FineTuned,
     Sampler,
+    _pace,
     averaged,
     draw,
     fine_tune,
     model_card,
     noise_folder,
     pieces,
+    prepare,
     rehearse,
 )
 from cft.train.objectives import RECIPES, CrossEntropy
@@ -39,7 +40,7 @@ def images(tmp_path_factory):
 def test_schedule_and_order(images):
     recipe = replace(RECIPES["plain"], epochs=50, batch=1, rate=1.0)
     sampler = Sampler(images, recipe)
-    assert sampler.steps == 300 and sorted(i for s in range(6) for i in sampler.indices(s)) == list(range(6))
+    assert sampler.per_epoch * 50 == 300 and sorted(i for s in range(6) for i in sampler.indices(s)) == list(range(6))
     assert [sampler.indices(s) for s in range(6)] != [sampler.indices(s) for s in range(6, 12)]
     rates = []
     model = base_model(0)
@@ -64,7 +65,7 @@ def test_schedule_and_order(images):
 
 
 def test_contexts_come_from_other_classes(images):
-    sampler = Sampler(images, RECIPES["swap"])
+    sampler = Sampler(images, RECIPES["rrda"])
     labels = torch.tensor([s.label for s in images.folder.samples])
     assert all((labels[sampler._others[k]] != k).all() for k in (0, 2, 4))
 
@@ -74,7 +75,7 @@ def test_every_method_runs_and_head_only_means_head_only(images, name):
     model = base_model(0)
     tuned, record = fine_tune(model, images, replace(RECIPES[name], rate=1e-4, epochs=1), progress=False, validation=images)
     changed = {n for (n, a), b in zip(model.named_parameters(), tuned.parameters()) if not torch.equal(a, b)}
-    assert changed == {"head.weight", "head.bias"} if name == "last-layer" else len(changed) > 20
+    assert changed == {"head.weight", "head.bias"} if name == "dfr-like" else len(changed) > 20
     assert math.isfinite(record["epochs"][0]["loss"]) and json.dumps(record)
     assert not tuned.training and all(p.requires_grad for p in tuned.parameters())
 
@@ -133,6 +134,30 @@ def test_averaging():
     target = [p.detach() * 0.3 + q.detach() * 0.7 for p, q in zip(a.parameters(), b.parameters())]
     averaged(a, b, 0.7)
     assert all(torch.allclose(p, t, atol=1e-6) for p, t in zip(b.parameters(), target))
+
+
+def test_rates_by_part_and_cosine(images):
+    recipe = replace(RECIPES["plain"], rate=1e-3, rates={"blocks": 0, "patch_embed": 1e-5}, schedule="cosine", epochs=2, batch=3)
+    original, tuned, optimizer = prepare(base_model(0), recipe)
+    assert not tuned.blocks.training and tuned.training and [g["peak"] for g in optimizer.param_groups] == [1e-3, 1e-5]
+    sizes = [sum(p.numel() for p in g["params"]) for g in optimizer.param_groups]
+    small = sum(p.numel() for p in tuned.patch_embed.parameters())
+    assert sizes == [sum(p.numel() for n, p in tuned.named_parameters() if p.requires_grad) - small, small]
+    paces, model = [], base_model(0)
+    done = fine_tune(model, images, recipe, progress=False, on_step=lambda step, _: paces.append(_pace(recipe, step, 4)))
+    assert paces == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)])
+    moved = {n for (n, a), b in zip(model.named_parameters(), done.model.parameters()) if not torch.equal(a, b)}
+    assert "head.weight" in moved and "patch_embed.net.0.weight" in moved and not any(n.startswith("blocks.") for n in moved)
+
+
+def test_restart_begins_anew(images, tmp_path):
+    recipe = replace(RECIPES["plain"], epochs=1)
+    first = fine_tune(base_model(0), images, recipe, tmp_path, progress=False)
+    again = fine_tune(base_model(0), images, recipe, tmp_path, progress=False, restart=True)
+    assert again.record == first.record, "the same job is not done twice"
+    other = replace(recipe, rate=1e-3)
+    done = fine_tune(base_model(0), images, other, tmp_path, progress=False, restart=True)
+    assert done.record["recipe"]["rate"] == 1e-3 and fine_tune(base_model(0), images, other, tmp_path).record == done.record
 
 
 def test_missing_masks_and_bad_settings(images):
@@ -253,7 +278,6 @@ def test_card_and_rehearsal(images, tmp_path):
     done = fine_tune(base_model(0), images, replace(RECIPES["cft"], epochs=1), tmp_path, progress=False)
     record, shown = done.record, done._repr_html_()
     assert f"{record['data']['pictures']} pictures, {record['steps']} steps" in shown and f"{record['epochs'][0]['loss']:.4f}" in shown
-    assert "2.5 s" in FineTuned(done.model, {"seconds": 2.5})._repr_html_()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card == model_card(record, TINY) and record["data"]["digest"] in card and "patented" in card
     price = rehearse(base_model(0), images, RECIPES["cft"])

@@ -41,7 +41,7 @@ def test_controls(batch):
     model = base_model(0)
     logits = model(batch.images)
     assert torch.allclose(loss_of("plain", batch)[0], F.cross_entropy(logits, batch.labels))
-    assert torch.allclose(loss_of("self", batch)[0], F.cross_entropy(logits, logits.argmax(1)))
+    assert torch.allclose(loss_of("lcls-only", batch)[0], F.cross_entropy(logits, logits.argmax(1)))
 
 
 def test_swap_is_half_and_half(batch):
@@ -49,7 +49,7 @@ def test_swap_is_half_and_half(batch):
     front = batch.objects[:, None].float()
     swapped = model(batch.images * front + batch.contexts * (1 - front))
     expected = (F.cross_entropy(model(batch.images), batch.labels) + F.cross_entropy(swapped, batch.labels)) / 2
-    assert torch.allclose(loss_of("swap", batch)[0], expected)
+    assert torch.allclose(loss_of("rrda", batch)[0], expected)
 
 
 @pytest.mark.parametrize(("name", "norm"), [("cft-paper", "region"), ("cft", "image")])
@@ -78,7 +78,7 @@ def test_cft_is_equation_7(batch, name, norm):
 
 
 def test_keep_original_ignores_the_swap(batch):
-    objective = replace(RECIPES["cft+ without alignment"].objective, swap=0.0)
+    objective = replace(RECIPES["cft+"].objective, swap=0.0, weights=LossWeights(align=0.0, classify=1.0))
     model, other = base_model(0), base_model(1)
     loss, _ = objective(model, other, batch)
     p, q = other(batch.images).softmax(1), model(batch.images).softmax(1)
@@ -135,9 +135,10 @@ def test_frozen_coefficients_change_the_gradient_and_not_the_value(batch):
 
 
 def test_every_alignment_trains_every_layer(batch):
-    for name in ("cft-paper", "cft", "cft-object", "cft+"):
+    objectives = {name: RECIPES[name].objective for name in ("cft-paper", "cft", "cft+")}
+    for name, objective in {**objectives, "object": replace(RECIPES["cft"].objective, guide="object")}.items():
         model = base_model(0)
-        loss_of(name, batch, model)[0].backward()
+        objective(model, model, batch)[0].backward()
         # a key's bias shifts all attention logits of a query alike: its gradient is zero up to rounding
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters()), name
 
@@ -212,8 +213,8 @@ def test_bad_settings():
     for bad in (dict(grid="hex"), dict(anchor="?"), dict(guide="?"), dict(swap=2)):
         with pytest.raises(ValueError, match="must be"):
             replace(RECIPES["cft"].objective, **bad)
-    for bad in (dict(precision="fp8"), dict(chunk=-1)):
-        with pytest.raises(ValueError, match="precision no or bf16 and chunk"):
+    for bad in (dict(precision="fp8"), dict(chunk=-1), dict(schedule="line")):
+        with pytest.raises(ValueError, match="precision no or bf16, schedule"):
             replace(RECIPES["cft"], **bad)
     with pytest.raises(ValueError):
         LossWeights(align=-1)
@@ -222,6 +223,6 @@ def test_bad_settings():
 def test_a_batch_says_what_it_lacks(batch):
     assert batch.given("masks") is batch.masks
     bare = Batch(batch.images, batch.labels)
-    for name, lack in {"swap": "objects", "cft": "masks", "cft-object": "objects", "cft+": "coins"}.items():
+    for name, lack in {"rrda": "objects", "cft": "masks", "cft+": "coins"}.items():
         with pytest.raises(ValueError, match=f"needs a batch with {lack}, got none"):
             loss_of(name, bare)
