@@ -24,7 +24,7 @@ from .paper import METRICS, PAPER, PAPER_ID, Profile, artefact, as_text, claims,
 from .paper import scores_of, verdicts
 from .results import Found, numbers
 
-# %% ../../nbs/appendix/06_tables.ipynb #34d1b377
+# %% ../../nbs/appendix/06_tables.ipynb #97ab160c
 _KEYS = ["model", "method", "dataset", "split", "metric"]
 
 
@@ -60,9 +60,9 @@ def beside(ours: pd.DataFrame, theirs: pd.DataFrame, profile: Profile = PAPER) -
     Raises ValueError for missing columns, repeated numbers, no rows at all, and for a profile that is not comparable
     if a set has a name of ImageNet or the reference has more than one network.
     """
-    missing = {*_KEYS, "value", "low", "high", "n"} - set(ours)
+    missing = sorted({*_KEYS, "value", "low", "high", "n"} - set(ours))
     if missing or (ours.empty and theirs.empty):
-        raise ValueError(f"expected rows; got {len(theirs)} of the paper, {len(ours)} ours without {sorted(missing)}")
+        raise ValueError(f"expected rows; got {len(theirs)} of the paper, {len(ours)} of ours, without {missing}")
     imagenet, networks = {*PAPER.sets, *PAPER.sets.values()} & set(ours["dataset"]), list(theirs["model"].unique())
     if not profile.comparable and (imagenet or len(networks) > 1):
         raise ValueError(f"numbers of the profile {profile.name} are not ImageNet numbers: expected sets with names of "
@@ -76,7 +76,7 @@ def beside(ours: pd.DataFrame, theirs: pd.DataFrame, profile: Profile = PAPER) -
         raise ValueError(f"expected one number for each {', '.join(keys)}, got repeated ones")
     printed, stamp = f"paper ({PAPER_ID})", profile.stamp
     parts = (theirs.assign(low=np.nan, high=np.nan, source=printed), mine.assign(std=np.nan, source=stamp))
-    both = pd.concat([part for part in parts if len(part)], ignore_index=True)
+    both = pd.concat(parts, ignore_index=True)
     both["cell"] = [_cell(*row) for row in both[["value", "low", "high", "std"]].to_numpy(float)]
     both["column"] = both["dataset"].where(both["split"] == "all", both["dataset"] + ", " + both["split"])
     index, order = ["method"], ["source", "column", "metric"]
