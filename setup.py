@@ -14,7 +14,7 @@ extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in ("grounding
 extras["dev"] = shlex.split(cfg["dev_requirements"]) + extras["lab"] + extras["batch"] + extras["grounding"] + extras["llm"]
 extras["all"] = sorted({need for needs in extras.values() for need in needs})
 
-pages = {"cft.notebooks.paper": "nbs/paper", "cft.notebooks.related": "nbs/related"}
+pages = {"cft.notebooks": "nbs", "cft.notebooks.paper": "nbs/paper", "cft.notebooks.related": "nbs/related"}
 
 setup(
     name=cfg["lib_name"],
@@ -29,7 +29,7 @@ setup(
                  "Natural Language :: English", "Programming Language :: Python :: 3"],
     packages=[*find_packages(include=["cft", "cft.*"]), *pages],
     package_dir=pages,  # the pages that `cft reproduce` executes travel with the package
-    package_data={"cft": ["assets/**"], **dict.fromkeys(pages, ["*.ipynb"])},
+    package_data={"cft": ["assets/**"], **dict.fromkeys(pages, ["*.ipynb"]), "cft.notebooks": ["23_demo.ipynb"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg["requirements"]),
     extras_require=extras,

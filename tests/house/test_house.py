@@ -94,6 +94,7 @@ def test_a_chapter_is_its_module_and_imports_only_earlier_ones(notebook):
         assert name.rpartition(".")[2] == notebook.stem.split("_", 1)[1] and (ROOT / "cft" / f"{name.replace('.', '/')}.py").exists()
     else:
         assert "#| export" not in code
+        return  # a page reads what all chapters have made
     used = set(re.findall(r"(?:from|import) cft\.(\w+\.\w+)", code))
     used |= {f"{room}.{w.split()[0]}" for room, line in re.findall(r"from cft\.(\w+) import ([^(\n]+)", code) for w in line.split(",")}
     later = {module_of(n) for n in ORDER[ORDER.index(notebook) + 1:]}
