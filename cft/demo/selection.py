@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -22,9 +23,11 @@ from ..data.backdrop import CLASSES
 from ..data.folders import MaskedImages, Preprocess, list_folder, swap_background, without_object
 from ..data.testsets import folder_set
 from ..evaluate.metrics import predict
+from ..related.deal import TinyDual
 from ..related.deal_metrics import DualSteps
 from ..related.groups import backdrop_set
-from ..related.segmil import RATE, RULES, BagBatches, backbone_of, drawn_bags, featured, new_heads, predict_bags, segmil_recipe
+from ..related.segmil import (
+    RATE, RULES, BagBatches, backbone_of, drawn_bags, featured, new_heads, predict_bags, segmil_recipe)
 from ..reproduce.settings import Settings, Work, read_settings
 from ..reproduce.steps import PaperSteps, in_order, make_steps
 from ..train.loop import fine_tune
@@ -40,8 +43,9 @@ ALLOWED_LOSS = 3.0  # points of ordinary validation
 
 def tuning_settings(**changes: object) -> Settings:
     """The demo's settings, with pictures and bases for tuning."""
-    return read_settings("demo", **({"drawn_from": 30000, "test_per_class": 20, "segmentation_per_class": 1,
-                                     "bases": "trained"} | changes))
+    return read_settings(
+        "demo",
+        **({"drawn_from": 30000, "test_per_class": 20, "segmentation_per_class": 1, "bases": "trained"} | changes))
 
 
 def swapped_batches(held_in: Sequence[Mapping[str, Tensor]], seed: int, times: int = 3) -> list[tuple[Tensor, Tensor]]:
@@ -69,7 +73,11 @@ def search_rates(root: str | Path, trials: Mapping[str, Sequence[float]] = TRIAL
     model, work = "dual" if dual else "demo", Work(settings or tuning_settings())
     steps, rows = (DualSteps if dual else PaperSteps)(work, Path(root)), []
     for seed in seeds:
-        if not make_steps(in_order([*steps.pictures(seed), *steps.base(seed), steps.guide(seed, "kept"), steps.guide(seed, "class")]), steps.root):
+        if not make_steps(
+                in_order([
+                    *steps.pictures(seed), *steps.base(seed),
+                    steps.guide(seed, "kept"),
+                    steps.guide(seed, "class")]), steps.root):
             raise RuntimeError(f"the world of seed {seed} could not be made; see {steps.root / 'failed'}")
         base, _ = steps.tuned(model, "original", seed)
         place = steps.drawn.place(seed)
@@ -77,11 +85,12 @@ def search_rates(root: str | Path, trials: Mapping[str, Sequence[float]] = TRIAL
         held_in = list(DataLoader(MaskedImages(folder, Preprocess.of(base)), 120))
         sets = {"val": [(b["image"], b["label"]) for b in held_in], "swapped": swapped_batches(held_in, seed)}
         rows.append({"method": "original", "seed": seed, **_accuracies(base, sets)})
-        for method, rate in tqdm([(m, r) for m, rates in trials.items() for r in rates], desc=f"seed {seed}", leave=False):
+        for method, rate in tqdm([(m, r) for m, rates in trials.items() for r in rates], desc=f"seed {seed}",
+                                 leave=False):
             start = steps.start(model, method, seed)
             recipe = replace(steps.recipe(model, method, seed)[0], rate=rate)
             tuned = fine_tune(start, steps.training_images(start, model, method, seed), recipe, progress=False).model
-            tested = steps.by(tuned) if isinstance(steps, DualSteps) and method in DEAL_TRIALS else tuned
+            tested = steps.by(tuned) if isinstance(steps, DualSteps) and isinstance(tuned, TinyDual) else tuned
             rows.append({"method": method, "seed": seed, "rate": rate, **_accuracies(tested, sets)})
     return pd.DataFrame(rows)[["method", "seed", "rate", "val", "swapped"]]
 
@@ -89,19 +98,19 @@ def search_rates(root: str | Path, trials: Mapping[str, Sequence[float]] = TRIAL
 def select(trials: pd.DataFrame) -> pd.DataFrame:
     """Mean of every trial over the tuning seeds, with the columns eligible, selected and edge, by the rule above.
 
-    edge: the choice is the largest rate, or the smallest and no better than the original, which is every method at rate 0.
+    edge: the choice is the largest rate, or the smallest and no better than the original (every method at rate 0).
     """
     means = trials.groupby(["method", "rate"], sort=False, dropna=False)[["val", "swapped"]].mean().reset_index()
     floor = means.loc[means["method"] == "original", "val"].item() - ALLOWED_LOSS
     means["eligible"] = means["val"] >= floor
     means["selected"], means["edge"] = False, False
+    untrained = means.loc[means["method"] == "original", "swapped"].item()
     for _, group in means[means["method"] != "original"].groupby("method"):
         able = group[group["eligible"]]
-        best = able["swapped"].round(1).idxmax() if len(able) else group["val"].idxmax()
+        best: Any = able["swapped"].round(1).idxmax() if len(able) else group["val"].idxmax()
         means.loc[best, "selected"] = True
-        least, untrained = group.index[0], means.loc[means["method"] == "original", "swapped"].item()
-        better = means.loc[best, "swapped"] > untrained
-        means.loc[best, "edge"] = best == group.index[-1] or (best == least and not better)
+        least = best == group.index[0] and not group["swapped"].loc[best] > untrained
+        means.loc[best, "edge"] = best == group.index[-1] or least
     return means
 
 # %% ../../nbs/appendix/16_selection.ipynb #833aa138
@@ -109,7 +118,8 @@ SEGMIL_TRIALS = [{"rate": rate, "top": top, "least": least} for top in (10, 15) 
                  for rate in (1e-3, 3e-3, 1e-2)]
 
 
-def segmil_trials(root: str | Path, seed: int = 100, trained: bool = True, settings: Settings | None = None) -> pd.DataFrame:
+def segmil_trials(root: str | Path, seed: int = 100, trained: bool = True,
+                  settings: Settings | None = None) -> pd.DataFrame:
     """Validation accuracy in percent of all trials, and with `trained` of a backbone that is trained too, at 1e-4.
 
     Columns rate, top, least, backbone_rate, epochs, val.

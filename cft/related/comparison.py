@@ -29,14 +29,15 @@ from .segmil import few_of, group_rows, segmil_steps
 from ..reproduce.paper import scores_of
 from ..reproduce.results import open_results
 from ..reproduce.steps import Notes, PaperSteps, Step
-from ..reproduce.tables import method_label
+from ..reproduce.tables import LABELS as OF_DEMO
 
 # %% ../../nbs/related/04_comparison.ipynb #28fbfb2c
 BASES = ("original", "plain", "gradmask", "rrr", "rrda", "dfr-like", "cft.object", "cft-paper", "cft", "cft+")
 DUALS = ("original", "plain", "contrastive", "deal", "cft")  # from the dual encoder
-_NAMES = {"original": "Dual encoder", "plain": "plain fine-tuning, dual", "contrastive": "contrastive, dual",
-          "deal": "DEAL, dual", "cft": "CFT, dual"}
-LABELS = {**{m: method_label(m) for m in BASES}, "segmil": "SEG-MIL-CBM", **{f"dual.{m}": _NAMES[m] for m in DUALS}}
+_NAMES = {
+    "original": "Dual encoder", "plain": "plain fine-tuning, dual", "contrastive": "contrastive, dual",
+    "deal": "DEAL, dual", "cft": "CFT, dual"}
+LABELS = {**{m: OF_DEMO[m] for m in BASES}, "segmil": "SEG-MIL-CBM", **{f"dual.{m}": _NAMES[m] for m in DUALS}}
 
 # %% ../../nbs/related/04_comparison.ipynb #970bb206
 def relevance_on_object(model: nn.Module, world: Path, sets: Sequence[str] = ("val", "adversarial")) -> float:
@@ -74,9 +75,10 @@ def run_comparison(steps: PaperSteps, seed: int) -> pd.DataFrame:
         own, method = (dual, name.removeprefix("dual.")) if name.startswith("dual.") else (steps, name)
         model, file = own.tuned("dual" if own is dual else "demo", method, seed)
         pictures = run_pass(tests, [checkpoint(model, name)], reading_of(model))[0]
-        more = {"on_object": relevance_on_object(model, world), "preparing": preparing(steps, method, seed),
-                "training": read_json(file.with_name("record.json"))["seconds"] if file else 0.0,
-                "answering": times_slower(answers(model), answers(base))}
+        more = {
+            "on_object": relevance_on_object(model, world), "preparing": preparing(steps, method, seed),
+            "training": read_json(file.with_name("record.json"))["seconds"] if file else 0.0,
+            "answering": times_slower(answers(model), answers(base))}
         lines = dict(set="groups", split="all", metric=list(more), value=list(more.values()), n=len(pictures))
         tables.append(pd.concat([group_rows(pictures), pd.DataFrame(lines)]).assign(method=name))
     rows = pd.read_csv(steps.root / f"related/segmil/{seed}.csv").query("method == 'segmil'")
@@ -86,7 +88,8 @@ def run_comparison(steps: PaperSteps, seed: int) -> pd.DataFrame:
 
 def preparing(steps: PaperSteps, method: str, seed: int) -> float:
     """The seconds that it took to find a method's concepts and to validate them."""
-    needed = {step for guide in MASKS.get(method, ()) for step in (steps.guide(seed, guide), *steps.guide(seed, guide).needs)}
+    needed = {
+        step for guide in MASKS.get(method, ()) for step in (steps.guide(seed, guide), *steps.guide(seed, guide).needs)}
     for step in [step for step in needed if step.kind == "concept-set"]:
         needed |= {need for need in step.needs if need.kind == "ground"}
     return sum(Notes(steps.root).read(step)["seconds"] for step in needed)
@@ -104,8 +107,10 @@ def comparison_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
         others = [dual.fine_tune("dual", m, seed) for m in DUALS if m != "original"]
         return (*tuned, *others, *segmil_steps(steps, (seed,)), *steps.pictures(seed), *steps.base(seed))
 
-    return [Step("comparison", (str(seed),), (f"related/comparison/{seed}.csv",), make, needs(seed),
-                 {"methods": list(LABELS), "start": steps.start_digest("demo", seed)}, job=f"comparison-{seed}") for seed in seeds]
+    return [
+        Step("comparison", (str(seed),), (f"related/comparison/{seed}.csv",), make, needs(seed),
+             {"methods": list(LABELS), "start": steps.start_digest("demo", seed)}, job=f"comparison-{seed}")
+        for seed in seeds]
 
 # %% ../../nbs/related/04_comparison.ipynb #56a40531
 _WORST = ("groups, worst group",)

@@ -49,7 +49,6 @@ class ImageText(Protocol):
 
 class Clip(ClipText):
     """Both sides of a CLIP model of open_clip, with weights from a file on disk; the default is the paper's ViT-B/32."""
-
     def __init__(self, weights: str | Path, model: str = "ViT-B-32-quickgelu"):
         if not Path(weights).is_file():
             raise ValueError(f"no file at {weights}; expected weights of {model}: for OpenAI's CLIP ViT-B/32 "
@@ -64,8 +63,9 @@ class Clip(ClipText):
     def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """Vectors (pictures, dimensions)."""
         with torch.inference_mode():
-            parts = [self._model[0].encode_image(torch.stack([self._transform(p) for p in pictures[k:k + 64]])).float()
-                     for k in range(0, len(pictures), 64)]
+            parts = [
+                self._model[0].encode_image(torch.stack([self._transform(p) for p in pictures[k:k + 64]])).float()
+                for k in range(0, len(pictures), 64)]
         return torch.cat(parts).numpy()
 
 # %% ../../nbs/related/01_segments.ipynb #0d499e31
@@ -74,7 +74,6 @@ class ToyPairs:
 
     surest: pixels over which the chance of an atom is averaged.
     """
-
     def __init__(self, find: ToyGrounder, surest: int = 32):
         self.find, self.surest, self.name = find, surest, f"{find.name}-pairs"
 
@@ -98,13 +97,16 @@ def _unit(vectors: np.ndarray, what: str) -> np.ndarray:
     return vectors / norms
 
 
-def similarities(encoder: ImageText, pictures: Iterable[Image.Image], vocabulary: Sequence[str], chunk: int = 64) -> np.ndarray:
+def similarities(encoder: ImageText, pictures: Iterable[Image.Image], vocabulary: Sequence[str],
+                 chunk: int = 64) -> np.ndarray:
     """Cosines (pictures, vocabulary), `chunk` pictures at a time.
 
     Raises ValueError for no pictures, an empty vocabulary, repeated phrases and vectors that are zero or not finite.
     """
     if not vocabulary or len(set(vocabulary)) < len(vocabulary):
-        raise ValueError(f"expected a vocabulary of different phrases, got {len(vocabulary)} with {len(set(vocabulary))} different ones")
+        raise ValueError(
+            f"expected a vocabulary of different phrases, got {len(vocabulary)} with {len(set(vocabulary))} different ones"
+        )
     texts, rows, waiting = _unit(encoder(vocabulary), f"the texts of {encoder.name}"), [], iter(pictures)
     while some := list(islice(waiting, chunk)):
         rows.append(_unit(encoder.images(some), f"the pictures of {encoder.name}") @ texts.T)
@@ -116,7 +118,7 @@ def similarities(encoder: ImageText, pictures: Iterable[Image.Image], vocabulary
 def retrieve(similarity: np.ndarray, vocabulary: Sequence[str], top: int = 10) -> list[tuple[str, ...]]:
     """The `top` phrases of each row of similarities (pictures, vocabulary), the likeliest first; ties go to the earlier phrase."""
     order = np.argsort(-similarity, axis=1, kind="stable")[:, :top]
-    return [tuple(vocabulary[m] for m in row) for row in order]
+    return [tuple(str(vocabulary[m]) for m in row) for row in order]
 
 # %% ../../nbs/related/01_segments.ipynb #3dd75981
 def ground(source: PictureFiles, phrases: Sequence[Sequence[str]], grounder: Grounder, root: str | Path,
@@ -185,7 +187,8 @@ def suppress(masks: np.ndarray, scores: Sequence[float], overlap: float = 0.5) -
     return kept
 
 
-def segments_of(store: MaskStore, picture: str, phrases: Sequence[str], rules: SegmentRules = SegmentRules()) -> list[Segment]:
+def segments_of(store: MaskStore, picture: str, phrases: Sequence[str],
+                rules: SegmentRules = SegmentRules()) -> list[Segment]:
     """The bag of a picture: at most `rules.most` segments, the best first, or the whole picture if nothing is left.
 
     Raises ValueError for a picture that the store does not have, and phrases that were not looked for.
@@ -196,8 +199,9 @@ def segments_of(store: MaskStore, picture: str, phrases: Sequence[str], rules: S
         known = ", ".join(map(repr, records))
         raise ValueError(f"{strangers[0]!r} was not looked for in {picture}; expected some of {known}")
     chosen = [records[p] for p in phrases]
-    found = [Segment(r.phrase, r.score, r.mask()) for r in chosen
-             if r.score is not None and rules.least <= r.area <= rules.largest]
+    found = [
+        Segment(r.phrase, r.score, r.mask()) for r in chosen
+        if r.score is not None and rules.least <= r.area <= rules.largest]
     if not found:
         return [Segment("", 1.0, np.ones(next(iter(records.values())).size, bool))]
     kept = suppress(np.stack([s.mask for s in found]), [s.score for s in found], rules.overlap)
@@ -234,12 +238,14 @@ class Bags(Dataset[dict[str, Any]]):
     phrases: those of each picture that were looked for; without a `store` every bag is the whole picture alone.
     fill: colour (3,) outside of a segment. extra: name → values of each picture. cached: hold finished bags in memory.
     """
-
     def __init__(self, source: PictureFiles, preprocess: Preprocess, store: MaskStore | None = None,
-                 phrases: Sequence[Sequence[str]] = (), rules: SegmentRules = SegmentRules(), fill: Tensor | None = None,
-                 extra: Mapping[str, Sequence[Tensor] | Tensor] | None = None, cached: bool = False):
+                 phrases: Sequence[Sequence[str]] = (), rules: SegmentRules = SegmentRules(),
+                 fill: Tensor | None = None, extra: Mapping[str, Sequence[Tensor] | Tensor] | None = None,
+                 cached: bool = False):
         lengths = {"phrases": len(phrases)} if store else {}
-        wrong = {name: n for name, n in (lengths | {k: len(v) for k, v in (extra or {}).items()}).items() if n != len(source)}
+        wrong = {
+            name: n for name, n in (lengths | {k: len(v) for k, v in (extra or {}).items()}).items()
+            if n != len(source)}
         if wrong:
             raise ValueError(f"expected one entry for each of {len(source)} pictures, got {wrong}")
         self.source, self.preprocess, self.store, self.phrases = source, preprocess, store, list(phrases)
@@ -280,7 +286,6 @@ class Bags(Dataset[dict[str, Any]]):
 
 class BagBatch(dict[str, Tensor]):
     """bag (batch, segments, …) padded with zeros, valid bool (batch, segments), label, index (batch,), and the rest stacked."""
-
     @property
     def size(self) -> int:
         """How many bags."""

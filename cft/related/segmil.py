@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as V
 
-from ..concepts.filters import demo_concepts
-from ..concepts.language import MASK_KINDS
+from ..concepts.filters import MASK_KINDS, demo_concepts
 from ..concepts.store import MaskStore
 from ..data.backdrop import CLASSES
 from ..data.folders import MaskedImages, Preprocess, list_folder
@@ -41,8 +40,8 @@ from ..evaluate.metrics import COLUMNS
 from ..evaluate.passes import accuracy_rows, checkpoint, reading_of, run_pass, times_slower
 from ..files import write_csv
 from .groups import answer_table, backdrop_set, group_scores
-from .segments import (
-    BagBatch, Bags, ImageText, Segment, SegmentRules, ToyPairs, collate, ground, mean_colour, retrieve, similarities)
+from .segments import (BagBatch, Bags, ImageText, Segment, SegmentRules, ToyPairs, collate, ground,
+                                  mean_colour, retrieve, similarities)
 from ..reproduce.paper import scores_of
 from ..reproduce.results import open_results
 from ..reproduce.steps import PaperSteps, Step
@@ -66,7 +65,6 @@ class SegMil(nn.Module):
     backbone: maps pictures (n, 3, height, width) to `features` numbers each; of a timm model without head, `features`
     is known. Raises ValueError where it is not.
     """
-
     def __init__(self, backbone: nn.Module, concepts: int, classes: int, features: int | None = None, width: int = 512,
                  attention: int = 128, temperature: float = 1.0, dropout: float = 0.1):
         super().__init__()
@@ -188,8 +186,7 @@ def segmil_recipe(rate: float = 1e-4, backbone_rate: float = 1e-5, weight: float
 
 class BagBatches:
     """Bags for the loop. Raises ValueError for targets that are missing."""
-
-    def __init__(self, bags: Bags | "Featured", recipe: Recipe):
+    def __init__(self, bags: "Bags | Featured", recipe: Recipe):
         objective: Any = recipe.objective
         needed = "segment_target" if objective.level == "segment" else "target"
         if objective.weight and needed not in bags.extra:
@@ -215,23 +212,23 @@ class BagBatches:
         return {"data": data, "bags": ends.hexdigest()}
 
 
-def predict_bags(model: nn.Module, bags: Bags | "Featured", batch: int = 64) -> Tensor:
+def predict_bags(model: nn.Module, bags: "Bags | Featured", batch: int = 64) -> Tensor:
     """Logits (pictures, classes) of all bags in order, by a copy in evaluation mode."""
     model, device = copy.deepcopy(model).eval(), next(model.parameters()).device
     with torch.inference_mode():
-        parts = [model(b["bag"].to(device), b["valid"].to(device)).logits.cpu()
-                 for b in DataLoader(bags, batch, collate_fn=collate)]
+        parts = [
+            model(b["bag"].to(device), b["valid"].to(device)).logits.cpu()
+            for b in DataLoader(bags, batch, collate_fn=collate)]
     return torch.cat(parts).clone()
 
 
-def worst_group(bags: Bags | "Featured") -> Callable[[nn.Module], float]:
+def worst_group(bags: "Bags | Featured") -> Callable[[nn.Module], float]:
     """For the loop's `validation`: minus the accuracy of the worst group of some bags, in percent."""
     return lambda model: -float(group_scores(answer_table(bags.source, predict_bags(model, bags)))["worst"])
 
 # %% ../../nbs/related/01_segmil.ipynb #cb137948
 class Featured(Dataset[dict[str, Any]]):
     """Bags of features. Item k is as in `Bags`, with bag (segments, features). most: segments of a bag that are used."""
-
     def __init__(self, source: PictureFiles, features: Sequence[Tensor], extra: Mapping[str, Any],
                  most: int | None = None):
         self.source, self.features, self.extra, self.most = source, list(features), dict(extra), most
@@ -275,8 +272,9 @@ class Explanation:
     def table(self, top: int = 8) -> pd.DataFrame:
         """The `top` largest contributions by size: columns segment, attention, concept, contribution."""
         order = self.parts.abs().flatten().argsort(descending=True, stable=True)[:top].tolist()
-        rows = [(self.segments[i].phrase or "whole picture", float(self.attention[i]), self.vocabulary[m],
-                 float(self.parts[i, m])) for i, m in (divmod(k, self.parts.shape[1]) for k in order)]
+        rows = [(self.segments[i].phrase
+                 or "whole picture", float(self.attention[i]), self.vocabulary[m], float(self.parts[i, m]))
+                for i, m in (divmod(k, self.parts.shape[1]) for k in order)]
         return pd.DataFrame(rows, columns=["segment", "attention", "concept", "contribution"])
 
     def figure(self, top: int = 8) -> Any:
@@ -296,7 +294,8 @@ class Explanation:
         axes[0].set_title(f"{self.name}: logit {self.logit:+.2f}, bias {self.bias:+.2f}", fontsize=8)
         axes[1].set_title("what each segment adds", fontsize=8)
         rows = self.table(top)[::-1]
-        axes[2].barh(range(len(rows)), rows["contribution"], color=np.where(rows["contribution"] > 0, "#B2182B", "#2166AC"))
+        axes[2].barh(range(len(rows)), rows["contribution"], color=np.where(rows["contribution"] > 0, "#B2182B",
+                                                                            "#2166AC"))
         short = lambda text: text if len(text) <= 20 else text[:19] + "…"
         labels = rows["segment"].map(short) + " → " + rows["concept"].map(short)
         axes[2].set(yticks=range(len(rows)), yticklabels=labels)
@@ -351,16 +350,15 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    "cbm": Variant("CBM, whole picture", rules=None),
-    "segmil": Variant("SEG-MIL-CBM"),
-    "segmil.lambda-0": Variant("SEG-MIL-CBM, λ = 0", weight=0.0),
-    "segmil.lambda-0.5": Variant("SEG-MIL-CBM, λ = 0.5", weight=0.5),
-    "segmil.segments-aligned": Variant("SEG-MIL-CBM, segments aligned", level="segment"),
-    "segmil.bag-5": Variant("SEG-MIL-CBM, bags of 5", most=5),
+    "cbm": Variant("CBM, whole picture", rules=None), "segmil": Variant("SEG-MIL-CBM"),
+    "segmil.lambda-0": Variant("SEG-MIL-CBM, λ = 0",
+                               weight=0.0), "segmil.lambda-0.5": Variant("SEG-MIL-CBM, λ = 0.5", weight=0.5),
+    "segmil.segments-aligned": Variant("SEG-MIL-CBM, segments aligned",
+                                       level="segment"), "segmil.bag-5": Variant("SEG-MIL-CBM, bags of 5", most=5),
     "segmil.bag-1": Variant("SEG-MIL-CBM, bags of 1", most=1),
-    "segmil.large": Variant("SEG-MIL-CBM, segments above 2 %", rules=SegmentRules(top=15)),
-    "segmil.context": Variant("SEG-MIL-CBM, context concepts kept", context=True),
-}
+    "segmil.large": Variant("SEG-MIL-CBM, segments above 2 %",
+                            rules=SegmentRules(top=15)), "segmil.context": Variant("SEG-MIL-CBM, context concepts kept",
+                                                                                   context=True),}
 LABELS = {"original": "Original", "plain": "plain fine-tuning", **{name: v.label for name, v in VARIANTS.items()}}
 
 
@@ -386,10 +384,11 @@ def drawn_bags(source: PictureFiles, base: nn.Module, root: str | Path, context:
 
 def new_heads(train: Featured | Bags, base: nn.Module, seed: int) -> SegMil:
     """A fresh model for bags that went through the base's backbone, or with a copy of it for bags of pixels."""
-    ready, features = isinstance(train, Featured), backbone_of(base).num_features
+    ready, features = isinstance(train, Featured), getattr(base, "num_features")  # noqa: B009
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return SegMil(nn.Identity() if ready else backbone_of(base), train.extra["target"].shape[1], len(CLASSES), features)
+        return SegMil(nn.Identity() if ready else backbone_of(base), train.extra["target"].shape[1], len(CLASSES),
+                      features)
 
 # %% ../../nbs/related/01_segmil.ipynb #e287c417
 def attention_on(model: nn.Module, ready: Featured, bags: Bags, objects: Path) -> float:
@@ -417,12 +416,13 @@ def group_rows(pictures: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/related/01_segmil.ipynb #293c6ed4
 def few_of(source: PictureFiles, stride: int = 3) -> PictureFiles:
     """Every third picture of a set, to time answers on."""
-    return PictureFiles(source.root, source.key, source.ids[::stride], source.targets[::stride], source.groups[::stride])
+    return PictureFiles(source.root, source.key, source.ids[::stride], source.targets[::stride],
+                        source.groups[::stride])
 
 
 def run_segmil(steps: PaperSteps, seed: int) -> pd.DataFrame:
     """All rows of a seed: columns method and `metrics.COLUMNS`; its masks go below segmil/<seed>."""
-    world, base, place = steps.world.place(seed), steps.world.network("demo", seed), steps.root / "segmil" / str(seed)
+    world, base, place = steps.drawn.place(seed), steps.world.network("demo", seed), steps.root / "segmil" / str(seed)
     pool, tests = folder_set(world / "images/train", list(CLASSES), "train"), backdrop_set(world)
     clock = {}
 
@@ -439,7 +439,8 @@ def run_segmil(steps: PaperSteps, seed: int) -> pd.DataFrame:
 
     def of_variant(name: str, variant: Variant) -> pd.DataFrame:
         train_bags, test_bags, like = bags(variant.context)
-        train_bags, test_bags = (b if variant.rules == RULES else b.under(variant.rules) for b in (train_bags, test_bags))
+        train_bags, test_bags = (b if variant.rules == RULES else b.under(variant.rules)
+                                 for b in (train_bags, test_bags))
         recipe = segmil_recipe(RATE, 0, variant.weight, variant.level, seed=seed)
         train = timed("features", lambda: featured(train_bags, backbone_of(base))).first(variant.most)
         test = featured(test_bags, backbone_of(base)).first(variant.most)
@@ -451,7 +452,8 @@ def run_segmil(steps: PaperSteps, seed: int) -> pd.DataFrame:
         more = {"attention": attention_on(model, test, test_bags, world / "objects")}
         rows = group_rows(answer_table(test.source, predict_bags(model, test)))
         if name == "segmil":
-            more |= {"preparing": clock[f"preparing {variant.context}"], "training": clock["features"] + clock["training"]}
+            more |= {
+                "preparing": clock[f"preparing {variant.context}"], "training": clock["features"] + clock["training"]}
             model.backbone = backbone_of(base)
             more["answering"] = _times_slower(model, base, few_of(backdrop_set(world, ("val",))), like, place / "few")
         lines = [{"set": "groups", "split": "all", "metric": metric, "value": value, "n": len(test)}
@@ -471,8 +473,8 @@ def run_segmil(steps: PaperSteps, seed: int) -> pd.DataFrame:
 
 def _plain(steps: PaperSteps, base: nn.Module, world: Path, seed: int) -> nn.Module:
     """Plain fine-tuning on the pictures that the heads are trained on."""
-    images = MaskedImages(list_folder(world / "images/train", list(CLASSES)), Preprocess.of(base, margin=1.0), train=True,
-                          cached=True)
+    images = MaskedImages(list_folder(world / "images/train", list(CLASSES)), Preprocess.of(base, margin=1.0),
+                          train=True, cached=True)
     return fine_tune(base, images, recipe_of("plain", "demo", steps.settings, seed)[0], progress=False).model
 
 
@@ -487,14 +489,18 @@ def _times_slower(model: SegMil, base: nn.Module, few: PictureFiles, like: Like,
 
 def segmil_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     """The steps of the experiment: one a seed, which writes related/segmil/<seed>.csv."""
-    depends = {"variants": {name: repr(variant) for name, variant in VARIANTS.items()}, "recipe": segmil_recipe(RATE, 0).as_dict(),
-               "plain": recipe_of("plain", "demo", steps.settings, 0)[0].as_dict(), "grounder": toy_grounder().digest()}
+    depends = {
+        "variants": {name: repr(variant) for name, variant in VARIANTS.items()},
+        "recipe": segmil_recipe(RATE, 0).as_dict(), "plain": recipe_of("plain", "demo", steps.settings,
+                                                                       0)[0].as_dict(), "grounder": toy_grounder().name}
 
     def make(seed: str) -> None:
         write_csv(steps.root / f"related/segmil/{seed}.csv", run_segmil(steps, int(seed)))
 
-    return [Step("segmil", (str(seed),), (f"related/segmil/{seed}.csv",), make, (*steps.pictures(seed), *steps.base(seed)),
-                 depends | {"start": steps.world.start("demo", seed)}, f"segmil/{seed}", f"segmil-{seed}") for seed in seeds]
+    return [
+        Step("segmil", (str(seed),), (f"related/segmil/{seed}.csv",), make, (*steps.pictures(seed), *steps.base(seed)),
+             depends | {"start": steps.world.start("demo", seed)}, f"segmil/{seed}", f"segmil-{seed}")
+        for seed in seeds]
 
 # %% ../../nbs/related/01_segmil.ipynb #fdb7906a
 def segmil_table(scores: pd.DataFrame) -> pd.DataFrame:

@@ -75,8 +75,10 @@ class Found:
         """How many concepts each guide has: columns store, guide, unique (phrases), pairs (of class and concept)."""
         if self.is_copy:
             return pd.read_csv(self.root / "concepts.csv", dtype={"store": str})
-        found = [(file.parent.name, file.stem, read_json(file)["concepts"]) for file in sorted((self.root / "kept").glob("*/*.json"))]
-        rows = [(store, guide, len(concepts), sum(len(c["owners"]) for c in concepts)) for store, guide, concepts in found]
+        found = [(file.parent.name, file.stem, read_json(file)["concepts"])
+                 for file in sorted((self.root / "kept").glob("*/*.json"))]
+        rows = [
+            (store, guide, len(concepts), sum(len(c["owners"]) for c in concepts)) for store, guide, concepts in found]
         return pd.DataFrame(rows, columns=["store", "guide", "unique", "pairs"])
 
     @cached_property
@@ -86,7 +88,8 @@ class Found:
             return pd.read_csv(self.root / "guides.csv")
         files = sorted((self.root / "guides").glob("*/*.json"))
         notes = [(int(file.parent.name), file.stem, read_json(file)) for file in files]
-        rows = [(seed, guide, len(n["pictures"]), n.get("concepts", {}).get("pairs"), n.get("agreement")) for seed, guide, n in notes]
+        rows = [(seed, guide, len(n["pictures"]), n.get("concepts", {}).get("pairs"), n.get("agreement"))
+                for seed, guide, n in notes]
         return pd.DataFrame(rows, columns=["seed", "guide", "pictures", "pairs", "agreement"])
 
     def related(self, key: str) -> pd.DataFrame:
@@ -172,15 +175,19 @@ def numbers(found: Found, key: str, profile: Profile | None = None) -> pd.DataFr
     """The rows that an artefact needs, in our terms and in its order: `ROW_COLUMNS`, one row a seed."""
     profile = profile or found.profile
     wanted = found.work.wanted(key)
-    terms = {"model": [profile.models.get(m, m) for m in wanted.models],
-             "method": [profile.methods.get(m, m) for m in wanted.methods], "set": [profile.set(s) for s in wanted.sets]}
+    terms = {
+        "model": [profile.models.get(m, m) for m in wanted.models],
+        "method": [profile.methods.get(m, m) for m in wanted.methods], "set": [profile.set(s) for s in wanted.sets]}
     seeds = {s for _, _, s in found.work.tuned(key)} | {s for _, _, s, _ in found.work.tested(key)}
     rows = found.rows[found.rows["seed"].isin(seeds)]
     for column, known in terms.items():
         rows = rows[rows[column].isin(known)]
     order = rows[["model", "method", "set", "split", "seed"]].assign(
-        **{column: rows[column].map({name: i for i, name in enumerate(dict.fromkeys(known))}) for column, known in terms.items()})
-    return rows.loc[order.sort_values(["model", "method", "set", "split", "seed"], kind="stable").index].reset_index(drop=True)
+        **{
+            column: rows[column].map({name: i for i, name in enumerate(dict.fromkeys(known))})
+            for column, known in terms.items()})
+    return rows.loc[order.sort_values(["model", "method", "set", "split", "seed"],
+                                      kind="stable").index].reset_index(drop=True)
 
 # %% ../../nbs/appendix/05_results.ipynb #43cd7c33
 def trail(found: Found, key: str, ours: bool = False) -> pd.DataFrame:

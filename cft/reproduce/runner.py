@@ -51,10 +51,12 @@ def page_steps(work: Work, root: Path) -> list[Step]:
     pages = []
     for key in work.keys:
         needs = OF_RELATED[key](steps, seeds) if key in RELATED else steps.of_page(key)
-        told = ("stamp", "seeds", "ablation_seeds", "our_form") if key != "table8" else tuple(type(work.settings).model_fields)
+        told = ("stamp", "seeds", "ablation_seeds",
+                "our_form") if key != "table8" else tuple(type(work.settings).model_fields)
         depends = {"notebook": sha256(notebook_of(key)), **narrowed, **work.settings.values(*told)}
         make = lambda key: make_page(work, root, key)
-        pages.append(Step("page", (key,), (page_file(key),), make, tuple(needs), depends, f"artefacts/{key}", "pages", key))
+        pages.append(
+            Step("page", (key,), (page_file(key),), make, tuple(needs), depends, f"artefacts/{key}", "pages", key))
     return pages
 
 # %% ../../nbs/appendix/13_runner.ipynb #bf872700
@@ -167,7 +169,8 @@ def _snakemake(root: Path, arguments: Sequence[str], local: bool) -> None:
             asyncio.get_running_loop()
         except RuntimeError:
             return run()
-        with ThreadPoolExecutor(1) as thread:  # in JupyterLab: Snakemake wants an event loop, and so a thread, of its own
+        with ThreadPoolExecutor(
+                1) as thread:  # in JupyterLab: Snakemake wants an event loop, and so a thread, of its own
             thread.submit(run).result()
     finally:
         os.chdir(here)
@@ -206,8 +209,10 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
     root, work = prepare(profile, only, models, methods, seeds, out, **changes)
     cores, local = cores or os.cpu_count() or 1, executor == "local"
     many = [] if {"--jobs", "-j"} & set(options) else ["--jobs", "100"]
-    arguments = ["--cores", str(cores), "--resources", f"gpu={gpus}", "--scheduler", "greedy", *options,
-                 *([] if local else ["--executor", executor, *many]), *([] if verbose else ["--quiet", "all"])]
+    arguments = [
+        "--cores",
+        str(cores), "--resources", f"gpu={gpus}", "--scheduler", "greedy", *options,
+        *([] if local else ["--executor", executor, *many]), *([] if verbose else ["--quiet", "all"])]
     os.environ["CFT_GPUS"] = str(gpus if local and work.settings.device.startswith("cuda") else 0)
     os.environ["CFT_RUNNER"] = str(os.getpid()) if local else ""
     began = time.time()
@@ -229,8 +234,10 @@ def _write_plan(root: Path, work: Work, jobs: dict[str, Job]) -> None:
     for folder in ("jobs", "failed"):
         shutil.rmtree(root / folder, ignore_errors=True)
     names = {"keys": list(work.keys), "models": list(work.models), "methods": list(work.methods)}
-    write_json(root / "plan.json", {"command": f"{shlex.quote(sys.executable)} -m cft.reproduce.runner", **names,
-                                    "threads": max(1, work.settings.workers), "jobs": {k: vars(v) for k, v in jobs.items()}})
+    write_json(
+        root / "plan.json", {
+            "command": f"{shlex.quote(sys.executable)} -m cft.reproduce.runner", **names, "threads": max(
+                1, work.settings.workers), "jobs": {k: vars(v) for k, v in jobs.items()}})
 
 
 @contextmanager
@@ -273,13 +280,15 @@ class Reproduction:
     def __str__(self) -> str:
         done = int((self.pages["status"] == "done").sum())
         lines = [f"{done} of {len(self.pages)} pages are in {self.root / 'pages'}; {self.seconds:.0f} s"]
-        lines += [f"{page['status']:8} {page['artefact']}: {page['missing']}"
-                  for page in self.pages.to_dict("records") if page["status"] != "done"]
+        lines += [
+            f"{page['status']:8} {page['artefact']}: {page['missing']}" for page in self.pages.to_dict("records")
+            if page["status"] != "done"]
         for failure in self.failures.to_dict("records"):
             where = f" in cell {failure['cell']}" if failure["cell"] else ""
-            lines += [f"failed   {failure['step']}{where}", f"         {failure['error']}",
-                      *(f"         | {line}" for line in failure["tail"]),
-                      f"         log: {failure['log']}", f"         again: {failure['command']}"]
+            lines += [
+                f"failed   {failure['step']}{where}", f"         {failure['error']}",
+                *(f"         | {line}" for line in failure["tail"]), f"         log: {failure['log']}",
+                f"         again: {failure['command']}"]
         return "\n".join(lines)
 
 
@@ -311,7 +320,8 @@ def report(root: Path, work: Work, pages: Sequence[Step], seconds: float = 0.0) 
     for note in map(read_json, sorted((root / "failed").glob("*.json"))):
         command = f"cd {shlex.quote(str(root))} && {Path(sys.executable).name} -m cft.reproduce.runner {shlex.quote(note['step'])}"
         log = next((f"logs/{name}.log" for name, job in jobs.items() if note["step"] in job["steps"]), "")
-        failures.append((note["step"], note["error"].splitlines()[0][:300], note["cell"], note["traceback"][-4:], log, command))
+        failures.append(
+            (note["step"], note["error"].splitlines()[0][:300], note["cell"], note["traceback"][-4:], log, command))
     return Reproduction(root, pd.DataFrame(rows, columns=["artefact", "status", "seconds", "missing"]),
                         pd.DataFrame(failures, columns=["step", "error", "cell", "tail", "log", "command"]), seconds)
 
@@ -323,8 +333,9 @@ def plan_text(profile: str | Path = "demo", only: Sequence[str] = (), **narrowed
     """What a reproduction would do: per artefact its fine-tunes and evaluations, the steps that are not done, the cost."""
     root, work = prepare(profile, only, **narrowed)
     pages, notes, seen = page_steps(work, root), Notes(root), set()
-    lines = [f"{'artefact':14} {'fine-tunes':>10} {'new':>5} {'evaluations':>12} {'new':>5} {'to do':>6}"
-             "  (new: not counted above; to do: steps)"]
+    lines = [
+        f"{'artefact':14} {'fine-tunes':>10} {'new':>5} {'evaluations':>12} {'new':>5} {'to do':>6}"
+        "  (new: not counted above; to do: steps)"]
     for page in pages:
         key = page.item[0]
         tuned, tested = (set(), set()) if key in RELATED else (work.tuned(key), work.tested(key))
@@ -332,7 +343,9 @@ def plan_text(profile: str | Path = "demo", only: Sequence[str] = (), **narrowed
         lines.append(f"{key:14} {len(tuned):10} {len(tuned - seen):5} {len(tested):12} {len(tested - seen):5} {todo:6}")
         seen |= tuned | tested
     counts = work.counts()
-    lines.append(f"{'together':14} {counts['fine-tunes']:10} {'':5} {counts['evaluations']:12} {'':5} {len(undone(pages, notes)):6}")
+    lines.append(
+        f"{'together':14} {counts['fine-tunes']:10} {'':5} {counts['evaluations']:12} {'':5} {len(undone(pages, notes)):6}"
+    )
     return "\n".join([*lines, *filter(None, (empty_places(work.settings), _cost_text(root, work)))])
 
 
@@ -341,9 +354,10 @@ def empty_places(settings: Settings) -> str:
     if settings.drawn:
         return ""
     profile = settings.profile
-    places = {"train": settings.train, "answers": settings.answers, "grounder_weights": settings.grounder_weights,
-              **{f"sets.{name}": settings.sets.get(name) for name in profile.sets.values()},
-              **{f"weights.{name}": settings.weights.get(name) for name in profile.models.values()}}
+    places = {
+        "train": settings.train, "answers": settings.answers, "grounder_weights": settings.grounder_weights,
+        **{f"sets.{name}": settings.sets.get(name) for name in profile.sets.values()},
+        **{f"weights.{name}": settings.weights.get(name) for name in profile.models.values()}}
     lacking = [name for name, path in places.items() if path is None or not Path(path).exists()]
     return f"to be filled in: {', '.join(lacking)}" if lacking else ""
 
@@ -371,14 +385,16 @@ def _measured(settings: Settings, root: Path, model: str, steps: int = 2) -> lis
     folder = noise_folder(root / "costs" / "noise", 8, 3)
     folder = folder.with_masks(object=folder.root.parent / "masks")
     images, seconds = MaskedImages(folder, Preprocess.of(network), train=True), {}
-    how: dict[str, Any] = {"epochs": 1, "batch": settings.batch, "precision": settings.precision, "chunk": settings.chunk}
+    how: dict[str,
+              Any] = {"epochs": 1, "batch": settings.batch, "precision": settings.precision, "chunk": settings.chunk}
     for what in ("cft-paper", "cft", "plain", "lcls-only", "rrda", "gradmask", "rrr"):
         found = rehearse(network, images, replace(RECIPES[what], **how), steps)
         seconds["step" if what == "cft-paper" else what] = found["seconds_per_step"]
     tested, began = folder_set(folder), time.perf_counter()
     run_pass(tested, [checkpoint(network, model)], reading_of(network), Loop(batch=len(folder), device=settings.device))
     seconds["picture"] = (time.perf_counter() - began) / len(folder)
-    return [{"model": model, "device": where, "what": what, "seconds": float(f"{s:.4g}")} for what, s in seconds.items()]
+    return [{"model": model, "device": where, "what": what, "seconds": float(f"{s:.4g}")}
+            for what, s in seconds.items()]
 
 
 def rehearse_costs(profile: str | Path = "paper", *, models: Sequence[str] = (), out: str | Path | None = None,
@@ -386,6 +402,7 @@ def rehearse_costs(profile: str | Path = "paper", *, models: Sequence[str] = (),
     """Measure steps and evaluation of every network on the device, on random weights, into costs.csv of the folder."""
     root, work = prepare(profile, models=models, out=out, **changes)
     known = work.settings.profile.models
-    rows = [row for model in dict.fromkeys(known[name] for name in (models or known))
-            for row in _measured(work.settings, root, model)]
+    rows = [
+        row for model in dict.fromkeys(known[name] for name in (models or known))
+        for row in _measured(work.settings, root, model)]
     return write_csv(root / "costs.csv", pd.DataFrame(rows))

@@ -28,9 +28,10 @@ from torch import nn
 from ..concepts.filters import ConceptSet
 from ..concepts.language import ANSWERS
 from ..concepts.masks import training_pictures
-from ..concepts.store import MaskStore
+from ..concepts.store import MaskStore, write_pngs
 from ..concepts.validation import iou
 from ..data.folders import MaskedImages, Preprocess
+from ..data.testsets import EvalSet
 from ..evaluate.passes import Checkpoint, Loop, checkpoint, evaluate_sets, relevance_of_set
 from ..files import ASSETS, read_json, sha256, write_json, written
 from .settings import Work, maps_file, model_file, rows_file
@@ -95,7 +96,6 @@ def listing(folder: Path) -> str:
 
 class Notes:
     """What the steps of a reproduction have left, by the notes in its folder `steps`. Each is looked at once."""
-
     def __init__(self, root: Path):
         self.root, self._seen = root, {}
 
@@ -130,8 +130,9 @@ class Notes:
 
     def made_from(self, step: Step) -> dict[str, Any]:
         """What the result of a step depends on, as it is now."""
-        return {"depends": json.loads(json.dumps(dict(step.depends))),
-                "reads": {need.name: self.outputs(need) for need in step.needs}}
+        return {
+            "depends": json.loads(json.dumps(dict(step.depends))),
+            "reads": {need.name: self.outputs(need) for need in step.needs}}
 
     def is_done(self, step: Step) -> bool:
         """Whether its files are there, as it left them, and were made from what is there now."""
@@ -148,9 +149,11 @@ class Notes:
             missing = [name for name in step.writes if not (self.root / name).is_file()]
             raise RuntimeError(f"{step.name} ended and left no {missing[0]}")
         stats = {name: (self.root / name).stat() for name in step.writes}
-        noted = {name: [digest, stats[name].st_size, stats[name].st_mtime_ns] if name in stats else [digest, 0, 0]
-                 for name, digest in found.items()}
-        write_json(self.file(step), {"step": step.name, **self.made_from(step), "writes": noted, "seconds": round(seconds, 2)})
+        noted = {
+            name: [digest, stats[name].st_size, stats[name].st_mtime_ns] if name in stats else [digest, 0, 0]
+            for name, digest in found.items()}
+        write_json(self.file(step),
+                   {"step": step.name, **self.made_from(step), "writes": noted, "seconds": round(seconds, 2)})
 
     def clear(self, step: Step) -> None:
         """Remove what an outdated step left. What an unfinished one left stays: it goes on from there."""
@@ -173,7 +176,8 @@ def _note_failure(root: Path, step: Step, error: Exception) -> None:
     said = f"{getattr(error, 'ename', '')}: {getattr(error, 'evalue', '')}" if cell else f"{type(error).__name__}: {error}"
     plain = re.sub(r"\x1b\[[0-9;]*m", "", traceback.format_exc())
     lines = [line for line in plain.splitlines() if line.strip()]
-    write_json(failure_file(root, step.name), {"step": step.name, "error": said[:2000], "cell": cell, "traceback": lines[-12:]})
+    write_json(failure_file(root, step.name),
+               {"step": step.name, "error": said[:2000], "cell": cell, "traceback": lines[-12:]})
 
 
 def make_steps(steps: Sequence[Step], root: Path) -> bool:
@@ -250,6 +254,9 @@ class PaperSteps:
         """Which masks it is shown."""
         return shown_to(method)
 
+    def _step(self, kind: str, item: Sequence[object], writes: Sequence[str], make: Callable, **more: Any) -> Step:
+        return Step(kind, tuple(map(str, item)), tuple(writes), make, **more)
+
     def _masks_job(self, seed: int, otherwise: str) -> str:
         return f"masks-{seed}" if self.settings.drawn else otherwise
 
@@ -277,8 +284,9 @@ class PaperSteps:
         known: dict[str, Any] = {"answers": sha256(ANSWERS)}
         if not s.drawn:
             recorded = s.answers is not None and s.answers.is_file() and not s.ask  # what is asked for changes the file
-            known = {"answers": sha256(s.answers) if recorded and s.answers else "asked for", **s.values(
-                "language_model", "similarity", "classes", "seeds", "ablation_seeds")}
+            known = {
+                "answers": sha256(s.answers) if recorded and s.answers else "asked for",
+                **s.values("language_model", "similarity", "classes", "seeds", "ablation_seeds")}
         return self._step("concepts", (), ("concepts.json",), self._concepts, depends=known, job="concepts")
 
     def ground(self, store: str, shard: int) -> Step:
@@ -299,10 +307,12 @@ class PaperSteps:
 
     def guide(self, seed: int, guide: str) -> Step:
         """The masks that relevance is guided by, and the pictures that a seed fine-tunes on."""
-        sets = [self.concept_set(self.world.store(seed), name) for name in dict.fromkeys(("kept", guide)) if name in GUIDES]
+        sets = [
+            self.concept_set(self.world.store(seed), name) for name in dict.fromkeys(("kept", guide)) if name in GUIDES]
         annotated = guide == "annotated"
         return self._step("guide", (seed, guide), (f"guides/{seed}/{guide}.json",), self._guide, needs=tuple(sets),
-                          depends=self.settings.values("per_class", "classes"), job=self._masks_job(seed, f"guides-{seed}"),
+                          depends=self.settings.values("per_class",
+                                                       "classes"), job=self._masks_job(seed, f"guides-{seed}"),
                           folder="" if annotated else f"guides/{seed}/{guide}")
 
     def fine_tune(self, model: str, method: str, seed: int) -> Step:
@@ -318,9 +328,9 @@ class PaperSteps:
         if shown.objects == "annotated" and not self.settings.drawn:
             depends |= self.settings.values("objects")
         guides = dict.fromkeys(("kept", shown.guide or "kept", "class" if shown.objects == "class" else "kept"))
-        return self._step(f"{self.family}fine-tune", (model, method, seed), _run_files(model, method, seed), self._fine_tune,
-                          needs=(*self.base(seed), *(self.guide(seed, guide) for guide in guides)), depends=depends,
-                          job=f"{model}-{seed}", part=method, gpu=self.gpu)
+        return self._step(f"{self.family}fine-tune", (model, method, seed), _run_files(model, method, seed),
+                          self._fine_tune, needs=(*self.base(seed), *(self.guide(seed, guide) for guide in guides)),
+                          depends=depends, job=f"{model}-{seed}", part=method, gpu=self.gpu)
 
     def _checkpoint(self, model: str, method: str, seed: int) -> tuple[Step, ...]:
         return self.base(seed) if method == "original" else (self.fine_tune(model, method, seed),)
@@ -331,16 +341,17 @@ class PaperSteps:
         if method == "original" and not self.settings.drawn:
             depends |= self.settings.values("seeds", "ablation_seeds")
         rows = rows_file(model, method, seed, name)
-        return self._step(f"{self.family}evaluate", (model, method, seed, name), (rows, rows.replace("/rows/", "/pictures/")),
-                          self._evaluate, at_once=self._evaluate_all, needs=(*self._checkpoint(model, method, seed), *self.pictures(seed)),
-                          depends=depends, job=f"{model}-{seed}", part=method, gpu=self.gpu)
+        return self._step(f"{self.family}evaluate", (model, method, seed, name),
+                          (rows, rows.replace("/rows/", "/pictures/")), self._evaluate, at_once=self._evaluate_all,
+                          needs=(*self._checkpoint(model, method, seed), *self.pictures(seed)), depends=depends,
+                          job=f"{model}-{seed}", part=method, gpu=self.gpu)
 
     def maps(self, model: str, method: str, seed: int, name: str) -> Step:
         """Relevance of some pictures of a set."""
         depends = {"set": self._tested(name), "start": self._start(model, seed)}
-        return self._step(f"{self.family}maps", (model, method, seed, name), (maps_file(model, method, seed, name),), self._maps,
-                          needs=(*self._checkpoint(model, method, seed), *self.pictures(seed)), depends=depends,
-                          job=f"{model}-{seed}", part=method, gpu=self.gpu)
+        return self._step(f"{self.family}maps", (model, method, seed, name), (maps_file(model, method, seed, name),),
+                          self._maps, needs=(*self._checkpoint(model, method, seed), *self.pictures(seed)),
+                          depends=depends, job=f"{model}-{seed}", part=method, gpu=self.gpu)
 
     def of_page(self, key: str) -> tuple[Step, ...]:
         """What a page of the paper reads."""
@@ -407,8 +418,8 @@ class PaperSteps:
         pictures = tuple(read_json(guides / "kept.json")["pictures"])
         folder, drawn = self.world.folder(self.world.store(seed)).choose(pictures), isinstance(self.world, Drawn)
         if shown.guide:
-            own = isinstance(self.world, Drawn) and shown.guide == "annotated"
-            folder = folder.with_masks(mask=self.world.annotated(seed) if own else guides / shown.guide)
+            annotated = shown.guide == "annotated"
+            folder = folder.with_masks(mask=self.drawn.annotated(seed) if annotated else guides / shown.guide)
         if shown.objects:
             best = shown.objects == "annotated"
             folder = folder.with_masks(object=self.world.objects(seed, pictures) if best else guides / "class")
@@ -420,10 +431,12 @@ class PaperSteps:
         network = self.start(model, method, int(seed)).to(self.settings.device)
         images = self.training_images(network, model, method, int(seed))
         held = MaskedImages(self.world.validation(int(seed)), Preprocess.of(network)) if recipe.best else None
-        run, wanted = self.root / Path(model_file(model, method, int(seed))).parent, identity(network, images, recipe, held)
+        run, wanted = self.root / Path(model_file(model, method, int(seed))).parent, identity(
+            network, images, recipe, held)
         records = sorted((self.root / "models" / model).glob(f"*/{seed}/record.json"))
         same = next((r.parent for r in records if read_json(r).items() >= wanted.items()), None)
-        if same is not None and same != run and not (run / "state.pt").exists():  # other thresholds may keep the same concepts
+        if same is not None and same != run and not (
+                run / "state.pt").exists():  # other thresholds may keep the same concepts
             _copy_run(same, run)
         fine_tune(network, images, recipe, run, progress=False, validation=held, restart=True)
 
@@ -447,13 +460,16 @@ class PaperSteps:
                 mine = [c for c in checkpoints if c.seed == seed]
                 splits = {seed: self.world.tuned(seed)}
                 if not self.settings.drawn and any(c.method == "original" for c in mine):
-                    splits |= {s: self.world.tuned(s) for s in range(max(self.settings.seeds, self.settings.ablation_seeds))}
+                    splits |= {
+                        s: self.world.tuned(s) for s in range(max(self.settings.seeds, self.settings.ablation_seeds))}
                 evaluate_sets(mine, [self.world.test_set(name, seed)], self.root / "results", splits=splits, loop=loop)
 
     def _maps(self, model: str, method: str, seed: str, name: str) -> None:
         network, _ = self.tuned(model, method, int(seed))
         source = self.world.test_set(name, int(seed))
-        found = relevance_of_set(network.to(self.settings.device), source, MAPS_EACH, f"maps {name}")
+        if not isinstance(source, EvalSet):
+            raise ValueError(f"maps are drawn from a set with classes; {name} has none")
+        found: dict[str, Any] = relevance_of_set(network.to(self.settings.device), source, MAPS_EACH, f"maps {name}")
         if isinstance(self.world, Drawn):
             files = [(self.world.annotated(int(seed), name) / i).with_suffix(".png") for i in found["ids"]]
             found["concepts"] = np.stack([np.asarray(Image.open(file)) > 0 for file in files])

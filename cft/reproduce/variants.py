@@ -95,7 +95,8 @@ def recipe_of(method: str, model: str, settings: Settings, seed: int) -> tuple[R
         raise ValueError(f"no learning rate for {base} on {model}; set rates.{model}.{base} in the settings")
     if name == "table8" and base == "gradmask":
         rate = RATES.get(model, RATES["vit_base_patch16_224"])["gradmask"]
-    if name == "table8" and isinstance(recipe.objective, RightReasons):  # λ_cls = 2e-6, λ = 1e-10 on sums over batches of 8
+    if name == "table8" and isinstance(recipe.objective,
+                                       RightReasons):  # λ_cls = 2e-6, λ = 1e-10 on sums over batches of 8
         recipe = replace(recipe, objective=replace(recipe.objective, weight=8e-10, classify=2e-6))
     how = {"epochs": settings.epochs, "batch": settings.batch, "precision": settings.precision, "chunk": settings.chunk}
     return replace(recipe, rate=rate * variant.faster, seed=7000 + seed, **how), variant
@@ -137,4 +138,5 @@ def shown_to(method: str) -> Shown:
     recipe, variant = varied(method)
     needs = recipe.objective.needs
     found = method.partition(".")[0] in OWN_SWAPS and variant.guide != "annotated"
-    return Shown(variant.guide if "mask" in needs else "", ("class" if found else "annotated") if "object" in needs else "")
+    return Shown(variant.guide if "mask" in needs else "",
+                 ("class" if found else "annotated") if "object" in needs else "")

@@ -22,7 +22,7 @@ from ..concepts.filters import ConceptSet, Similarity, demo_concepts, discover
 from ..concepts.grounding import load_grounder
 from ..concepts.language import ANSWERS, Chat, ClassName, Record, Sampling
 from ..concepts.masks import build_masks, import_imagenet_s, training_pictures
-from ..concepts.store import MaskStore
+from ..concepts.store import MaskStore, write_pngs
 from ..data import backdrop
 from ..data.folders import Folder, list_folder, open_image, open_mask
 from ..data.models import TINY, base_model, load_model, make_bases
@@ -41,7 +41,6 @@ def tuned_classes(seed: int) -> list[int]:
 
 class Drawn:
     """The procedural benchmark."""
-
     def __init__(self, settings: Settings, root: Path):
         self.settings, self.root = settings, root
 
@@ -52,10 +51,12 @@ class Drawn:
     def draw(self, seed: int) -> None:
         """Write the pictures of a seed, and worlds/<seed>.json, which says what was written."""
         s = self.settings
-        counts = {"train": s.pool, **dict.fromkeys(("val", "v2", *backdrop.SHIFTED), s.test_per_class),
-                  "segmentation": s.segmentation_per_class}
+        counts = {
+            "train": s.pool, **dict.fromkeys(("val", "v2", *backdrop.SHIFTED), s.test_per_class), "segmentation": s.
+            segmentation_per_class}
         backdrop.write(self.place(seed), counts, seed=s.drawn_from + seed)
-        write_json(self.root / f"worlds/{seed}.json", {"seed": seed, "counts": counts, "digest": self._set("train", seed).digest()})
+        write_json(self.root / f"worlds/{seed}.json",
+                   {"seed": seed, "counts": counts, "digest": self._set("train", seed).digest()})
 
     def _set(self, name: str, seed: int) -> Folder:
         return list_folder(self.place(seed) / "images" / name, list(backdrop.CLASSES))
@@ -147,7 +148,8 @@ def folder_digest(folders: list[Path], cache: Path) -> str:
 
 def file_digest(file: Path, cache: Path) -> str:
     """SHA-256 of a file, remembered in the file `cache` while its size and date stand."""
-    dated, known = f"{file.stat().st_size} {file.stat().st_mtime_ns} {file.name}", read_json(cache) if cache.is_file() else {}
+    dated, known = f"{file.stat().st_size} {file.stat().st_mtime_ns} {file.name}", read_json(
+        cache) if cache.is_file() else {}
     if dated not in known:
         known[dated] = sha256(file)
         write_json(cache, known)
@@ -156,7 +158,6 @@ def file_digest(file: Path, cache: Path) -> str:
 
 class ImageNet:
     """The paper's data. Raises ValueError for a place that the settings leave empty, or that is not there."""
-
     def __init__(self, settings: Settings, root: Path):
         self.settings, self.root = settings, root
 
@@ -208,7 +209,8 @@ class ImageNet:
 
     def pictures(self, store: str) -> str:
         """Names and sizes of the training pictures."""
-        known = lambda root: folder_digest([p for k in self._labels if (p := root / self.names[k]).is_dir()], self.root / "digests.json")
+        known = lambda root: folder_digest([p for k in self._labels
+                                            if (p := root / self.names[k]).is_dir()], self.root / "digests.json")
         return self._known("train", self.settings.train, known)
 
     def concepts(self) -> ConceptSet:
