@@ -12,7 +12,7 @@ __all__ = ['CUB_PARTS', 'METHODS', 'RIVALS', 'RATE', 'TESTS', 'Network', 'DRAWN'
 # %% ../../nbs/related/03_deal_metrics.ipynb #7e70c7ff
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path

@@ -14,7 +14,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as V
 
 from ..concepts.filters import MASK_KINDS, demo_concepts
-from ..concepts.store import MaskStore
 from ..data.backdrop import CLASSES
 from ..data.folders import MaskedImages, Preprocess, list_folder
 from ..data.testsets import PictureFiles, folder_set

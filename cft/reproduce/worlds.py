@@ -13,18 +13,15 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
 
 from ..concepts.filters import ConceptSet, Similarity, demo_concepts, discover
 from ..concepts.grounding import load_grounder
-from ..concepts.language import ANSWERS, Chat, ClassName, Record, Sampling
+from ..concepts.language import Chat, ClassName, Record, Sampling
 from ..concepts.masks import build_masks, import_imagenet_s, training_pictures
 from ..concepts.store import MaskStore, write_pngs
 from ..data import backdrop
-from ..data.folders import Folder, list_folder, open_image, open_mask
+from ..data.folders import Folder, list_folder
 from ..data.models import TINY, base_model, load_model, make_bases
 from ..data.testsets import class_names, folder_set, open_set, synsets
 from ..demo.toy_grounder import toy_grounder
