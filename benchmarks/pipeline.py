@@ -25,17 +25,18 @@ from timm.utils.metrics import AverageMeter, accuracy
 from torch import nn
 
 from cft.apps.explorer import Explorer, Material, first_view
-from cft.concepts.grounding import Grounding
 from cft.concepts.filters import Concept, ConceptSet, demo_concepts
+from cft.concepts.grounding import Grounding
 from cft.concepts.language import ClassName
-from cft.concepts.masks import build_masks, read_back
+from cft.concepts.masks import build_masks
+from cft.concepts.store import read_back
 from cft.data import backdrop
 from cft.data.folders import Folder, MaskedImages, Preprocess, list_folder
-from cft.data.models import ASSETS, TINY
+from cft.data.models import TINY
 from cft.data.testsets import folder_set
 from cft.demo.toy_grounder import toy_grounder
 from cft.evaluate.passes import Loop, checkpoint, reading_of, run_pass, seconds, times_slower
-from cft.files import read_json
+from cft.files import ASSETS, read_json
 from cft.train.loop import noise_folder, rehearse
 from cft.train.objectives import RECIPES
 

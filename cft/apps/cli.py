@@ -202,18 +202,17 @@ def audit(
 
 def _with_objects(data: Path, objects: Path | None, names: Sequence[str], box: Path) -> "tuple[Folder, dict[str, str]]":
     """The pictures with their object masks, and where these come from; masks of classes from a store are written to `box`."""
-    from cft.data.folders import scan
-    from cft.concepts.masks import MaskStore, list_folder, picture_name, write_pngs
+    from cft.data.folders import list_folder, scan
+    from cft.concepts.store import MaskStore, write_pngs
 
     if objects is None or not (objects / "store.json").is_file():
         return scan(data, objects=objects, classes=names, progress=True), {}
     store, folder = MaskStore(objects), list_folder(data, names)
-    there = set(store.pictures)
-    write_pngs(store, None, box)
-    samples = tuple(replace(s, object=(box / picture_name(folder, s)).with_suffix(".png")) for s in folder.samples if picture_name(folder, s) in there)
-    if not samples:
+    there = set(store.pictures) & set(folder.names)
+    if not there:
         raise ValueError(f"none of the pictures in {data} are in the mask store {objects}; build it for them with cft masks")
-    return replace(folder, samples=samples), {"objects": f"found by the name of the class, by {store.provenance['grounder']}"}
+    folder = folder.choose(there).with_masks(object=write_pngs(store, None, box))
+    return folder, {"objects": f"found by the name of the class, by {store.provenance['grounder']}"}
 
 
 def _run_record(after: Path | None) -> dict | None:
@@ -329,7 +328,8 @@ def masks(
     from cft.concepts.filters import ConceptSet
     from cft.demo.toy_grounder import toy_grounder
     from cft.concepts.grounding import load_grounder
-    from cft.concepts.masks import build_masks, list_folder, plan
+    from cft.concepts.masks import build_masks, plan
+    from cft.data.folders import list_folder
 
     _use_cores(threads)
     folder, found = list_folder(data), ConceptSet.load(concepts)
@@ -366,7 +366,7 @@ def validate(
       cft validate store --concepts concepts.json --out kept.json --audit concepts.csv
     """
     from cft.concepts.filters import ConceptSet
-    from cft.concepts.masks import MaskStore
+    from cft.concepts.store import MaskStore
     from cft.concepts.validation import first_pictures
     from cft.concepts.validation import validate as check_concepts
 
@@ -394,8 +394,9 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
     Raises ValueError for a mask store without `concepts`, and as `folders.scan`.
     """
     from cft.concepts.filters import ConceptSet
-    from cft.data.folders import scan
-    from cft.concepts.masks import MaskStore, list_folder, masked_folder, training_pictures, write_pngs
+    from cft.data.folders import list_folder, scan
+    from cft.concepts.masks import training_pictures
+    from cft.concepts.store import MaskStore, write_pngs
 
     if masks is None and "mask" in needs:
         raise ValueError("this method needs mask masks: give --masks FOLDER with FOLDER/<class>/<picture>.png, or a mask store and --concepts FILE")
@@ -409,10 +410,10 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
     choice = training_pictures(store, wanted, per_class)
     for line in (*choice.skipped, *(f"{name} lacks {n} pictures" for name, n in choice.lacking.items())):
         _line(f"masks    {line}")
-    folder = masked_folder(list_folder(data, names), store, wanted, out / "masks", choice.pictures)
+    chosen = list_folder(data, names).choose(choice.pictures)
+    folder = chosen.with_masks(write_pngs(store, wanted, out / "masks", choice.pictures))
     if "object" in needs:
-        root = objects or write_pngs(store, None, out / "objects", choice.pictures)
-        folder = replace(folder, samples=tuple(replace(s, object=(root / s.path.relative_to(data)).with_suffix(".png")) for s in folder.samples))
+        folder = folder.with_masks(object=objects or write_pngs(store, None, out / "objects", choice.pictures))
     return folder
 
 
@@ -514,10 +515,9 @@ def evaluate(
     import pandas as pd
     from torch.utils.data import DataLoader
 
-    from cft.data.folders import MaskedImages, Preprocess, scan
+    from cft.data.folders import MaskedImages, Preprocess, list_folder, scan
     from cft.evaluate.metrics import evaluate as measure
     from cft.evaluate.metrics import relevance_scores
-    from cft.concepts.masks import list_folder
 
     if objects is not None and len(data) > 1:
         raise ValueError(f"--objects needs a single folder; got {len(data)}")

@@ -28,9 +28,9 @@ from torchvision import tv_tensors
 
 from ..concepts.filters import ConceptSet
 from ..files import need
-from ..data.folders import Folder, Preprocess, class_folders, open_image
+from ..data.folders import Folder, Preprocess, class_folders, list_folder, open_image
 from ..evaluate.faithfulness import share_inside
-from ..concepts.masks import MaskStore, list_folder, picture_name
+from ..concepts.store import MaskStore
 from ..data.models import load_model
 from ..explain.maps import ATTRIBUTIONS, NORMALIZATIONS, Relevance, named, relevance
 from .drawing import data_uri, overlay
@@ -134,7 +134,7 @@ class Material:
         if class_id not in self.folder.classes:
             raise ValueError(f"no class {class_id!r} in {self.folder.root.name}; expected one of {', '.join(self.folder.classes[:8])}{', …' * (len(self.folder.classes) > 8)}")
         label = self.folder.classes.index(class_id)
-        names = [picture_name(self.folder, s) for s in self.folder.samples if s.label == label]
+        names = self.folder.only([label]).names
         return sorted(names, key=lambda name: (name not in self.with_masks, name))
 
     def phrases(self, class_id: str) -> tuple[str, ...]:

@@ -8,20 +8,26 @@ __all__ = ['PAPER_THRESHOLDS', 'PAPER_CONCEPTS', 'PAPER_OCCURRENCE', 'PAPER_COVE
            'sweep', 'draw_sweep', 'measuring']
 
 # %% ../../nbs/08_validation.ipynb #da4b9237
-import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from .filters import ConceptSet, Feedback
-from ..data.folders import Folder
 from .grounding import Grounder
-from .masks import Array, MaskStore, build_masks, plan
+from .masks import build_masks, work_list
+from .store import Array, MaskStore
+from ..data.folders import Folder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/08_validation.ipynb #902ba3cd
 def first_pictures(store: MaskStore, pictures: int = 30) -> pd.DataFrame:
@@ -43,15 +49,15 @@ def occurrences(store: MaskStore, concepts: ConceptSet, pictures: int = 30) -> p
     """
     chosen = first_pictures(store, pictures)
     records = store.table().merge(chosen[["picture"]], on="picture")
-    found = records.assign(hit=records["status"] != "empty").groupby(["class_id", "phrase"])["hit"].agg(["sum", "count"])
-    sizes = chosen.groupby("class_id").size()
-    rows = []
-    for class_id, concept in concepts.pairs():
-        n = int(sizes.get(class_id, 0))
-        hits, looked = found.loc[(class_id, concept)] if (class_id, concept) in found.index else (0, 0)
-        if looked != n:
-            raise ValueError(f"concept {concept!r} of {class_id} was looked for in {looked} of {n} pictures; expected all: ground it first")
-        rows.append((class_id, concept, int(hits), n, hits / n if n else math.nan))
+    looked = Counter(zip(records["class_id"], records["phrase"]))
+    found = records[records["status"] != "empty"]
+    hits, sizes, rows = Counter(zip(found["class_id"], found["phrase"])), Counter(chosen["class_id"]), []
+    for pair in concepts.pairs():
+        n = sizes[pair[0]]
+        if looked[pair] != n:
+            raise ValueError(f"concept {pair[1]!r} of {pair[0]} was looked for in {looked[pair]} of {n} pictures; "
+                             "expected all: ground it first")
+        rows.append((*pair, hits[pair], n, hits[pair] / n if n else np.nan))
     table = pd.DataFrame(rows, columns=["class_id", "concept", "hits", "pictures", "occurrence"])
     return table.sort_values(["class_id", "occurrence", "concept"], ascending=[True, False, True], ignore_index=True)
 
@@ -62,22 +68,11 @@ def iou(a: Array, b: Array) -> float:
     return float(np.logical_and(a, b).sum() / union) if union else 1.0
 
 
-def _growing_iou(masks: Array, target: Array) -> list[float]:
-    """IoU with `target` of no mask, of the first one, of the first two united, …: 1 + len(masks) numbers."""
-    united = np.concatenate([np.zeros((1, *target.shape), bool), np.logical_or.accumulate(masks, 0)])
-    return [iou(mask, target) for mask in united]
-
-
-def _inside(masks: Array, target: Array) -> list[float]:
-    """Share of each mask that lies on `target`; NaN for an empty mask."""
-    return [float((mask & target).sum() / mask.sum()) if mask.any() else math.nan for mask in masks]
-
-
 def _average(values: list[list[float]], columns: int) -> Array:
     """Means of the columns without NaN, NaN where nothing is left."""
     numbers = np.array(values, np.float64).reshape(-1, columns)
     known = np.isfinite(numbers)
-    return np.where(known, numbers, 0).sum(0) / np.where(known.any(0), known.sum(0), math.nan)
+    return np.where(known, numbers, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
 
 def coverages(store: MaskStore, ordered: pd.DataFrame, pictures: int = 30, class_masks: MaskStore | None = None,
@@ -96,11 +91,13 @@ def coverages(store: MaskStore, ordered: pd.DataFrame, pictures: int = 30, class
             target = (class_masks or store).class_mask(picture)
             if target.any():
                 masks = store.masks(picture, texts)
-                covered.append(_growing_iou(masks, target))
-                inside.append([math.nan, *_inside(masks, target)])
+                grown = np.concatenate([np.zeros((1, *target.shape), bool), np.logical_or.accumulate(masks, 0)])
+                covered.append([iou(mask, target) for mask in grown])
+                sizes, shared = masks.sum((1, 2)), (masks & target).sum((1, 2))
+                inside.append([np.nan, *np.where(sizes > 0, shared / np.maximum(sizes, 1), np.nan)])
         n = len(texts) + 1
-        tables.append(pd.DataFrame({"class_id": class_id, "concepts": range(n), "added": ["", *texts], "coverage": _average(covered, n),
-                                    "inside": _average(inside, n), "pictures": len(covered)}))
+        table = {"class_id": class_id, "concepts": range(n), "added": ["", *texts], "coverage": _average(covered, n)}
+        tables.append(pd.DataFrame({**table, "inside": _average(inside, n), "pictures": len(covered)}))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/08_validation.ipynb #0716d970
@@ -112,7 +109,7 @@ class Evidence:
     coverages: pd.DataFrame
 
     def judge(self, occurrence: float = 0.15, coverage: float = 0.20) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Two tables: occurrences with inside and `accepted`, and of each class tried, kept, coverage, covered, pictures.
+        """Occurrences with inside and `accepted`, and of each class its tried, kept, coverage, pictures, covered.
 
         Raises ValueError for thresholds outside [0, 1].
         """
@@ -122,14 +119,14 @@ class Evidence:
         pairs = self.occurrences.merge(shares, on=["class_id", "concept"], how="left")
         pairs["accepted"] = ~(pairs["occurrence"] < occurrence)  # NaN: nothing speaks against it
         ids = pd.Index(sorted({*pairs["class_id"], *self.coverages["class_id"]}), name="class_id")
-        by_class = pairs.groupby("class_id")["accepted"].agg(tried="size", kept="sum").reindex(ids, fill_value=0).reset_index()
+        counts = pairs.groupby("class_id")["accepted"].agg(tried="size", kept="sum").reindex(ids, fill_value=0)
         grown = self.coverages.rename(columns={"concepts": "kept"})[["class_id", "kept", "coverage", "pictures"]]
-        classes = by_class.merge(grown, on=["class_id", "kept"], how="left")
-        return pairs, classes.fillna({"pictures": 0}).astype({"pictures": int}).assign(covered=lambda t: t["coverage"] >= coverage)
+        classes = counts.reset_index().merge(grown, on=["class_id", "kept"], how="left").fillna({"pictures": 0})
+        return pairs, classes.astype({"pictures": int}).assign(covered=classes["coverage"] >= coverage)
 
 
 def gather_evidence(store: MaskStore, concepts: ConceptSet, pictures: int = 30, class_masks: MaskStore | None = None,
-            progress: bool = False) -> Evidence:
+                    progress: bool = False) -> Evidence:
     """Occurrence of every pair and coverage of every class on the first `pictures` pictures of each class."""
     ordered, known = occurrences(store, concepts, pictures), {c.id for c in concepts.classes}
     covered = coverages(store, ordered, pictures, class_masks, progress)
@@ -154,12 +151,14 @@ class Validation:
 
     @property
     def summary(self) -> dict[str, float]:
-        """Counts of phrases and pairs, tried and kept, mean occurrence and coverage, classes flagged and left without concepts."""
-        accepted = self.concepts[self.concepts["accepted"]]
-        return {"phrases": accepted["concept"].nunique(), "of phrases": self.concepts["concept"].nunique(),
-                "pairs": len(accepted), "of pairs": len(self.concepts), "mean occurrence": accepted["occurrence"].mean(),
-                "mean coverage": self.classes["coverage"].mean(), "classes": len(self.classes),
-                "classes flagged": int((~self.classes["covered"]).sum()), "classes without concepts": int((self.classes["kept"] == 0).sum())}
+        """Numbers of phrases and pairs, tried and kept; means; classes flagged, and those left without concepts."""
+        accepted, classes = self.concepts[self.concepts["accepted"]], self.classes
+        flagged, bare = int((~classes["covered"]).sum()), int((classes["kept"] == 0).sum())
+        return {
+            "phrases": accepted["concept"].nunique(), "of phrases": self.concepts["concept"].nunique(),
+            "pairs": len(accepted), "of pairs": len(self.concepts), "mean occurrence": accepted["occurrence"].mean(),
+            "mean coverage": classes["coverage"].mean(), "classes": len(classes), "classes flagged": flagged,
+            "classes without concepts": bare}
 
     def feedback(self) -> Feedback:
         """What `language.refine` wants to know. Pairs and classes that could not be measured are left out."""
@@ -168,52 +167,44 @@ class Validation:
                         dict(zip(classes["class_id"], classes["coverage"])))
 
     def __repr__(self) -> str:
-        s = self.summary
-        return (f"Validation({s['phrases']} of {s['of phrases']} phrases, {s['pairs']} of {s['of pairs']} pairs{'' if self.applied else ' would be'} kept at "
-                f"{self.occurrence:.0%}/{self.coverage:.0%}; mean occurrence {s['mean occurrence']:.0%}, coverage {s['mean coverage']:.0%}; "
-                f"{s['classes flagged']} of {s['classes']} classes flagged)")
+        s, kept = self.summary, "kept" if self.applied else "would be kept"
+        return (f"Validation({s['phrases']} of {s['of phrases']} phrases, {s['pairs']} of {s['of pairs']} pairs {kept} "
+                f"at {self.occurrence:.0%}/{self.coverage:.0%}; mean occurrence {s['mean occurrence']:.0%}, "
+                f"coverage {s['mean coverage']:.0%}; {s['classes flagged']} of {s['classes']} classes flagged)")
 
     def _repr_html_(self, classes: int = 20) -> str:
-        rows = ""
+        lines = ["<tr><th>class</th><th>coverage</th><th>accepted</th><th>rejected</th></tr>"]
         for c in self.classes.head(classes).itertuples():
             mine = self.concepts[self.concepts["class_id"] == c.class_id]
-            cells = [", ".join(f"{p.concept} {p.occurrence:.0%}" for p in mine[mine["accepted"] == accepted].itertuples()) for accepted in (True, False)]
-            rows += "".join(f"<td style='text-align:left'>{escape(text)}</td>" for text in (c.name, f"{c.coverage:.0%} {c.note}", *cells)) + "</tr><tr>"
+            texts = mine["concept"] + mine["occurrence"].map(" {:.0%}".format)
+            cells = [", ".join(texts[mine["accepted"] == accepted]) for accepted in (True, False)]
+            row = map(escape, (str(c.name), f"{c.coverage:.0%} {c.note}", *cells))
+            lines.append("<tr>" + "".join(f"<td style='text-align:left'>{text}</td>" for text in row) + "</tr>")
         more = f"<p>… and {len(self.classes) - classes} classes more</p>" if len(self.classes) > classes else ""
-        return (f"<b>{escape(repr(self))}</b><table><tr><th>class</th><th>coverage</th><th>accepted</th><th>rejected</th></tr><tr>{rows}</tr></table>{more}")
+        return f"<b>{escape(repr(self))}</b><table>{''.join(lines)}</table>{more}"
 
 # %% ../../nbs/08_validation.ipynb #d435a6cd
-def _reason(pair: tuple, occurrence: float) -> str:
-    if not pair.pictures:
-        return "no pictures of the class"
-    verb = "at least" if pair.accepted else "fewer than"
-    return f"found in {pair.hits} of {pair.pictures} pictures, {verb} {occurrence:.0%}"
-
-
-def _note(row: tuple, coverage: float) -> str:
-    if row.kept == 0:
-        return "no concept is left"
-    if math.isnan(row.coverage):
-        return "the class itself is found in no picture"
-    return "" if row.covered else f"below {coverage:.0%}"
-
-
-def conclude(evidence: Evidence, concepts: ConceptSet, occurrence: float = 0.15, coverage: float = 0.20, apply: bool = True) -> Validation:
+def conclude(evidence: Evidence, concepts: ConceptSet, occurrence: float = 0.15, coverage: float = 0.20,
+             apply: bool = True) -> Validation:
     """Judge evidence and drop the rejected pairs from the concept set, unless `apply` is false."""
     pairs, classes = evidence.judge(occurrence, coverage)
-    pairs = pairs.assign(reason=[_reason(pair, occurrence) for pair in pairs.itertuples()])
-    names = {c.id: c.name for c in concepts.classes}
-    classes.insert(1, "name", classes["class_id"].map(names))
-    classes["note"] = [_note(row, coverage) for row in classes.itertuples()]
-    rejected = pairs[~pairs["accepted"]]
-    drop = {(pair.class_id, pair.concept): pair.reason for pair in rejected.itertuples()} if apply else {}
-    return Validation(concepts.without(drop) if drop else concepts, pairs, classes, occurrence, coverage, apply, evidence)
+    found = "found in " + pairs["hits"].astype(str) + " of " + pairs["pictures"].astype(str) + " pictures, "
+    found += pairs["accepted"].map({True: "at least", False: "fewer than"}) + f" {occurrence:.0%}"
+    pairs["reason"] = found.where(pairs["pictures"] > 0, "no pictures of the class")
+    classes.insert(1, "name", classes["class_id"].map({c.id: c.name for c in concepts.classes}))
+    notes = ["no concept is left", "the class itself is found in no picture", f"below {coverage:.0%}"]
+    classes["note"] = np.select([classes["kept"] == 0, classes["coverage"].isna(), ~classes["covered"]], notes, "")
+    out = pairs[~pairs["accepted"] & apply]
+    drop = dict(zip(zip(out["class_id"], out["concept"]), out["reason"]))
+    kept = concepts.without(drop) if drop else concepts
+    return Validation(kept, pairs, classes, occurrence, coverage, apply, evidence)
 
 # %% ../../nbs/08_validation.ipynb #f6e1126c
-def validate(store: MaskStore, concepts: ConceptSet, occurrence: float = 0.15, coverage: float = 0.20, pictures: int = 30, *,
-             class_masks: MaskStore | None = None, apply: bool = True, progress: bool = False) -> Validation:
-    """Keep the concepts that occur in at least a share `occurrence` of the pictures of their class; flag classes that
-    their concepts cover less than `coverage`.
+def validate(store: MaskStore, concepts: ConceptSet, occurrence: float = 0.15, coverage: float = 0.20,
+             pictures: int = 30, *, class_masks: MaskStore | None = None, apply: bool = True,
+             progress: bool = False) -> Validation:
+    """Keep the concepts that occur in at least a share `occurrence` of the pictures of their class, and flag classes
+    that their concepts cover less than `coverage`.
 
     `pictures` is the number of pictures of each class (the paper's P); `class_masks` another store for the class's own
     masks, such as ImageNet-S. With `apply=False` nothing is dropped. Raises ValueError for thresholds outside [0, 1]
@@ -221,7 +212,8 @@ def validate(store: MaskStore, concepts: ConceptSet, occurrence: float = 0.15, c
     """
     if not (0 <= occurrence <= 1 and 0 <= coverage <= 1):
         raise ValueError(f"thresholds must lie in [0, 1]; got occurrence {occurrence}, coverage {coverage}")
-    return conclude(gather_evidence(store, concepts, pictures, class_masks, progress), concepts, occurrence, coverage, apply)
+    evidence = gather_evidence(store, concepts, pictures, class_masks, progress)
+    return conclude(evidence, concepts, occurrence, coverage, apply)
 
 # %% ../../nbs/08_validation.ipynb #22d200f8
 def without_context(validation: Validation, inside: float = 0.5) -> ConceptSet:
@@ -231,9 +223,9 @@ def without_context(validation: Validation, inside: float = 0.5) -> ConceptSet:
     """
     if not 0 <= inside <= 1:
         raise ValueError(f"inside must lie in [0, 1]; got {inside}")
-    there, pairs = set(validation.kept.pairs()), validation.concepts
-    drop = {(pair.class_id, pair.concept): f"{pair.inside:.0%} of it on the class, less than {inside:.0%}"
-            for pair in pairs[pairs["inside"] < inside].itertuples() if (pair.class_id, pair.concept) in there}
+    there, low = set(validation.kept.pairs()), validation.concepts[validation.concepts["inside"] < inside]
+    shares = zip(zip(low["class_id"], low["concept"]), low["inside"])
+    drop = {pair: f"{share:.0%} of it on the class, less than {inside:.0%}" for pair, share in shares if pair in there}
     return validation.kept.without(drop) if drop else validation.kept
 
 # %% ../../nbs/08_validation.ipynb #972a67c4
@@ -250,25 +242,26 @@ def sweep(evidence: Evidence, thresholds: Iterable[tuple[float, float]] = PAPER_
     Columns occurrence, coverage, phrases, pairs, mean_occurrence (of the pairs), mean_coverage (of the classes),
     covered (share of the classes), without (share of the classes left without a concept).
     """
-    rows, judged = [], {}
+    rows, judge = [], cache(evidence.judge)
     for occurrence, coverage in thresholds:
-        if occurrence not in judged:
-            judged[occurrence] = evidence.judge(occurrence, coverage)
-        pairs, classes = judged[occurrence]
+        pairs, classes = judge(occurrence)
         left = pairs[pairs["accepted"]]
-        rows.append((occurrence, coverage, left["concept"].nunique(), len(left), left["occurrence"].mean(), classes["coverage"].mean(),
-                     (classes["coverage"] >= coverage).mean(), (classes["kept"] == 0).mean()))
-    return pd.DataFrame(rows, columns=["occurrence", "coverage", "phrases", "pairs", "mean_occurrence", "mean_coverage", "covered", "without"])
+        rows.append({
+            "occurrence": occurrence, "coverage": coverage, "phrases": left["concept"].nunique(), "pairs": len(left),
+            "mean_occurrence": left["occurrence"].mean(), "mean_coverage": classes["coverage"].mean(),
+            "covered": (classes["coverage"] >= coverage).mean(), "without": (classes["kept"] == 0).mean()})
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/08_validation.ipynb #5b384ce3
-def draw_sweep(table: pd.DataFrame):
-    """A matplotlib figure of a sweep over a grid: pairs, phrases and coverage by occurrence threshold; classes covered."""
+def draw_sweep(table: pd.DataFrame) -> "Figure":
+    """A figure of a sweep over a grid: pairs, phrases and coverage by occurrence threshold; classes covered."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(1.1, 1))
-    lines = table.drop_duplicates("occurrence").rename(columns={"pairs": "(class, concept) pairs", "phrases": "unique phrases"})
-    counts = lines.melt("occurrence", ["(class, concept) pairs", "unique phrases"], var_name="counted", value_name="number")
+    names = {"pairs": "(class, concept) pairs", "phrases": "unique phrases"}
+    lines = table.drop_duplicates("occurrence").rename(columns=names)
+    counts = lines.melt("occurrence", list(names.values()), var_name="counted", value_name="number")
     sns.lineplot(counts, x="occurrence", y="number", hue="counted", marker="o", ax=left)
     left.set(xlabel="occurrence threshold", ylabel="concepts that stay", ylim=(0, None))
     left.get_legend().set_title("")
@@ -276,12 +269,13 @@ def draw_sweep(table: pd.DataFrame):
     sns.lineplot(lines, x="occurrence", y="mean_coverage", color="grey", linestyle="--", ax=other)
     other.set(ylabel="mean coverage (dashed)", ylim=(0, 1))
     grid = table.pivot(index="coverage", columns="occurrence", values="covered").sort_index(ascending=False)
+    columns, rows = list(grid.columns), list(grid.index)
+    ticks = lambda values: [f"{v:.0%}" if i % 3 == 0 else "" for i, v in enumerate(values)]
     sns.heatmap(grid, vmin=0, vmax=1, cmap="viridis", ax=right, cbar_kws={"label": "share of classes covered"},
-                xticklabels=[f"{v:.0%}" if i % 3 == 0 else "" for i, v in enumerate(grid.columns)],
-                yticklabels=[f"{v:.0%}" if i % 3 == 0 else "" for i, v in enumerate(grid.index)])
-    for occurrence, coverage in PAPER_THRESHOLDS:
-        if occurrence in grid.columns and coverage in grid.index:
-            right.plot(grid.columns.get_loc(occurrence) + 0.5, grid.index.get_loc(coverage) + 0.5, "o", mfc="none", mec="red", ms=10)
+                xticklabels=ticks(columns), yticklabels=ticks(rows))
+    for x, y in PAPER_THRESHOLDS:
+        if x in columns and y in rows:
+            right.plot(columns.index(x) + 0.5, rows.index(y) + 0.5, "o", mfc="none", mec="red", ms=10)
     right.set(xlabel="occurrence threshold", ylabel="coverage threshold")
     fig.tight_layout()
     return fig
@@ -289,16 +283,15 @@ def draw_sweep(table: pd.DataFrame):
 # %% ../../nbs/08_validation.ipynb #761f22b2
 def measuring(folder: Folder, grounder: Grounder, root: str | Path, *, occurrence: float = 0.15, coverage: float = 0.20,
               pictures: int = 30, seed: int = 0, progress: bool = False) -> Callable[[ConceptSet], Feedback]:
-    """A function that grounds what is new in a concept set and returns its feedback: the `gather_evidence` of `language.refine`.
+    """A function that grounds what is new in a concept set and says what it measured: the `measure` of `refine`.
 
-    Masks go to `root/0`, `root/1`, …, a folder for each call that brings something new, and `MaskStore(root/0, root/1, …)`
-    reads them all. Calls that were made before are read back.
+    Masks go to `root/0`, `root/1`, …, a folder for each call that brings something new; what is there is read back.
     """
     rounds: list[Path] = []
 
     def measured(concepts: ConceptSet) -> Feedback:
         known = MaskStore(*rounds) if rounds else None
-        if plan(folder, concepts, per_class=pictures, seed=seed, known=known).records:
+        if work_list(folder, concepts, pictures, seed, known):
             here = Path(root) / str(len(rounds))
             build_masks(folder, concepts, grounder, here, per_class=pictures, seed=seed, known=known, progress=progress)
             rounds.append(here)

@@ -9,19 +9,24 @@ __all__ = ['Array', 'SIZE', 'Jitter', 'Shape', 'CLASSES', 'BACKGROUNDS', 'HOMES'
            'montage', 'write']
 
 # %% ../../nbs/00_backdrop.ipynb #da4b9237
-import csv
 import functools
 import hashlib
 import json
 import math
-import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from PIL import Image
+
+from ..files import write_csv, write_text, written_folder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Array = np.ndarray
 
@@ -44,7 +49,7 @@ def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> Sha
         dx, dy, scale = jitter
         p, q = u - (x + dx), v - (y + dy)
         p, q = p * cos + q * sin, q * cos - p * sin
-        return (np.sqrt((p / (rx * scale)) ** 2 + (q / (ry * scale)) ** 2) - 1) * min(rx, ry)
+        return (np.sqrt((p / (rx * scale))**2 + (q / (ry * scale))**2) - 1) * min(rx, ry)
 
     return distance
 
@@ -58,7 +63,7 @@ def capsule(x1: float, y1: float, x2: float, y2: float, radius: float) -> Shape:
         dx, dy, _ = jitter
         p, q = u - (x1 + dx), v - (y1 + dy)
         t = np.clip((p * ex + q * ey) / length2, 0, 1)
-        return np.sqrt((p - t * ex) ** 2 + (q - t * ey) ** 2) - radius
+        return np.sqrt((p - t * ex)**2 + (q - t * ey)**2) - radius
 
     return distance
 
@@ -96,126 +101,111 @@ class Part:
         return self.name != "body"
 
 
-def _part(name: str, paint: str, *shapes: Shape) -> Part:
-    return Part(name, paint, shapes)
-
-
-CLASSES: dict[str, tuple[Part, ...]] = {
+_DRAWN: dict[str, tuple[tuple, ...]] = {  # of each part its name, its paint and its shapes
     "bird": (
-        _part("tail", "first", polygon((-0.45, -0.12), (-1.0, -0.34), (-1.05, 0.1), (-0.45, 0.1))),
-        _part("legs", "dark", capsule(-0.05, 0.3, -0.1, 0.72, 0.045), capsule(0.15, 0.3, 0.15, 0.72, 0.045)),
-        _part("body", "body", ellipse(0, 0, 0.58, 0.36, -0.2)),
-        _part("head", "body", ellipse(0.5, -0.33, 0.25, 0.25)),
-        _part("beak", "second", polygon((0.66, -0.46), (1.12, -0.28), (0.66, -0.18))),
-        _part("wing", "first", ellipse(-0.12, -0.06, 0.42, 0.2, 0.35)),
-        _part("eye", "dark", ellipse(0.56, -0.38, 0.06, 0.06)),
-    ),
+        ("tail", "first", polygon((-0.45, -0.12), (-1.0, -0.34), (-1.05, 0.1), (-0.45, 0.1))),
+        ("legs", "dark", capsule(-0.05, 0.3, -0.1, 0.72, 0.045), capsule(0.15, 0.3, 0.15, 0.72, 0.045)),
+        ("body", "body", ellipse(0, 0, 0.58, 0.36, -0.2)),
+        ("head", "body", ellipse(0.5, -0.33, 0.25, 0.25)),
+        ("beak", "second", polygon((0.66, -0.46), (1.12, -0.28), (0.66, -0.18))),
+        ("wing", "first", ellipse(-0.12, -0.06, 0.42, 0.2, 0.35)),
+        ("eye", "dark", ellipse(0.56, -0.38, 0.06, 0.06))),
     "plane": (
-        _part("tail", "first", polygon((-0.98, -0.52), (-0.72, -0.52), (-0.5, -0.05), (-0.95, -0.05))),
-        _part("body", "body", ellipse(0, 0, 1.0, 0.22)),
-        _part("wing", "first", polygon((0.2, 0), (-0.2, 0), (-0.6, 0.62), (-0.36, 0.62))),
-        _part("engine", "dark", ellipse(-0.12, 0.36, 0.15, 0.08)),
-        _part("windows", "light", *(ellipse(x, -0.07, 0.06, 0.055) for x in (-0.4, -0.18, 0.04, 0.26, 0.48))),
-        _part("nose", "second", polygon((0.8, -0.13), (1.02, 0), (0.8, 0.13))),
-    ),
+        ("tail", "first", polygon((-0.98, -0.52), (-0.72, -0.52), (-0.5, -0.05), (-0.95, -0.05))),
+        ("body", "body", ellipse(0, 0, 1.0, 0.22)),
+        ("wing", "first", polygon((0.2, 0), (-0.2, 0), (-0.6, 0.62), (-0.36, 0.62))),
+        ("engine", "dark", ellipse(-0.12, 0.36, 0.15, 0.08)),
+        ("windows", "light", *(ellipse(x, -0.07, 0.06, 0.055) for x in (-0.4, -0.18, 0.04, 0.26, 0.48))),
+        ("nose", "second", polygon((0.8, -0.13), (1.02, 0), (0.8, 0.13)))),
     "fish": (
-        _part("tail fin", "first", polygon((-0.48, 0), (-1.02, -0.44), (-0.9, 0)), polygon((-0.48, 0), (-1.02, 0.44), (-0.9, 0))),
-        _part("dorsal fin", "first", polygon((-0.32, -0.22), (0.3, -0.26), (-0.1, -0.72))),
-        _part("body", "body", ellipse(0, 0, 0.62, 0.36)),
-        _part("gill", "second", capsule(0.22, -0.22, 0.16, 0.22, 0.05)),
-        _part("pectoral fin", "first", polygon((0.1, 0.08), (-0.25, 0.02), (-0.22, 0.34))),
-        _part("eye", "light", ellipse(0.38, -0.1, 0.09, 0.09)),
-        _part("mouth", "dark", capsule(0.48, 0.1, 0.62, 0.07, 0.045)),
-    ),
+        ("tail fin", "first", polygon((-0.48, 0), (-1.02, -0.44), (-0.9, 0)),
+         polygon((-0.48, 0), (-1.02, 0.44), (-0.9, 0))),
+        ("dorsal fin", "first", polygon((-0.32, -0.22), (0.3, -0.26), (-0.1, -0.72))),
+        ("body", "body", ellipse(0, 0, 0.62, 0.36)),
+        ("gill", "second", capsule(0.22, -0.22, 0.16, 0.22, 0.05)),
+        ("pectoral fin", "first", polygon((0.1, 0.08), (-0.25, 0.02), (-0.22, 0.34))),
+        ("eye", "light", ellipse(0.38, -0.1, 0.09, 0.09)),
+        ("mouth", "dark", capsule(0.48, 0.1, 0.62, 0.07, 0.045))),
     "boat": (
-        _part("mast", "dark", capsule(0, -0.98, 0, 0.3, 0.045)),
-        _part("sail", "first", polygon((0.08, -0.9), (0.08, 0.12), (0.75, 0.12))),
-        _part("jib", "second", polygon((-0.09, -0.72), (-0.09, 0.12), (-0.52, 0.12))),
-        _part("body", "body", polygon((-0.95, 0.26), (0.98, 0.26), (0.66, 0.68), (-0.66, 0.68))),
-        _part("flag", "second", polygon((0.03, -1.06), (0.03, -0.86), (0.3, -0.96))),
-        _part("portholes", "light", *(ellipse(x, 0.45, 0.075, 0.075) for x in (-0.4, 0.0, 0.4))),
-    ),
+        ("mast", "dark", capsule(0, -0.98, 0, 0.3, 0.045)),
+        ("sail", "first", polygon((0.08, -0.9), (0.08, 0.12), (0.75, 0.12))),
+        ("jib", "second", polygon((-0.09, -0.72), (-0.09, 0.12), (-0.52, 0.12))),
+        ("body", "body", polygon((-0.95, 0.26), (0.98, 0.26), (0.66, 0.68), (-0.66, 0.68))),
+        ("flag", "second", polygon((0.03, -1.06), (0.03, -0.86), (0.3, -0.96))),
+        ("portholes", "light", *(ellipse(x, 0.45, 0.075, 0.075) for x in (-0.4, 0.0, 0.4)))),
     "rabbit": (
-        _part("tail", "light", ellipse(-0.66, 0.32, 0.16, 0.16)),
-        _part("body", "body", ellipse(-0.12, 0.34, 0.52, 0.38)),
-        _part("feet", "first", ellipse(-0.3, 0.7, 0.22, 0.1), ellipse(0.26, 0.7, 0.2, 0.1)),
-        _part("ears", "first", ellipse(0.3, -0.68, 0.11, 0.38, -0.15), ellipse(0.54, -0.66, 0.11, 0.38, 0.2)),
-        _part("head", "body", ellipse(0.42, -0.16, 0.28, 0.26)),
-        _part("eye", "dark", ellipse(0.5, -0.2, 0.06, 0.06)),
-        _part("nose", "second", ellipse(0.68, -0.08, 0.07, 0.06)),
-    ),
+        ("tail", "light", ellipse(-0.66, 0.32, 0.16, 0.16)),
+        ("body", "body", ellipse(-0.12, 0.34, 0.52, 0.38)),
+        ("feet", "first", ellipse(-0.3, 0.7, 0.22, 0.1), ellipse(0.26, 0.7, 0.2, 0.1)),
+        ("ears", "first", ellipse(0.3, -0.68, 0.11, 0.38, -0.15), ellipse(0.54, -0.66, 0.11, 0.38, 0.2)),
+        ("head", "body", ellipse(0.42, -0.16, 0.28, 0.26)),
+        ("eye", "dark", ellipse(0.5, -0.2, 0.06, 0.06)),
+        ("nose", "second", ellipse(0.68, -0.08, 0.07, 0.06))),
     "butterfly": (
-        _part("upper wings", "first", ellipse(-0.46, -0.32, 0.48, 0.3, 0.55), ellipse(0.46, -0.32, 0.48, 0.3, -0.55)),
-        _part("lower wings", "second", ellipse(-0.36, 0.4, 0.3, 0.27, -0.5), ellipse(0.36, 0.4, 0.3, 0.27, 0.5)),
-        _part("spots", "light", ellipse(-0.52, -0.36, 0.13, 0.11), ellipse(0.52, -0.36, 0.13, 0.11)),
-        _part("body", "body", ellipse(0, 0, 0.12, 0.6)),
-        _part("antennae", "dark", capsule(-0.03, -0.5, -0.26, -0.95, 0.035), capsule(0.03, -0.5, 0.26, -0.95, 0.035)),
-    ),
+        ("upper wings", "first", ellipse(-0.46, -0.32, 0.48, 0.3, 0.55), ellipse(0.46, -0.32, 0.48, 0.3, -0.55)),
+        ("lower wings", "second", ellipse(-0.36, 0.4, 0.3, 0.27, -0.5), ellipse(0.36, 0.4, 0.3, 0.27, 0.5)),
+        ("spots", "light", ellipse(-0.52, -0.36, 0.13, 0.11), ellipse(0.52, -0.36, 0.13, 0.11)),
+        ("body", "body", ellipse(0, 0, 0.12, 0.6)),
+        ("antennae", "dark", capsule(-0.03, -0.5, -0.26, -0.95, 0.035), capsule(0.03, -0.5, 0.26, -0.95, 0.035))),
     "turtle": (
-        _part("flippers", "first", ellipse(-0.5, 0.48, 0.26, 0.12, -0.5), ellipse(0.42, 0.48, 0.26, 0.12, 0.5)),
-        _part("tail", "first", polygon((-0.6, 0.15), (-0.95, 0.3), (-0.6, 0.35))),
-        _part("head", "second", ellipse(0.82, 0.02, 0.24, 0.19)),
-        _part("body", "body", ellipse(0, 0.05, 0.7, 0.46)),
-        _part("shell plates", "third", polygon((-0.18, -0.18), (0.18, -0.18), (0.3, 0.08), (0, 0.28), (-0.3, 0.08)),
-              ellipse(-0.45, 0.12, 0.13, 0.16), ellipse(0.45, 0.12, 0.13, 0.16)),
-        _part("eye", "dark", ellipse(0.88, -0.03, 0.05, 0.05)),
-    ),
+        ("flippers", "first", ellipse(-0.5, 0.48, 0.26, 0.12, -0.5), ellipse(0.42, 0.48, 0.26, 0.12, 0.5)),
+        ("tail", "first", polygon((-0.6, 0.15), (-0.95, 0.3), (-0.6, 0.35))),
+        ("head", "second", ellipse(0.82, 0.02, 0.24, 0.19)),
+        ("body", "body", ellipse(0, 0.05, 0.7, 0.46)),
+        ("shell plates", "third", polygon((-0.18, -0.18), (0.18, -0.18), (0.3, 0.08), (0, 0.28), (-0.3, 0.08)),
+         ellipse(-0.45, 0.12, 0.13, 0.16), ellipse(0.45, 0.12, 0.13, 0.16)),
+        ("eye", "dark", ellipse(0.88, -0.03, 0.05, 0.05))),
     "mushroom": (
-        _part("body", "body", polygon((-0.2, 0), (0.2, 0), (0.28, 0.8), (-0.28, 0.8))),
-        _part("gills", "dark", ellipse(0, 0.04, 0.62, 0.13)),
-        _part("cap", "first", polygon((-0.8, 0), (-0.66, -0.42), (-0.26, -0.68), (0.26, -0.68), (0.66, -0.42), (0.8, 0))),
-        _part("cap spots", "light", ellipse(-0.38, -0.28, 0.14, 0.12), ellipse(0.06, -0.46, 0.15, 0.12), ellipse(0.4, -0.2, 0.13, 0.11)),
-        _part("ring", "second", ellipse(0, 0.34, 0.32, 0.09)),
-    ),
+        ("body", "body", polygon((-0.2, 0), (0.2, 0), (0.28, 0.8), (-0.28, 0.8))),
+        ("gills", "dark", ellipse(0, 0.04, 0.62, 0.13)),
+        ("cap", "first", polygon((-0.8, 0), (-0.66, -0.42), (-0.26, -0.68), (0.26, -0.68), (0.66, -0.42), (0.8, 0))),
+        ("cap spots", "light", ellipse(-0.38, -0.28, 0.14, 0.12), ellipse(0.06, -0.46, 0.15, 0.12),
+         ellipse(0.4, -0.2, 0.13, 0.11)),
+        ("ring", "second", ellipse(0, 0.34, 0.32, 0.09))),
     "snail": (
-        _part("antennae", "dark", capsule(0.66, 0.2, 0.62, -0.28, 0.04), capsule(0.76, 0.2, 0.9, -0.24, 0.04)),
-        _part("body", "body", ellipse(0.1, 0.5, 0.9, 0.2), ellipse(0.74, 0.3, 0.19, 0.26)),
-        _part("shell", "first", ellipse(-0.16, 0.05, 0.52, 0.5)),
-        _part("spiral", "second", ellipse(-0.14, 0.06, 0.36, 0.34)),
-        _part("spiral core", "third", ellipse(-0.12, 0.08, 0.17, 0.16)),
-    ),
+        ("antennae", "dark", capsule(0.66, 0.2, 0.62, -0.28, 0.04), capsule(0.76, 0.2, 0.9, -0.24, 0.04)),
+        ("body", "body", ellipse(0.1, 0.5, 0.9, 0.2), ellipse(0.74, 0.3, 0.19, 0.26)),
+        ("shell", "first", ellipse(-0.16, 0.05, 0.52, 0.5)),
+        ("spiral", "second", ellipse(-0.14, 0.06, 0.36, 0.34)),
+        ("spiral core", "third", ellipse(-0.12, 0.08, 0.17, 0.16))),
     "house": (
-        _part("chimney", "dark", polygon((0.38, -0.92), (0.6, -0.92), (0.6, -0.35), (0.38, -0.35))),
-        _part("body", "body", polygon((-0.68, -0.1), (0.68, -0.1), (0.68, 0.8), (-0.68, 0.8))),
-        _part("roof", "first", polygon((-0.9, -0.08), (0, -0.86), (0.9, -0.08))),
-        _part("door", "second", polygon((-0.18, 0.24), (0.16, 0.24), (0.16, 0.8), (-0.18, 0.8))),
-        _part("windows", "light", polygon((-0.56, 0.12), (-0.3, 0.12), (-0.3, 0.42), (-0.56, 0.42)),
-              polygon((0.3, 0.12), (0.56, 0.12), (0.56, 0.42), (0.3, 0.42))),
-    ),
+        ("chimney", "dark", polygon((0.38, -0.92), (0.6, -0.92), (0.6, -0.35), (0.38, -0.35))),
+        ("body", "body", polygon((-0.68, -0.1), (0.68, -0.1), (0.68, 0.8), (-0.68, 0.8))),
+        ("roof", "first", polygon((-0.9, -0.08), (0, -0.86), (0.9, -0.08))),
+        ("door", "second", polygon((-0.18, 0.24), (0.16, 0.24), (0.16, 0.8), (-0.18, 0.8))),
+        ("windows", "light", polygon((-0.56, 0.12), (-0.3, 0.12), (-0.3, 0.42), (-0.56, 0.42)),
+         polygon((0.3, 0.12), (0.56, 0.12), (0.56, 0.42), (0.3, 0.42)))),
     "car": (
-        _part("body", "body", polygon((-1, -0.05), (1, -0.05), (1, 0.38), (-1, 0.38))),
-        _part("cabin", "first", polygon((-0.56, -0.05), (-0.36, -0.5), (0.3, -0.5), (0.6, -0.05))),
-        _part("windows", "light", polygon((-0.4, -0.09), (-0.28, -0.41), (-0.04, -0.41), (-0.04, -0.09)),
-              polygon((0.06, -0.09), (0.06, -0.41), (0.25, -0.41), (0.42, -0.09))),
-        _part("wheels", "dark", ellipse(-0.55, 0.4, 0.25, 0.25), ellipse(0.55, 0.4, 0.25, 0.25)),
-        _part("hubcaps", "light", ellipse(-0.55, 0.4, 0.1, 0.1), ellipse(0.55, 0.4, 0.1, 0.1)),
-        _part("headlight", "second", ellipse(0.93, 0.1, 0.09, 0.09)),
-    ),
+        ("body", "body", polygon((-1, -0.05), (1, -0.05), (1, 0.38), (-1, 0.38))),
+        ("cabin", "first", polygon((-0.56, -0.05), (-0.36, -0.5), (0.3, -0.5), (0.6, -0.05))),
+        ("windows", "light", polygon((-0.4, -0.09), (-0.28, -0.41), (-0.04, -0.41), (-0.04, -0.09)),
+         polygon((0.06, -0.09), (0.06, -0.41), (0.25, -0.41), (0.42, -0.09))),
+        ("wheels", "dark", ellipse(-0.55, 0.4, 0.25, 0.25), ellipse(0.55, 0.4, 0.25, 0.25)),
+        ("hubcaps", "light", ellipse(-0.55, 0.4, 0.1, 0.1), ellipse(0.55, 0.4, 0.1, 0.1)),
+        ("headlight", "second", ellipse(0.93, 0.1, 0.09, 0.09))),
     "rocket": (
-        _part("flame", "second", polygon((-0.2, 0.62), (0.2, 0.62), (0, 1.08))),
-        _part("fins", "first", polygon((-0.2, 0.15), (-0.58, 0.68), (-0.2, 0.6)), polygon((0.2, 0.15), (0.58, 0.68), (0.2, 0.6))),
-        _part("body", "body", ellipse(0, 0, 0.29, 0.7)),
-        _part("nose cone", "third", polygon((-0.2, -0.48), (0, -1.02), (0.2, -0.48))),
-        _part("porthole", "light", ellipse(0, -0.16, 0.13, 0.13)),
-        _part("stripe", "dark", polygon((-0.26, 0.25), (0.26, 0.25), (0.25, 0.36), (-0.25, 0.36))),
-    ),
-}
+        ("flame", "second", polygon((-0.2, 0.62), (0.2, 0.62), (0, 1.08))),
+        ("fins", "first", polygon((-0.2, 0.15), (-0.58, 0.68), (-0.2, 0.6)),
+         polygon((0.2, 0.15), (0.58, 0.68), (0.2, 0.6))),
+        ("body", "body", ellipse(0, 0, 0.29, 0.7)),
+        ("nose cone", "third", polygon((-0.2, -0.48), (0, -1.02), (0.2, -0.48))),
+        ("porthole", "light", ellipse(0, -0.16, 0.13, 0.13)),
+        ("stripe", "dark", polygon((-0.26, 0.25), (0.26, 0.25), (0.25, 0.36), (-0.25, 0.36))))}  # yapf: disable
+CLASSES: dict[str, tuple[Part, ...]] = {
+    cls: tuple(Part(name, paint, tuple(shapes)) for name, paint, *shapes in parts) for cls, parts in _DRAWN.items()}
 
 # %% ../../nbs/00_backdrop.ipynb #17ba0791
 BACKGROUNDS = ("sky", "water", "grass", "sand", "forest", "snow", "brick", "night")
 HOMES: dict[str, str] = {
     "bird": "sky", "plane": "sky", "fish": "water", "boat": "water", "rabbit": "grass", "butterfly": "grass",
-    "turtle": "sand", "car": "sand", "mushroom": "forest", "snail": "forest", "house": "night", "rocket": "night",
-}
+    "turtle": "sand", "car": "sand", "mushroom": "forest", "snail": "forest", "house": "night", "rocket": "night"}
 HOME_INDEX = np.array([BACKGROUNDS.index(HOMES[name]) for name in CLASSES])
 PAIRS: tuple[tuple[int, ...], ...] = tuple(
-    tuple(np.flatnonzero(HOME_INDEX == k).tolist()) for k in range(len(BACKGROUNDS)) if (HOME_INDEX == k).any()
-)
+    tuple(np.flatnonzero(HOME_INDEX == k).tolist()) for k in range(len(BACKGROUNDS)) if (HOME_INDEX == k).any())
 
-PAINTS = np.array([
-    [0.85, 0.2, 0.2], [0.95, 0.6, 0.15], [0.9, 0.85, 0.25], [0.3, 0.7, 0.3], [0.2, 0.45, 0.85], [0.55, 0.3, 0.75],
-    [0.9, 0.5, 0.7], [0.55, 0.36, 0.2], [0.25, 0.75, 0.75], [0.92, 0.9, 0.86], [0.45, 0.48, 0.5], [0.2, 0.22, 0.3],
-])
+PAINTS = np.array(  # red, green, blue
+    [[0.85, 0.2, 0.2], [0.95, 0.6, 0.15], [0.9, 0.85, 0.25], [0.3, 0.7, 0.3], [0.2, 0.45, 0.85], [0.55, 0.3, 0.75],
+     [0.9, 0.5, 0.7], [0.55, 0.36, 0.2], [0.25, 0.75, 0.75], [0.92, 0.9, 0.86], [0.45, 0.48, 0.5], [0.2, 0.22, 0.3]])
 BODY_PAINT = np.array([4, 10, 1, 7, 9, 11, 3, 9, 2, 5, 0, 8])  # the usual body paint of each class
 
 # %% ../../nbs/00_backdrop.ipynb #bd307a3e
@@ -307,7 +297,7 @@ TEXTURES = dict(zip(BACKGROUNDS, (_sky, _water, _grass, _sand, _forest, _snow, _
 
 
 def render_background(kind: str, n: int, rng: np.random.Generator) -> Array:
-    """`n` pictures of one background, channels first (3, n, SIZE, SIZE), in [0, 1], with random tint, grain, exposure."""
+    """`n` pictures of one background, channels first (3, n, SIZE, SIZE), in [0, 1]; random tint, grain, exposure."""
     if kind not in TEXTURES:
         raise ValueError(f"background must be one of {', '.join(TEXTURES)}; got {kind!r}")
     some = lambda low, high: _uniform(rng, low, high, n, 1, 1)
@@ -343,8 +333,7 @@ SETS: dict[str, View] = {
     "si_location": View((16, 20), 20, 0.1, 0.05, 0.9, "any", hidden=0.1),
     "si_size": View((10, 34), 3, 0.1, 0.05, 0.9, "any", hidden=0.1),
     "si_rotation": View((20, 27), 3, math.pi, 0.05, 0.9, "any", hidden=0.1),
-    "segmentation": View(),
-}
+    "segmentation": View()}  # yapf: disable
 SHIFTED = ("adversarial", "object", "rendition", "sketch", "si_location", "si_size", "si_rotation")
 CORRELATION = 0.97  # how often a class is at home in the "home" sets
 
@@ -368,7 +357,8 @@ def _palette(label: int, view: View, n: int, rng: np.random.Generator) -> dict[s
     paints[usual, 0] = PAINTS[BODY_PAINT[label]]
     paints = np.clip(paints + 0.16 * (rng.random((n, 4, 3)) - 0.5), 0, 1)
     dark, light = (np.tile(_uniform(rng, a, b, n), (3, 1)) for a, b in ((0.05, 0.2), (0.85, 1.0)))
-    return dict(zip(("body", "first", "second", "third"), paints.transpose(1, 2, 0), strict=True), dark=dark, light=light)
+    roles = zip(("body", "first", "second", "third"), paints.transpose(1, 2, 0), strict=True)
+    return dict(roles, dark=dark, light=light)
 
 
 def render_object(label: int, view: View, n: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
@@ -423,7 +413,7 @@ def _sketch(owner: Array, coverage: Array, colour: Array, rng: np.random.Generat
 # %% ../../nbs/00_backdrop.ipynb #d435a6cd
 _CONCEPT = np.zeros((len(CLASSES), 1 + max(map(len, CLASSES.values()))), bool)
 for _label, _parts in enumerate(CLASSES.values()):
-    _CONCEPT[_label, 1 : 1 + len(_parts)] = [part.concept for part in _parts]
+    _CONCEPT[_label, 1:1 + len(_parts)] = [part.concept for part in _parts]
 
 
 @dataclass(frozen=True)
@@ -475,8 +465,8 @@ def _render_chunk(name: str, label: int, seed: int, chunk: int, correlation: flo
         for k in np.unique(backgrounds):
             here = backgrounds == k
             scene[:, here] = render_background(BACKGROUNDS[k], int(here.sum()), rng)
-        paint = _rendition if view.style == "rendition" else lambda scene, coverage, colour, _: scene * (1 - coverage) + colour
-        picture = paint(scene, coverage, colour, rng)
+        as_it_is = view.style == "photo"
+        picture = scene * (1 - coverage) + colour if as_it_is else _rendition(scene, coverage, colour, rng)
     images = np.floor(np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 3, 0)
     return Pictures(images, np.full(CHUNK, label), backgrounds, owner)
 
@@ -497,13 +487,13 @@ def render(name: str, per_class: int, seed: int, classes: Sequence[int] | None =
                          f"got {per_class}, {correlation}, {list(classes)}")
     chunks = range(math.ceil(per_class / CHUNK))
     drawn = [[_render_chunk(name, label, seed, chunk, correlation) for chunk in chunks] for label in classes]
-    fields = ("images", "labels", "backgrounds", "parts")
-    return Pictures(*(np.concatenate([np.concatenate([getattr(p, f) for p in of_class])[:per_class] for of_class in drawn])
-                      for f in fields))
+    join = lambda field: np.concatenate([
+        np.concatenate([getattr(p, field) for p in of_class])[:per_class] for of_class in drawn])
+    return Pictures(*map(join, ("images", "labels", "backgrounds", "parts")))
 
 # %% ../../nbs/00_backdrop.ipynb #f6e1126c
-def montage(rows: Mapping[str, Array], columns: int = 12):
-    """A matplotlib figure with one row of pictures per entry, each entry (n, height, width, 3) uint8 or (n, height, width)."""
+def montage(rows: Mapping[str, Array], columns: int = 12) -> "Figure":
+    """A figure with a row of pictures for each entry: title → (n, height, width, 3) uint8 or (n, height, width)."""
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(len(rows), columns, figsize=(0.8 * columns + 1, 0.8 * len(rows)), squeeze=False)
@@ -522,35 +512,23 @@ def montage(rows: Mapping[str, Array], columns: int = 12):
 FOLDERS = ("images", "masks", "objects", "parts")
 
 
-def _save_set(root: Path, name: str, pictures: Pictures, digest) -> list[dict]:
-    """Write one set; returns its metadata rows and feeds the digest."""
-    names, rows, counter = list(CLASSES), [], dict.fromkeys(CLASSES, 0)
-    layers = dict(zip(FOLDERS, (pictures.images, pictures.concepts * np.uint8(255), pictures.objects * np.uint8(255),
-                                pictures.parts), strict=True))
-    for cls in {names[label] for label in pictures.labels}:
-        for folder in FOLDERS:
-            (root / folder / name / cls).mkdir(parents=True)
+def _save_set(root: Path, name: str, pictures: Pictures) -> list[dict]:
+    """Write one set; returns its metadata rows."""
+    names, rows, counter, as_photo = list(CLASSES), [], dict.fromkeys(CLASSES, 0), SETS[name].style == "photo"
+    masks = [pictures.concepts * np.uint8(255), pictures.objects * np.uint8(255), pictures.parts]
     for i, label in enumerate(pictures.labels):
         cls = names[label]
         file = f"{name}/{cls}/{cls}_{counter[cls]:04d}.png"
         counter[cls] += 1
-        for folder, layer in layers.items():
+        for folder, layer in zip(FOLDERS, (pictures.images, *masks), strict=True):
+            (root / folder / file).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(layer[i]).save(root / folder / file, compress_type=zlib.Z_HUFFMAN_ONLY)
+        home, at_home = BACKGROUNDS[pictures.backgrounds[i]], int(pictures.at_home[i])
         present = [CLASSES[cls][k - 1].name for k in np.unique(pictures.parts[i]) if k]
-        rows.append({"file": file, "set": name, "class": cls, "label": int(label),
-                     "background": BACKGROUNDS[pictures.backgrounds[i]] if SETS[name].style == "photo" else "",
-                     "at_home": int(pictures.at_home[i]) if SETS[name].style == "photo" else "",
-                     "parts": ";".join(present)})
-    for layer in (pictures.images, pictures.parts):
-        digest.update(np.ascontiguousarray(layer).tobytes())
+        rows.append({
+            "file": file, "set": name, "class": cls, "label": int(label), "background": home if as_photo else "",
+            "at_home": at_home if as_photo else "", "parts": ";".join(present)})
     return rows
-
-
-def _write_csv(path: Path, rows: list[dict]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _card(recipe: dict, rows: list[dict], digest: str) -> str:
@@ -579,22 +557,24 @@ def write(root: str | Path, per_class: Mapping[str, int], seed: int, correlation
     A complete folder with the same recipe is kept as it is. Raises FileExistsError if `root` holds anything else.
     """
     root = Path(root)
-    recipe = {"per_class": dict(per_class), "seed": seed, "correlation": correlation,
-              "views": {name: asdict(SETS[name]) for name in per_class if name in SETS}}
+    recipe = {
+        "per_class": dict(per_class), "seed": seed, "correlation": correlation,
+        "views": {name: asdict(SETS[name]) for name in per_class if name in SETS}}
     if root.exists():
         card = root / "README.md"
         if card.is_file() and json.dumps(recipe, sort_keys=True) in card.read_text(encoding="utf-8"):
             return root
         raise FileExistsError(f"{root} exists and was not written by this recipe; choose another folder or remove it")
-    half = root.with_name(root.name + ".tmp")
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
     digest, rows = hashlib.sha256(), []
-    for name, n in per_class.items():
-        rows += _save_set(half, name, render(name, n, seed, correlation=correlation), digest)
-    _write_csv(half / "metadata.csv", rows)
-    _write_csv(half / "parts.csv", [{"class": cls, "index": k, "part": part.name, "concept": int(part.concept)}
-                                    for cls, parts in CLASSES.items() for k, part in enumerate(parts, 1)])
-    (half / "README.md").write_text(_card(recipe, rows, digest.hexdigest()), encoding="utf-8")
-    half.rename(root)
+    parts = [{"class": cls, "index": k, "part": part.name, "concept": int(part.concept)}
+             for cls, parts in CLASSES.items() for k, part in enumerate(parts, 1)]
+    with written_folder(root) as half:
+        for name, n in per_class.items():
+            pictures = render(name, n, seed, correlation=correlation)
+            rows += _save_set(half, name, pictures)
+            for layer in (pictures.images, pictures.parts):
+                digest.update(np.ascontiguousarray(layer).tobytes())
+        write_csv(half / "metadata.csv", pd.DataFrame(rows))
+        write_csv(half / "parts.csv", pd.DataFrame(parts))
+        write_text(half / "README.md", _card(recipe, rows, digest.hexdigest()))
     return root

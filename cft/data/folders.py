@@ -15,11 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from timm.data import resolve_model_data_config
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -31,8 +32,8 @@ class UnreadableImage(ValueError):
     """A file that does not decode as a picture."""
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """An upright 8-bit RGB picture.
+def open_image(path: str | Path | IO[bytes]) -> Image.Image:
+    """An upright 8-bit RGB picture, from a file or a stream.
 
     Raises UnreadableImage if the file is truncated or no picture, ValueError if its pixels are floating-point.
     """
@@ -43,8 +44,8 @@ def open_image(path: str | Path) -> Image.Image:
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"{path}: {str(error).splitlines()[0]}") from error
     if image.mode == "F":
-        finite = np.isfinite(np.asarray(image)).all()
-        raise ValueError(f"{path} has {'floating-point' if finite else 'NaN or infinite'} pixels; expected 8- or 16-bit ones")
+        kind = "floating-point" if np.isfinite(np.asarray(image)).all() else "NaN or infinite"
+        raise ValueError(f"{path} has {kind} pixels; expected 8- or 16-bit ones")
     if image.mode.startswith("I"):  # 16 bits
         return Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("P", "LA", "PA", "RGBA"):  # transparent pixels become white paper
@@ -60,17 +61,18 @@ def open_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
     """
     try:
         with Image.open(path) as file:
-            values = np.asarray(file.convert("RGB") if file.mode not in ("1", "L", "P") else file)
+            values: np.ndarray = np.asarray(file if file.mode in ("1", "L", "P") else file.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"mask {path} does not decode: {str(error).splitlines()[0]}") from error
-    values = values.any(-1) if values.ndim == 3 else values != 0
-    if values.shape != (size[1], size[0]):
-        raise ValueError(f"mask {path} is {values.shape[1]} × {values.shape[0]} pixels; its picture is {size[0]} × {size[1]}")
-    return torch.from_numpy(values)
+    height, width = values.shape[:2]
+    if (width, height) != size:
+        raise ValueError(f"mask {path} is {width} × {height} pixels; its picture is {size[0]} × {size[1]}")
+    return torch.from_numpy(values.any(-1) if values.ndim == 3 else values != 0)
 
 # %% ../../nbs/01_folders.ipynb #edcf571d
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-UNREAD = frozenset({".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl", ".svg", ".raw", ".cr2", ".nef", ".dng"})  # pictures, but not to us
+UNREAD = frozenset(  # pictures, but not to us
+    {".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl", ".svg", ".raw", ".cr2", ".nef", ".dng"})
 OF_TOOLS = frozenset({"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information"})
 
 
@@ -81,21 +83,23 @@ def _hidden(name: str) -> bool:
 def find_pictures(folder: str | Path, deep: bool = True) -> tuple[list[Path], list[str]]:
     """The pictures below a folder, sorted by path, and one line for each file that was left out and looks like one.
 
-    `deep`: also in the folders inside. Symbolic links to files are followed, links to folders are not.
+    `deep`: also in the folders inside. Symbolic links to files are followed, links to folders are not. A folder that is
+    not there has no pictures. Raises OSError for one that cannot be read.
     """
-    root, pictures, left_out = Path(folder), [], []
-    for place, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not _hidden(name)) if deep else []
-        for path in (Path(place, name) for name in names):
-            ending, name = path.suffix.lower(), printable_path(path.relative_to(root))
-            if ending in UNREAD and not _hidden(path.name):
-                left_out.append(f"{name}: {ending} is not read")
-            elif ending in EXTENSIONS and _hidden(path.name):
-                left_out.append(f"{name}: hidden")
-            elif ending in EXTENSIONS and not path.is_file():
-                left_out.append(f"{name}: no regular file")
-            elif ending in EXTENSIONS:
-                pictures.append(path)
+    root, pictures, left_out, places = Path(folder), [], [], [Path(folder)] if Path(folder).is_dir() else []
+    while places:
+        for entry in os.scandir(places.pop()):
+            path, ending = Path(entry.path), os.path.splitext(entry.name)[1].lower()
+            if entry.is_dir(follow_symlinks=False):
+                places += [path] if deep and not _hidden(entry.name) else []
+            elif ending in EXTENSIONS | UNREAD:
+                whole = entry.is_file(follow_symlinks=False) or path.is_file()
+                reason = ("hidden" if _hidden(entry.name) else
+                          f"{ending} is not read" if ending in UNREAD else "" if whole else "no regular file")
+                if reason:
+                    left_out.append(f"{printable_path(path.relative_to(root))}: {reason}")
+                else:
+                    pictures.append(path)
     return sorted(pictures), sorted(left_out)
 
 
@@ -142,10 +146,11 @@ class Folder:
 
     def only(self, labels: Sequence[int]) -> "Folder":
         """The same folder with the pictures of these labels; labels keep their numbers."""
-        return replace(self, samples=tuple(s for s in self.samples if s.label in set(labels)))
+        kept = set(labels)
+        return replace(self, samples=tuple(s for s in self.samples if s.label in kept))
 
     def choose(self, names: Iterable[str]) -> "Folder":
-        """The same folder with these pictures only, in its own order. Raises ValueError for names that it does not have."""
+        """The same folder with these pictures only, in its own order. Raises ValueError for names that it lacks."""
         wanted = set(names)
         samples = tuple(s for s in self.samples if self.name(s) in wanted)
         if len(samples) < len(wanted):
@@ -154,7 +159,7 @@ class Folder:
         return replace(self, samples=samples)
 
     def with_masks(self, mask: str | Path | None = None, object: str | Path | None = None) -> "Folder":
-        """The same pictures with the concept masks and object masks that lie below these folders: <class>/<picture>.png.
+        """The same pictures with the concept masks and object masks below these folders: <class>/<picture>.png.
 
         A kind that is not given stays as it is; the files are not looked at.
         """
@@ -172,9 +177,9 @@ class Folder:
         return total.hexdigest()
 
     def _repr_html_(self) -> str:
-        counts = Counter(s.label for s in self.samples)
-        rows = "".join(f"<tr><td>{escape(self.classes[label])}</td><td>{counts[label]}</td></tr>" for label in self.labels)
-        aside = f"<p>{len(self.set_aside)} set aside: {escape('; '.join(self.set_aside[:3]))}</p>" if self.set_aside else ""
+        counts, few = Counter(s.label for s in self.samples), escape("; ".join(self.set_aside[:3]))
+        rows = "".join(f"<tr><td>{escape(self.classes[k])}</td><td>{counts[k]}</td></tr>" for k in self.labels)
+        aside = f"<p>{len(self.set_aside)} set aside: {few}</p>" if self.set_aside else ""
         return f"<b>{len(self)} pictures</b> of {len(self.labels)} classes{aside}<table>{rows}</table>"
 
 # %% ../../nbs/01_folders.ipynb #767abf66
@@ -209,23 +214,20 @@ def list_folder(root: str | Path, classes: Sequence[str] | None = None) -> Folde
             if not pictures:
                 raise ValueError(f"class folder {root / name} has no picture; expected at least one")
             samples += [Sample(path, label) for path in pictures]
-            set_aside += [f"{name}/{line}" for line in left_out]
+            set_aside += [f"{printable_path(name)}/{line}" for line in left_out]
     return Folder(root, names, tuple(samples), tuple(set_aside))
 
 
-def _check_masks(folder: Folder, roots: Mapping[str, str | Path | None], sizes: Mapping[Path, tuple[int, int]]) -> Folder:
-    """The folder with its masks, each of which is there and fits its picture. Raises ValueError for one that does not."""
-    folder = folder.with_masks(**roots)
-    for kind, what in (("mask", "mask"), ("object", "object mask")):
-        files = [getattr(s, kind) for s in folder.samples if roots[kind] is not None]
-        missing = [file for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(f"{what} folder {roots[kind]} misses {len(missing)} of {len(files)} pictures, first "
-                             f"{missing[0].relative_to(roots[kind])}; expected one PNG for each picture")
-    for sample in folder.samples:
-        for file in filter(None, (sample.mask, sample.object)):
-            open_mask(file, sizes[sample.path])
-    return folder
+def _check_masks(folder: Folder, kind: str, root: Path, sizes: Mapping[Path, tuple[int, int]]) -> None:
+    """Raise ValueError unless all masks of a kind, mask or object, are there and fit their pictures."""
+    files = {s.path: getattr(s, kind) for s in folder.samples}
+    missing = [file for file in files.values() if not file.is_file()]
+    if missing:
+        what = "object mask" if kind == "object" else kind
+        raise ValueError(f"{what} folder {root} misses {len(missing)} of {len(files)} pictures, first "
+                         f"{missing[0].relative_to(root)}; expected one PNG for each picture")
+    for picture, file in files.items():
+        open_mask(file, sizes[picture])
 
 
 def scan(root: str | Path, masks: str | Path | None = None, objects: str | Path | None = None,
@@ -239,14 +241,17 @@ def scan(root: str | Path, masks: str | Path | None = None, objects: str | Path 
         try:
             sizes[sample.path] = open_image(sample.path).size
         except UnreadableImage as error:
-            torn.append(str(error).replace(f"{folder.root}/", ""))
-    left = [s for s in folder.samples if s.path in sizes]
-    for label in set(folder.labels) - {s.label for s in left}:
-        name = folder.classes[label]
-        aside = sum(line.startswith(f"{name}/") for line in torn)
-        raise ValueError(f"class folder {folder.root / name} has no readable picture: {aside} could not be read; expected at least one")
-    whole = replace(folder, samples=tuple(left), set_aside=(*torn, *folder.set_aside))
-    return _check_masks(whole, {"mask": masks, "object": objects}, sizes)
+            reason = str(error).removeprefix(f"{sample.path}: ").replace(f"{folder.root}/", "")
+            torn.append(f"{printable_path(folder.name(sample))}: {reason}")
+    left = replace(folder, samples=tuple(s for s in folder.samples if s.path in sizes),
+                   set_aside=(*torn, *folder.set_aside)).with_masks(masks, objects)
+    for label in set(folder.labels) - set(left.labels):
+        raise ValueError(f"class folder {folder.root / folder.classes[label]} has no readable picture: "
+                         f"{len(folder.only([label]))} could not be read; expected at least one")
+    for kind, place in (("mask", masks), ("object", objects)):
+        if place is not None:
+            _check_masks(left, kind, Path(place), sizes)
+    return left
 
 # %% ../../nbs/01_folders.ipynb #f1abd670
 @dataclass(frozen=True)
@@ -264,9 +269,9 @@ class Preprocess:
     def of(cls, model: nn.Module, margin: float = 256 / 224) -> "Preprocess":
         """The configuration that timm knows for a model."""
         config = resolve_model_data_config(model)
-        own = getattr(getattr(model, "patch_embed", None), "img_size", None)  # what the model was built for, if that is fixed
-        return cls(tuple(own or config["input_size"][1:]), tuple(config["mean"]), tuple(config["std"]), config["crop_pct"], margin,
-                   config["interpolation"])
+        own = getattr(getattr(model, "patch_embed", None), "img_size", None)  # what it was built for, if that is fixed
+        return cls(tuple(own or config["input_size"][1:]), tuple(config["mean"]), tuple(config["std"]),
+                   config["crop_pct"], margin, config["interpolation"])
 
     def transform(self, train: bool) -> v2.Compose:
         """The joint transform of a picture and its masks."""
@@ -276,8 +281,8 @@ class Preprocess:
             steps = [v2.Resize(wide, how, antialias=True), v2.RandomCrop(self.size), v2.RandomHorizontalFlip()]
         else:
             steps = [v2.Resize(int(min(self.size) / self.crop), how, antialias=True), v2.CenterCrop(self.size)]
-        return v2.Compose([*steps, v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-                           v2.Normalize(self.mean, self.std)])
+        as_floats = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
+        return v2.Compose([*steps, as_floats, v2.Normalize(self.mean, self.std)])
 
 
 class MaskedImages(Dataset):
@@ -286,7 +291,6 @@ class MaskedImages(Dataset):
 
     Random choices are torch's, so a caller who seeds torch before each step gets the same pictures again.
     """
-
     def __init__(self, folder: Folder, preprocess: Preprocess, train: bool = False, cached: bool = False):
         if not len(folder):
             raise ValueError(f"{folder.root} has no pictures to load; expected at least one")
@@ -302,8 +306,8 @@ class MaskedImages(Dataset):
             return self._kept[index]
         sample = self.folder.samples[index]
         image = open_image(sample.path)
-        masks = {key: tv_tensors.Mask(open_mask(path, image.size)) for key, path in
-                 (("mask", sample.mask), ("object", sample.object)) if path}
+        files = {"mask": sample.mask, "object": sample.object}
+        masks = {key: tv_tensors.Mask(open_mask(path, image.size)) for key, path in files.items() if path}
         decoded = tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1)), masks
         if self._kept is not None:
             self._kept[index] = decoded

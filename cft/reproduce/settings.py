@@ -47,8 +47,9 @@ class Settings(BaseModel):
     chunk: int = Field(0, ge=0)  # pictures at a time, to save memory
     workers: int = Field(0, ge=0)  # processes that read test pictures
     shards: int = Field(1, ge=1)  # parts of a mask store
-    test_per_class: int = Field(24, ge=1)  # drawn worlds only, as is the next
+    test_per_class: int = Field(24, ge=1)  # drawn worlds only, as are the next three
     segmentation_per_class: int = Field(10, ge=1)
+    drawn_from: int = 60000  # the pictures of seed s are drawn from this number + s
     bases: Literal["shipped", "trained"] = "shipped"  # where the biased networks of drawn worlds come from
     together: int = Field(1, ge=1)  # checkpoints that one job makes and tests, sharing what it has read
     train: Path | None = None  # ImageNet's training pictures, <WordNet id>/*.JPEG

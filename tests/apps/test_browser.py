@@ -16,12 +16,13 @@ import pytest
 
 from cft.apps.report import Report
 from cft.concepts.filters import demo_concepts
-from cft.concepts.masks import build_masks, list_folder
+from cft.concepts.masks import build_masks
 from cft.data import backdrop
-from cft.data.folders import scan
-from cft.data.models import ASSETS, TINY, base_model
+from cft.data.folders import list_folder, scan
+from cft.data.models import TINY, base_model
 from cft.demo.toy_grounder import toy_grounder
 from cft.evaluate.audit import audit
+from cft.files import ASSETS
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

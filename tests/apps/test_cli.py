@@ -25,11 +25,12 @@ from cft.apps.cli import app, main
 from cft.concepts.filters import ConceptSet
 from cft.concepts.grounding import WEIGHTS
 from cft.concepts.language import ANSWERS, Sampling
-from cft.concepts.masks import MaskStore
+from cft.concepts.store import MaskStore
 from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, scan
-from cft.data.models import ASSETS, SEEDS, TINY, save_model
+from cft.data.models import SEEDS, TINY, save_model
 from cft.data.testsets import CARDS, miniature, open_set
+from cft.files import ASSETS
 from cft.train.objectives import RECIPES
 
 VIT = "vit_tiny_patch16_224"

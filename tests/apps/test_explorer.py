@@ -33,13 +33,15 @@ from cft.apps.explorer import (
 from cft.concepts.filters import Concept, ConceptSet, demo_concepts
 from cft.concepts.grounding import Grounding
 from cft.concepts.language import ClassName
-from cft.concepts.masks import build_masks, list_folder, masked_folder
+from cft.concepts.masks import build_masks
+from cft.concepts.store import write_pngs
 from cft.concepts.validation import conclude, gather_evidence
 from cft.data import backdrop
-from cft.data.folders import MaskedImages, Preprocess
-from cft.data.models import ASSETS, TINY, base_model
+from cft.data.folders import MaskedImages, Preprocess, list_folder
+from cft.data.models import TINY, base_model
 from cft.demo.toy_grounder import toy_grounder
 from cft.explain.maps import relevance
+from cft.files import ASSETS
 
 KNOWN = ("bird", "fish", "turtle")
 EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)>'
@@ -86,7 +88,8 @@ def test_the_mask_is_what_training_would_see(made, material, class_id, tmp_path)
     """Written as PNG, read and cut by the data chapter: the same union."""
     view = replace(first_view(material, class_id), occurrence=0.5)
     kept = conclude(gather_evidence(material.store, material.concepts), material.concepts, 0.5).kept
-    folder = masked_folder(material.folder, material.store, kept, tmp_path / "png", [view.picture])
+    pngs = write_pngs(material.store, kept, tmp_path / "png", [view.picture])
+    folder = material.folder.choose([view.picture]).with_masks(pngs)
     item = MaskedImages(folder, Preprocess.of(base_model(0)))[0]
     seen = see(material, view.picture, class_id)
     assert torch.equal(union(seen, lines(material, view)), item["mask"]) and torch.equal(seen.image, item["image"])

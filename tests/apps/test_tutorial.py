@@ -14,7 +14,7 @@ from typer.main import get_command
 
 from cft.apps.cli import app
 from cft.concepts.filters import ConceptSet
-from cft.concepts.masks import MaskStore
+from cft.concepts.store import MaskStore
 from cft.data.models import TINY, base_model
 
 TUTORIAL = Path(__file__).parents[2] / "nbs/tutorial.ipynb"

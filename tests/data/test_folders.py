@@ -1,4 +1,8 @@
 """Reading folders: strange files, strict masks, joint transforms, filled objects."""
+import io
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -6,11 +10,18 @@ import torch
 from PIL import Image
 
 from cft.data.folders import (
+    EXTENSIONS,
+    UNREAD,
+    Folder,
     MaskedImages,
     Preprocess,
+    Sample,
     UnreadableImage,
+    find_pictures,
+    list_folder,
     open_image,
     open_mask,
+    printable_path,
     scan,
     swap_background,
     without_object,
@@ -75,11 +86,147 @@ def test_unreadable_and_float(tmp_path):
         open_image(tmp_path / "nan.tif")
 
 
+def test_a_stream_is_as_good_as_a_file(tmp_path):
+    picture().save(tmp_path / "x.png")
+    assert np.array_equal(open_image(io.BytesIO((tmp_path / "x.png").read_bytes())), open_image(tmp_path / "x.png"))
+
+
+def place(root, *names):
+    """Empty files, in folders that are made for them."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def below(root, deep=True):
+    found, left_out = find_pictures(root, deep)
+    return [p.relative_to(root).as_posix() for p in found], left_out
+
+
+def test_every_ending_in_either_case(tmp_path):
+    assert not EXTENSIONS & UNREAD and all(e == e.lower() and e[0] == "." for e in EXTENSIONS | UNREAD)
+    for k, ending in enumerate(sorted(EXTENSIONS | UNREAD)):
+        place(tmp_path, f"{k}a{ending}", f"{k}b{ending.upper()}", f"{k}c{ending[1:]}", f"{k}d{ending}.txt")
+    found, left_out = below(tmp_path)
+    assert len(found) == 2 * len(EXTENSIONS) and {Path(name).suffix.lower() for name in found} == EXTENSIONS
+    assert sorted(line.split(": ")[1] for line in left_out) == sorted(2 * [f"{e} is not read" for e in UNREAD])
+
+
+def test_pictures_are_sorted_by_path_and_hidden_places_are_passed_over(tmp_path):
+    place(tmp_path, "b/z.jpg", "b/y/x.png", "a.png", "b.png", "B/c.png", "a/2.png", "a/10.png", "notes.txt",
+          ".git/x.jpg", "@eaDir/x.jpg", "a/__MACOSX/x.jpg", ".a.jpg", "a/._2.png", "a/._2.HEIC", "b/c.gif")
+    found, left_out = below(tmp_path)
+    assert found == [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path / name for name in found)]
+    assert set(found) == {"b/z.jpg", "b/y/x.png", "a.png", "b.png", "B/c.png", "a/2.png", "a/10.png"}
+    assert left_out == [".a.jpg: hidden", "a/._2.HEIC: hidden", "a/._2.png: hidden", "b/c.gif: .gif is not read"]
+    assert below(tmp_path, deep=False) == (["a.png", "b.png"], [".a.jpg: hidden"])
+    assert below(tmp_path / "b") == (["y/x.png", "z.jpg"], ["c.gif: .gif is not read"])
+
+
+def test_links_and_other_things_that_are_called_pictures(tmp_path):
+    place(tmp_path, "far/a.jpg", "i/own.jpg")
+    for name, target in (("link.jpg", "../far/a.jpg"), ("gone.jpg", "nowhere"), ("loop.jpg", "loop.jpg"), ("up", ".."),
+                         ("folder.jpg", "../far")):
+        (tmp_path / "i" / name).symlink_to(target)
+    (tmp_path / "i/inside.png").mkdir()
+    place(tmp_path, "i/inside.png/b.png")
+    os.mkfifo(tmp_path / "i/pipe.png")
+    found, left_out = below(tmp_path / "i")
+    assert found == ["inside.png/b.png", "link.jpg", "own.jpg"]
+    assert left_out == [f"{name}: no regular file" for name in ("folder.jpg", "gone.jpg", "loop.jpg", "pipe.png")]
+    (tmp_path / "root").symlink_to("i")
+    assert below(tmp_path / "root") == (found, left_out), "a folder that is named itself is followed"
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
+    place(tmp_path, "file.jpg")
+    assert find_pictures(tmp_path / "nowhere") == find_pictures(tmp_path / "file.jpg") == ([], [])
+    place(tmp_path, "open/a.jpg", "shut/b.jpg")
+    look = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "shut":
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="shut"):
+        find_pictures(tmp_path)
+
+
+@pytest.mark.parametrize(("path", "shown"), [
+    ("a/b c.jpg", "a/b c.jpg"), (Path("é/ü.png"), "é/ü.png"), ("a/\x1b[31mred\n.jpg", "a/?[31mred?.jpg"),
+    (os.fsdecode(b"caf\xe9.jpg"), "caf?.jpg"), ("\u202egpj.exe", "?gpj.exe"), ("a\tb", "a?b")])
+def test_printable_paths(path, shown):
+    assert printable_path(path) == shown and shown.encode() and shown.isprintable()
+
+
+def test_names_that_no_terminal_should_see(tmp_path):
+    name = os.fsdecode(b"\x1b[31m\xff.jpg")
+    place(tmp_path, f"i/ant/{name}", "i/ant/\n.gif")
+    picture().save(tmp_path / "i/ant/good.jpg")
+    folder = scan(tmp_path / "i")
+    assert folder.names == ["ant/good.jpg"] and len(folder.set_aside) == 2
+    assert all(line.isprintable() and line.startswith("ant/") for line in folder.set_aside)
+    assert len(list_folder(tmp_path / "i").digest()) == 64, "a name of any bytes has a digest"
+
+
+@pytest.fixture
+def trio(tmp_path):
+    names = ("ant/a.jpg", "ant/more/b.tar.png", "bee/c.jpg")
+    return Folder(tmp_path, ("ant", "bee"), tuple(Sample(tmp_path / name, int(name[0] == "b")) for name in names))
+
+
+def test_names(trio):
+    assert trio.names == ["ant/a.jpg", "ant/more/b.tar.png", "bee/c.jpg"] == [trio.name(s) for s in trio.samples]
+    with pytest.raises(ValueError):
+        trio.name(Sample(trio.root.parent / "x.jpg", 0))
+
+
+def test_choose(trio):
+    assert trio.choose(reversed(trio.names)) == trio and trio.choose([]).samples == ()
+    chosen = trio.choose(name for name in ("bee/c.jpg", "ant/a.jpg", "bee/c.jpg"))
+    assert chosen.names == ["ant/a.jpg", "bee/c.jpg"] and chosen.classes == trio.classes
+    assert trio.choose({"bee/c.jpg": 1}).labels == [1]
+    with pytest.raises(ValueError, match=r"2 of 3 pictures are not in .*, first bee/d.jpg; expected all of them"):
+        trio.choose(["bee/e.jpg", "bee/d.jpg", "ant/a.jpg"])
+
+
+def test_with_masks(trio, tmp_path):
+    masked = trio.with_masks(tmp_path / "m")
+    files = ["ant/a.png", "ant/more/b.tar.png", "bee/c.png"]
+    assert [s.mask for s in masked.samples] == [tmp_path / "m" / name for name in files]
+    assert all(s.object is None for s in masked.samples) and masked.names == trio.names and trio.with_masks() == trio
+    both = masked.with_masks(object=str(tmp_path / "o"))
+    assert [s.object for s in both.samples] == [tmp_path / "o" / name for name in files]
+    assert [s.mask for s in both.samples] == [s.mask for s in masked.samples], "the other kind stays"
+    assert both.choose(["bee/c.jpg"]) == both.only([1]) == trio.only([1]).with_masks(tmp_path / "m", tmp_path / "o")
+
+
+def test_listing_is_reading_without_opening(folder):
+    listed = list_folder(folder / "i")
+    assert listed == scan(folder / "i") and listed.with_masks(folder / "m") == scan(folder / "i", folder / "m")
+    place(folder, "i/ant/torn.jpg", "i/bee/x.gif", "i/ant/._0.jpg")
+    assert len(list_folder(folder / "i")) == 7 and len(scan(folder / "i")) == 6
+    aside = scan(folder / "i").set_aside
+    assert [line.split(":")[0] for line in aside] == ["ant/torn.jpg", "ant/._0.jpg", "bee/x.gif"]
+    assert list_folder(folder / "i").set_aside == aside[1:] == ("ant/._0.jpg: hidden", "bee/x.gif: .gif is not read")
+    (folder / "i/.cache").mkdir()
+    (folder / "i/readme.txt").touch()
+    assert list_folder(folder / "i").classes == ("ant", "bee")
+    assert list_folder(folder / "i", ["cow", "bee", "ant"]).labels == [1, 2]
+    for file in (folder / "i/bee").iterdir():
+        file.rename(file.with_name(f".{file.name}"))
+    with pytest.raises(ValueError, match="bee has no picture; expected at least one"):
+        list_folder(folder / "i")
+
+
 def test_masks_any_mode(tmp_path):
     truth = np.eye(12, 20, dtype=bool)
     Image.fromarray(truth).save(tmp_path / "1.png")
     Image.fromarray(truth * np.uint8(1)).save(tmp_path / "L.png")
-    Image.fromarray(np.stack([truth * np.uint8(7), 0 * truth, 0 * truth], -1).astype(np.uint8)).save(tmp_path / "RGB.png")
+    red = np.stack([truth * np.uint8(7), 0 * truth, 0 * truth], -1)
+    Image.fromarray(red.astype(np.uint8)).save(tmp_path / "RGB.png")
     for name in ("1", "L", "RGB"):
         assert np.array_equal(open_mask(tmp_path / f"{name}.png", (20, 12)).numpy(), truth)
     with pytest.raises(ValueError, match="20 × 12 pixels; its picture is 12 × 20"):
@@ -113,7 +260,9 @@ def test_set_aside_and_empty(folder):
     (lambda f: scan(f / "i/ant"), "no class folders"),
     (lambda f: scan(f / "i", classes=["ant"]), "does not know: bee"),
     (lambda f: (f / "m/bee/2.png").unlink() or scan(f / "i", f / "m"), "misses 1 of 6 pictures, first bee/2.png"),
-    (lambda f: Image.new("L", (5, 5)).save(f / "m/bee/2.png") or scan(f / "i", f / "m"), "is 5 × 5 pixels; its picture is 20 × 12"),
+    (lambda f: Image.new("L", (5, 5)).save(f / "m/bee/2.png") or scan(f / "i", f / "m"),
+     "is 5 × 5 pixels; its picture is 20 × 12"),
+    (lambda f: scan(f / "i", objects=f / "none"), "object mask folder .*none misses 6 of 6 pictures, first ant/0.png"),
     (lambda f: ((f / "m/bee/2.png").write_text("x"), scan(f / "i", f / "m")), "does not decode"),
 ])
 def test_bad_folders(folder, case, words):
@@ -156,8 +305,10 @@ def test_without_object_against_a_slow_search():
     image, objects = torch.rand(1, 3, 16, 16, generator=rng), torch.zeros(1, 16, 16, dtype=torch.bool)
     objects[0, 5:9, 4:12] = True
     fast = without_object(image, objects)[0]
-    grown = {(y, x) for y in range(16) for x in range(16) if objects[0, max(y - 1, 0):y + 2, max(x - 1, 0):x + 2].any()}
-    steps = sorted(((a, b) for a in range(-7, 8) for b in range(-7, 8) if (a, b) != (0, 0)), key=lambda s: (abs(s[0]) + abs(s[1]), s))
+    near = lambda y, x: objects[0, max(y - 1, 0):y + 2, max(x - 1, 0):x + 2].any()
+    grown = {(y, x) for y in range(16) for x in range(16) if near(y, x)}
+    steps = sorted(((a, b) for a in range(-7, 8) for b in range(-7, 8) if (a, b) != (0, 0)),
+                   key=lambda s: (abs(s[0]) + abs(s[1]), s))
     for y in range(16):
         for x in range(16):
             value = image[0, :, y, x]
@@ -185,4 +336,5 @@ def test_a_model_built_for_another_size_says_so():
     model = timm.create_model("vit_tiny_patch16_224", img_size=(64, 96), num_classes=3)
     preprocess = Preprocess.of(model)
     assert preprocess.size == (64, 96)
-    assert Preprocess.of(timm.create_model("vit_small_patch14_reg4_dinov2", img_size=224, num_classes=3, depth=1)).size == (224, 224)
+    other = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=224, num_classes=3, depth=1)
+    assert Preprocess.of(other).size == (224, 224)

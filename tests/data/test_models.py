@@ -1,5 +1,4 @@
 """Loading, saving, the shipped bases and the two-stage training."""
-import hashlib
 import json
 
 import pytest
@@ -10,7 +9,6 @@ from safetensors.torch import load_file
 
 from cft.data import backdrop
 from cft.data.models import (
-    ASSETS,
     SEEDS,
     TINY,
     Layers,
@@ -24,7 +22,9 @@ from cft.data.models import (
     on_every_core,
     read_weights,
     save_model,
+    write_safetensors,
 )
+from cft.files import ASSETS, read_json, sha256
 
 
 def test_stem_is_three_strided_convolutions():
@@ -44,7 +44,7 @@ def test_round_trip_and_timm(tmp_path):
     by_timm = timm.create_model(TINY, num_classes=5, checkpoint_path=str(path)).eval()
     x = torch.randn(3, 3, 64, 64)
     assert classes == list("abcde") and torch.equal(loaded(x), model(x)) and torch.equal(by_timm(x), model(x))
-    assert not list(tmp_path.glob("*.tmp"))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"], "no draft is left"
 
 
 def test_pickles_without_code_and_wrapped(tmp_path):
@@ -86,9 +86,9 @@ def test_unknown_model_and_class_count(tmp_path):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_shipped_bases_are_spurious(seed):
-    record = {r["seed"]: r for r in json.loads((ASSETS / "bases.json").read_text(encoding="utf-8"))}[seed]
+    record = {r["seed"]: r for r in read_json(ASSETS / "bases.json")}[seed]
     file = ASSETS / f"base_{seed}.safetensors"
-    assert hashlib.sha256(file.read_bytes()).hexdigest() == record["sha256"] and file.stat().st_size < 1_000_000
+    assert sha256(file) == record["sha256"] and file.stat().st_size < 1_000_000
     base = base_model(seed)
     val, adversarial = (accuracy_on(base, backdrop.render(name, 10, 4242 + seed)) for name in ("val", "adversarial"))
     assert val > 88 and adversarial < 60
@@ -113,6 +113,7 @@ def test_layers_compose_what_they_say():
     assert abs((layers.home[free[1]] == free[2]).double().mean() - 1 / 8) < 0.07
 
 
+@pytest.mark.slow
 def test_training_is_a_function_of_the_seed(tmp_path):
     stages = Stage(3, 1e-3, None, 0.5, batch=8), Stage(2, 5e-4, 0.97, batch=8)
     before = torch.random.get_rng_state()
@@ -120,14 +121,24 @@ def test_training_is_a_function_of_the_seed(tmp_path):
     assert torch.equal(torch.random.get_rng_state(), before)
     folder = make_bases(tmp_path / "bases", [3], 1, *stages)
     b = base_model(3, folder)
-    assert all(torch.allclose(p, q, atol=2e-3) for p, q in zip(a.parameters(), b.parameters()))  # b went through float16
-    assert record["seed"] == 3
+    assert all(torch.allclose(p, q, atol=2e-3) for p, q in zip(a.parameters(), b.parameters()))  # b has been float16
+    assert record["seed"] == 3 and sorted(p.name for p in folder.iterdir()) == ["base_3.safetensors", "bases.json"]
+    assert read_json(folder / "bases.json") == [record | {"sha256": sha256(folder / "base_3.safetensors")}]
+    assert save_model(tmp_path / "a.safetensors", a, backdrop.CLASSES, half=True).read_bytes() == (
+        folder / "base_3.safetensors").read_bytes(), "a base that is made again on this machine has equal bytes"
 
 
+@pytest.mark.slow
 def test_on_every_core_keeps_order_and_raises():
-    assert on_every_core(abs, [-3, 1, -2], 2) == [3, 1, 2]
+    assert on_every_core(abs, iter([-3, 1, -2]), 2) == [3, 1, 2]
     with pytest.raises(TypeError):
         on_every_core(abs, ["x", 1], 2)
+
+
+def test_one_worker_or_one_item_spawn_nothing():
+    seen = []
+    assert on_every_core(seen.append, [1, 2], 1) == [None, None] and on_every_core(seen.append, [3], 2) == [None]
+    assert seen == [1, 2, 3] and on_every_core(abs, [], 1) == []
 
 
 def test_join_dinov2(tmp_path):
@@ -141,7 +152,8 @@ def test_join_dinov2(tmp_path):
     loaded = load_file(tmp_path / "joined.safetensors")
     model.load_state_dict(loaded)
     assert set(loaded) == set(state) and loaded["pos_embed"].shape == (1, 257, 24)
-    assert torch.allclose(loaded["pos_embed"][:, 1:], torch.ones(1, 256, 24), atol=1e-5) and torch.equal(loaded["pos_embed"][:, 0], state["pos_embed"][:, 0])
+    assert torch.allclose(loaded["pos_embed"][:, 1:], torch.ones(1, 256, 24), atol=1e-5)
+    assert torch.equal(loaded["pos_embed"][:, 0], state["pos_embed"][:, 0])
     torch.save({"weight": torch.zeros(10, 24), "bias": torch.zeros(10)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="a linear layer of 48 inputs"):
         join_dinov2(tmp_path / "backbone.pth", tmp_path / "other.pth", tmp_path / "x.safetensors")
@@ -153,6 +165,37 @@ def test_equal_weights_are_equal_files(tmp_path):
     files = [save_model(tmp_path / f"{k}.safetensors", model, backdrop.CLASSES).read_bytes() for k in range(6)]
     assert len(set(files)) == 1
     with safe_open(tmp_path / "0.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["classes"]) == list(backdrop.CLASSES) and file.metadata()["architecture"] == TINY
-    loaded = load_file(tmp_path / "0.safetensors")
-    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items()) and len(loaded) == len(model.state_dict())
+        assert json.loads(file.metadata()["classes"]) == list(backdrop.CLASSES)
+        assert file.metadata()["architecture"] == TINY
+    loaded, own = load_file(tmp_path / "0.safetensors"), model.state_dict()
+    assert loaded.keys() == own.keys() and all(torch.equal(value, loaded[name]) for name, value in own.items())
+
+
+def test_the_bytes_of_a_file_are_those_of_the_format(tmp_path):
+    """Eight bytes of length, a header with sorted keys, the tensors: written out by hand."""
+    state = {"b": torch.arange(6, dtype=torch.float16).reshape(2, 3).T, "a": torch.tensor([1.0, -2.0])}
+    path = write_safetensors(tmp_path / "deep/m.safetensors", state, {"z": "1", "format": "pt"})
+    header = (b'{"__metadata__":{"format":"pt","z":"1"},"a":{"data_offsets":[0,8],"dtype":"F32","shape":[2]},'
+              b'"b":{"data_offsets":[8,20],"dtype":"F16","shape":[3,2]}}')
+    header += b" " * (-len(header) % 8)
+    tensors = state["a"].numpy().tobytes() + state["b"].contiguous().numpy().tobytes()
+    assert path.read_bytes() == len(header).to_bytes(8, "little") + header + tensors
+
+
+def test_a_model_from_elsewhere_can_be_saved(tmp_path):
+    path = save_model(tmp_path / "m.safetensors", torch.nn.Linear(2, 3))
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "architecture": ""}
+
+
+def parts(content):
+    """Header and tensors of a safetensors file."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), content[start:]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_shipped_base_survives_reading_and_writing(tmp_path, seed):
+    """Every bit of its numbers; its header was written before headers were sorted."""
+    again = save_model(tmp_path / "again.safetensors", base_model(seed), backdrop.CLASSES, half=True)
+    assert parts(again.read_bytes()) == parts((ASSETS / f"base_{seed}.safetensors").read_bytes())

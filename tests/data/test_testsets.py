@@ -1,4 +1,4 @@
-"""Test sets: every label by a second derivation, on miniatures in the exact form of the real files; every trap sprung."""
+"""Test sets: every label by a second derivation, on miniatures in the exact form of the real files; all traps."""
 import ast
 import csv
 import hashlib
@@ -31,14 +31,19 @@ from cft.data.testsets import (
     folder_set,
     hub_set,
     miniature,
+    noise_picture,
+    numbered_files,
     objectnet_labels,
     open_set,
+    read_cards,
     same_thing,
     siscore_labels,
     synsets,
     tar_set,
+    targets_of,
 )
 from cft.evaluate.metrics import top_k
+from cft.files import ASSETS
 
 PICTURES = [key for key in CARDS if key != "in-segmentation"]
 WNID = ["in-v", "in-a", "in-r", "in-sketch"]
@@ -69,7 +74,8 @@ def plain_label(key, home, path):
     if key == "in-v2":
         return (int(name),)
     if key in SI:
-        return tuple(int(line.split(",")[0]) for line in (home / "foreground_classes.csv").read_text().splitlines() if line.split(",")[1] == name)
+        lines = [line.split(",") for line in (home / "foreground_classes.csv").read_text().splitlines()]
+        return tuple(int(number) for number, theirs in lines if theirs == name)
     if key == "objectnet":
         folders, to_imagenet, lines = (json.loads((home / "mappings" / n).read_text()) for n in MAPPINGS[:3])
         text = (home / "mappings" / MAPPINGS[3]).read_text().splitlines()
@@ -106,9 +112,10 @@ def test_a_shifted_table_is_seen():
 
 def test_cards():
     counts = {key: (card.pictures, card.classes) for key, card in CARDS.items()}
-    assert counts == {"in-v": (50000, 1000), "in-v2": (10000, 1000), "in-a": (7500, 200), "in-r": (30000, 200), "in-sketch": (50889, 1000),
-                      "objectnet": (18574, 113), "si-location": (541548, 61), "si-rotation": (39540, 61), "si-size": (92884, 61),
-                      "in-segmentation": (4276, 445)}
+    assert counts == {
+        "in-v": (50000, 1000), "in-v2": (10000, 1000), "in-a": (7500, 200), "in-r": (30000, 200),
+        "in-sketch": (50889, 1000), "objectnet": (18574, 113), "si-location": (541548, 61), "si-rotation": (39540, 61),
+        "si-size": (92884, 61), "in-segmentation": (4276, 445)}
     for key, card in CARDS.items():
         assert card.key == key and card.source.startswith("http") and card.size and card.layout and card.folders
 
@@ -122,7 +129,8 @@ def test_labels_pictures_and_order(minis, key):
     pictures = home / "images" if key == "objectnet" else home
     expected = {p.relative_to(pictures).as_posix(): plain_label(key, home, p) for p in files_below(pictures)}
     expected = {name: accepted for name, accepted in expected.items() if accepted}
-    assert dict(zip(found.ids, found.targets)) == expected and len(found) == len(expected) == (6 if key == "objectnet" else 9)
+    assert dict(zip(found.ids, found.targets)) == expected
+    assert len(found) == len(expected) == (6 if key == "objectnet" else 9)
     assert found.classes_present == tuple(sorted({number for accepted in expected.values() for number in accepted}))
     for index, name in enumerate(found.ids):
         image, accepted = found[index]
@@ -145,8 +153,8 @@ def test_all_classes_never_beat_the_classes_present(minis, key):
     for row, accepted in enumerate(found.targets):
         logits[row, list(accepted)] += 3
     absent = sorted(set(range(1000)) - set(found.classes_present))
-    def right(scores):
-        return [any(bool(top_k(scores[i:i + 1], torch.tensor([n]))) for n in accepted) for i, accepted in enumerate(found.targets)]
+    is_right = lambda row, accepted: any(bool(top_k(row[None], torch.tensor([n]))) for n in accepted)
+    right = lambda scores: [is_right(row, accepted) for row, accepted in zip(scores, found.targets)]
     everything, subset = right(logits), right(logits.index_fill(1, torch.tensor(absent), -torch.inf))
     assert all(b or not a for a, b in zip(everything, subset)) and sum(everything) < sum(subset)
 
@@ -173,6 +181,53 @@ def test_stray_files_and_folders_do_not_count(copy, key):
     (pictures / ".ipynb_checkpoints").mkdir()
     after = open_set(key, home, check_counts=False)
     assert after.ids == before.ids and after.digest() == before.digest()
+
+
+def test_a_picture_is_what_folders_say_and_lies_in_its_class_folder(copy):
+    home = copy("in-r")
+    before = open_set("in-r", home, check_counts=False)
+    folder = home / before.ids[0].split("/")[0]
+    (folder / "more").mkdir()
+    shutil.copy(home / before.ids[0], folder / "more/deep.jpg")
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(folder / "pipe.png")
+    assert open_set("in-r", home, check_counts=False).ids == before.ids
+    (folder / "a.jfif").symlink_to(home / before.ids[0])
+    assert len(open_set("in-r", home, check_counts=False)) == len(before) + 1
+
+
+def test_cards_are_data(tmp_path):
+    assert {path.name for path in (ASSETS / "testsets").iterdir()} == {"cards.yaml", "groups.yaml"}
+    (tmp_path / "c.yaml").write_text("mine: {name: Mine, pictures: 2, classes: 1, size: 1 kB, source: http://x, "
+                                     "folders: [a, b], layout: '*.png', splits: {test: 2}}")
+    card = read_cards(tmp_path / "c.yaml")["mine"]
+    assert (card.key, card.notes, card.splits) == ("mine", "", {"test": 2})
+    assert str(card.problem(Path("there"), "odd")) == "mine: odd. Expected at there: *.png. Get it from http://x (1 kB)"
+    assert card.home(tmp_path) == tmp_path
+    (tmp_path / "b").mkdir()
+    assert card.home(tmp_path) == tmp_path / "b"
+    (tmp_path / "a").mkdir()
+    assert card.home(str(tmp_path)) == tmp_path / "a"
+    with pytest.raises(ValueError, match="mine: there is nothing"):
+        card.home(tmp_path / "nowhere")
+
+
+def test_noise_in_numbered_files(tmp_path):
+    paths = list(numbered_files(tmp_path / "set", ["a", "b/c"], 2, "x_{:03d}.png"))
+    assert [p.relative_to(tmp_path).as_posix() for p in paths] == [
+        "set/a/x_000.png", "set/a/x_001.png", "set/b/c/x_002.png", "set/b/c/x_003.png"]
+    assert all(p.parent.is_dir() and not p.exists() for p in paths)
+    one, two = (noise_picture(np.random.default_rng(3), 5, 7) for _ in range(2))
+    assert one.size == (7, 5) and one.mode == "RGB" and np.array_equal(one, two)
+
+
+@pytest.mark.parametrize("labels,classes,numbers,names", [
+    ([2, np.int64(0), True], None, (2, 0, 1), ["2", "0", "1"]), (["b", 0, "b"], ["a", "b"], (1, 0, 1), ["b", "a", "b"]),
+    (["3"], ["x", "3"], (1,), ["3"])])
+def test_labels_and_their_classes(labels, classes, numbers, names):
+    targets, found = targets_of(labels, classes, "set")
+    assert [tuple(t) for t in targets] == [(n,) for n in numbers] and all(type(n) is int for (n,) in targets)
+    assert found == names
 
 
 @pytest.mark.parametrize("suffix", [".JPEG", ".jpeg", ".JPG", ".png", ".PNG"])
@@ -290,8 +345,9 @@ def test_a_torn_file_is_named(copy):
 
 
 def test_a_list_of_pictures_must_make_sense():
-    for ids, targets, groups, text in [([], [], [], "0 pictures"), (["a"], [(1,), (2,)], ["x"], "2 targets"), (["a", "b"], [(1,), ()], ["x", "y"], "1 targets"),
-                                       (["a"], [(1,)], [], "0 groups"), (["a", "a"], [(1,), (1,)], ["x", "x"], "1 repeated")]:
+    cases = [([], [], [], "0 pictures"), (["a"], [(1,), (2,)], ["x"], "2 targets"), (["a"], [(1,)], [], "0 groups"),
+             (["a", "b"], [(1,), ()], ["x", "y"], "1 targets"), (["a", "a"], [(1,), (1,)], ["x", "x"], "1 repeated")]
+    for ids, targets, groups, text in cases:
         with pytest.raises(ValueError, match=text):
             EvalSet("set", ids, targets, groups)
     with pytest.raises(NotImplementedError):
@@ -330,7 +386,7 @@ def test_siscore_groups_are_the_factor(minis, key):
         rows = list(csv.DictReader(file))
     for index, name in enumerate(found.ids):
         row = next(row for row in rows if row["image_id"] == Path(name).stem)
-        assert found.group(index) == ",".join(row[column] for column in columns)
+        assert found.groups[index] == ",".join(row[column] for column in columns)
     assert len(set(found.groups)) == 2
 
 
@@ -345,12 +401,11 @@ def test_siscore_without_metadata_and_with_half_of_it(copy):
 
 
 @pytest.mark.parametrize("text,error", [
-    (None, "foreground_classes.csv is missing"),
-    ("int,label\n", "columns int and label, got no rows"),
+    (None, "foreground_classes.csv is missing"), ("int,label\n", "columns int and label, got no rows"),
     ("index,label\n340,zebra\n", "columns int and label, got .*index"),
-    ("int,label\n420,band-aid\n726,pitcher (container)\n340,zebra\n", "2 of 3 names .* contradict WordNet: band-aid is not class 420"),
-    ("int,label\n419,band-aid\n340,zebra\n", "1 of 3 folders are none of its 2 classes, first pitcher"),
-])
+    ("int,label\n420,band-aid\n726,pitcher (container)\n340,zebra\n",
+     "2 of 3 names .* contradict WordNet: band-aid is not class 420"),
+    ("int,label\n419,band-aid\n340,zebra\n", "1 of 3 folders are none of its 2 classes, first pitcher")])
 def test_siscore_table(copy, text, error):
     home = copy("si-rotation")
     table = home / "foreground_classes.csv"
@@ -364,7 +419,8 @@ def test_siscore_names_with_commas_and_quotes(tmp_path):
     assert siscore_labels(tmp_path) == {"zebra, striped": (340,), "kite": (21,)}
 
 
-@pytest.mark.parametrize("key,name", [("si-location", "location20_area02_min0pc"), ("si-size", "area"), ("si-rotation", "rotation")])
+@pytest.mark.parametrize("key,name", [
+    ("si-location", "location20_area02_min0pc"), ("si-size", "area"), ("si-rotation", "rotation")])
 def test_siscore_archives_have_other_folder_names(copy, key, name):
     home = copy(key)
     home.rename(home.with_name(name))
@@ -405,10 +461,12 @@ def rewrite(path, change):
 
 @pytest.mark.parametrize("file,change,error", [
     (1, lambda x: x | {"Alarm clock": "analog clock; crane"}, r"'crane' must stand in one line .*classes \[\d+, \d+\]"),
-    (1, lambda x: x | {"Alarm clock": "analog clock, digital clock"}, r"'analog clock, digital clock' must .* classes \[\]"),
-    (2, lambda x: {str((int(k) + 1) % 1000): v for k, v in x.items()}, "must stand in one line .* and be its ImageNet class"),
-    (0, lambda x: {k: v for k, v in x.items() if k != "alarm_clock"}, "1 of 3 folders are none of its 2 classes, first alarm_clock"),
-])
+    (1, lambda x: x | {"Alarm clock": "analog clock, digital clock"},
+     r"'analog clock, digital clock' must .* classes \[\]"),
+    (2, lambda x: {str((int(k) + 1) % 1000): v for k, v in x.items()},
+     "must stand in one line .* and be that class, got classes"),
+    (0, lambda x: {k: v for k, v in x.items() if k != "alarm_clock"},
+     "1 of 3 folders are none of its 2 classes, first alarm_clock")])
 def test_objectnet_wrong_mapping(copy, file, change, error):
     home = copy("objectnet")
     rewrite(home / "mappings" / MAPPINGS[file], change)
@@ -435,8 +493,8 @@ def plain_segmentation(path):
             mask = file[inner[0, 0]][()]
             stored = stored[()]
             channels, width, height = stored.shape
-            yield (np.array([[[stored[c, x, y] for c in range(channels)] for x in range(width)] for y in range(height)], np.uint8),
-                   np.array([[mask[x, y] for x in range(width)] for y in range(height)], np.uint8))
+            picture = [[[stored[c, x, y] for c in range(channels)] for x in range(width)] for y in range(height)]
+            yield np.array(picture, np.uint8), np.array([[mask[x, y] for x in range(width)] for y in range(height)])
 
 
 def test_segmentation_against_loops(minis):
@@ -451,7 +509,7 @@ def test_segmentation_against_loops(minis):
         found[3]
 
 
-@pytest.mark.parametrize("start,workers", [("fork", 2), ("spawn", 1)])
+@pytest.mark.parametrize("start,workers", [("fork", 2), pytest.param("spawn", 1, marks=pytest.mark.slow)])
 def test_segmentation_in_workers(tmp_path, start, workers):
     found = open_set("in-segmentation", miniature("in-segmentation", tmp_path, count=16), check_counts=False)
     here = [(np.asarray(image), mask) for image, mask in found]  # the handle is open when the workers start
@@ -520,17 +578,19 @@ def test_folder_by_name(own):
     by_alphabet, by_model = folder_set(own), folder_set(own, classes=["cat", "dog", "bee hive", "ant"])
     assert [t for (t,) in by_alphabet.targets] == [0] * 3 + [1] * 3 + [2] * 3
     assert [t for (t,) in by_model.targets] == [3] * 3 + [2] * 3 + [0] * 3 and by_model.classes_present == (0, 2, 3)
-    assert [name.split("/")[0] for name in by_model.ids] == list(by_model.groups) == ["ant"] * 3 + ["bee hive"] * 3 + ["cat"] * 3
+    assert list(by_model.groups) == ["ant"] * 3 + ["bee hive"] * 3 + ["cat"] * 3
+    assert [name.split("/")[0] for name in by_model.ids] == list(by_model.groups)
     assert "ant/more/1.PNG" in by_model.ids and by_model.key == "folder"
     sizes = [by_model[i][0].size for i in range(3)]
     assert sorted(sizes) == [(12, 20), (20, 12), (20, 12)]
     folder = scan(own)
     same = folder_set(folder, classes=["cat", "dog", "bee hive", "ant"])
-    assert same.targets == by_model.targets and same.ids == by_model.ids == by_alphabet.ids and same.digest() == by_model.digest()
+    assert same.targets == by_model.targets and same.ids == by_model.ids == by_alphabet.ids
+    assert same.digest() == by_model.digest()
     assert folder_set(folder.only([2]), classes=["cat"]).targets == ((0,),) * 3
-    with pytest.raises(ValueError, match="the model does not know ant, bee hive"):
+    with pytest.raises(ValueError, match="folder: a label is 'ant'; expected one of the model's 2 classes"):
         folder_set(folder, classes=["cat", "dog"])
-    with pytest.raises(ValueError, match="does not know"):
+    with pytest.raises(ValueError, match="does not know: ant, bee hive; expected some of cat, dog"):
         folder_set(own, classes=["cat", "dog"])
 
 
@@ -540,9 +600,10 @@ def table(own):
 
     paths = [path for path in sorted(own.rglob("*.*")) if path.is_file()]
     names = ["cat", "bee hive", "ant"]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names), "n": datasets.Value("int64")})
-    return datasets.Dataset.from_dict({"image": [str(p) for p in paths], "label": [names.index(p.relative_to(own).parts[0]) for p in paths],
-                                       "n": list(range(9))}, features)
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names), "n": datasets.Value("int64")}
+    labels = [names.index(p.relative_to(own).parts[0]) for p in paths]
+    columns = {"image": [str(p) for p in paths], "label": labels, "n": list(range(9))}
+    return datasets.Dataset.from_dict(columns, datasets.Features(kinds))
 
 
 def test_hub(table, own, tmp_path):
@@ -569,18 +630,16 @@ def test_hub(table, own, tmp_path):
 def test_hub_errors(table):
     import datasets
 
+    labelled = lambda label: table.select_columns(["image"]).add_column("label", [label] * 9)
     for source, options, error in [
         (datasets.DatasetDict(train=table, test=table), {}, "the splits train, test"),
-        (table.to_iterable_dataset(), {}, "IterableDataset, which has no length"),
+        (table.to_iterable_dataset(), {}, "an endless IterableDataset"),
         (table, {"label": "y"}, "expected the columns image .* and y"),
         (table, {"image": "n"}, "expected the columns n"),
         (table, {"classes": ["cat", "ant"]}, "a label is 'bee hive'; expected one of the model's 2 classes"),
-        (table.select_columns(["image"]).add_column("label", [-1] * 9), {}, "a label is -1; expected a number"),
-        (table.select_columns(["image"]).add_column("label", [None] * 9), {}, "a label is None"),
-        (table.select_columns(["image"]).add_column("label", [0.5] * 9), {}, "a label is 0.5"),
-        (table.select_columns(["image"]).add_column("label", ["cat"] * 9), {}, "a label is 'cat'.*names need `classes`"),
-        (table.select_columns(["image"]).add_column("label", [7] * 9), {"classes": ["cat", "ant"]}, "a label is 7"),
-    ]:
+        (labelled(-1), {}, "a label is -1; expected a number"), (labelled(None), {}, "a label is None"),
+        (labelled(0.5), {}, "a label is 0.5"), (labelled("cat"), {}, "a label is 'cat'.*names need `classes`"),
+        (labelled(7), {"classes": ["cat", "ant"]}, "a label is 7")]:
         with pytest.raises(ValueError, match=error):
             hub_set(source, **options)
 
@@ -594,8 +653,9 @@ def shards(own, tmp_path_factory):
     for shard in range(2):
         with webdataset.TarWriter(str(root / f"own-{shard:06d}.tar")) as writer:
             for index in range(shard, 9, 2):
-                writer.write({"__key__": f"part.1/{index:04d}", found.ids[index].rpartition(".")[2].lower(): found.raw(index),
-                              "cls": found.targets[index][0], "json": {"id": found.ids[index]}})
+                name, ending = found.ids[index], found.ids[index].rpartition(".")[2].lower()
+                writer.write({"__key__": f"part.1/{index:04d}", ending: found.raw(index), "json": {"id": name},
+                              "cls": found.targets[index][0]})
     return root
 
 
@@ -612,7 +672,8 @@ def test_tars_against_webdataset(shards, own):
     assert [found.size(i) for i in range(9)] == [len(content) for _, content, _ in theirs]
     folder = folder_set(own)
     assert np.array_equal(np.asarray(found[1][0]), np.asarray(folder[2][0]))
-    assert tar_set(sorted(shards.glob("*.tar"))).ids == tar_set([str(p) for p in sorted(shards.glob("*.tar"))]).ids == found.ids
+    tars = sorted(shards.glob("*.tar"))
+    assert tar_set(tars).ids == tar_set([str(p) for p in tars]).ids == tar_set([shards]).ids == found.ids
     assert tar_set(shards, classes=["ant", "bee hive", "cat"]).groups[0] == "ant"
     assert pickle.loads(pickle.dumps(found))[3][1] == found[3][1]
 
@@ -628,8 +689,9 @@ def write_tar(path, members, mode="w"):
 
 def test_tar_names_and_errors(tmp_path, shards):
     picture = tar_set(shards).raw(0)
-    good = write_tar(tmp_path / "good.tar", [("./a.b/1.JPG", picture), ("./a.b/1.cls", b"zebra\n"), ("._1.jpg", b"x"), ("README", b"x")])
-    assert tar_set(good, classes=["ant", "zebra"]).targets == ((1,),) and tar_set(good, classes=["zebra"]).ids == ("good.tar/a.b/1",)
+    members = [("./a.b/1.JPG", picture), ("./a.b/1.cls", b"zebra\n"), ("._1.jpg", b"x"), ("README", b"x")]
+    good = tar_set(write_tar(tmp_path / "good.tar", members), classes=["ant", "zebra"])
+    assert good.targets == ((1,),) and good.ids == ("good.tar/a.b/1",)
     for members, error in [
         ([("1.jpg", picture)], "sample 1 of bad.tar must have one picture and a cls, got jpg"),
         ([("1.cls", b"3")], "must have one picture"),
@@ -661,7 +723,7 @@ def test_tar_names_and_errors(tmp_path, shards):
 def test_a_missing_package_is_named(minis, tmp_path, monkeypatch, module, call):
     shutil.copy(minis / "gtsegs_ijcv.mat", tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=f"needs {module}; install it with: pip install {module}"):
+    with pytest.raises(ImportError, match=f"needs {module}; install it with: pip install '{module}'"):
         call(tmp_path)
 
 
@@ -674,5 +736,6 @@ def test_the_module_imports_without_extras():
 
 def test_miniatures_repeat(tmp_path):
     for key in ("in-a", "objectnet", "si-size"):
-        first, second, other = (open_set(key, miniature(key, tmp_path / name, seed=seed), False) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+        roots = (("a", 0), ("b", 0), ("c", 1))
+        first, second, other = (open_set(key, miniature(key, tmp_path / name, seed=k), False) for name, k in roots)
         assert first.digest(full=True) == second.digest(full=True) != other.digest(full=True)

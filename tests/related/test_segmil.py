@@ -13,9 +13,9 @@ from PIL import Image
 from torch import nn
 
 from cft.concepts.filters import demo_concepts
-from cft.concepts.masks import build_masks, list_folder
+from cft.concepts.masks import build_masks
 from cft.data import backdrop
-from cft.data.folders import Preprocess
+from cft.data.folders import Preprocess, list_folder
 from cft.data.models import base_model
 from cft.data.testsets import PictureFiles, folder_set
 from cft.demo.toy_grounder import toy_grounder
