@@ -25,7 +25,7 @@ from .tables import MARKS, claims_of, demo_table, judged, save_table, sentences
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../../nbs/appendix/08_publish.ipynb #5490e246
+# %% ../../nbs/appendix/08_publish.ipynb #53d4fda5
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """An empty folder that takes the name and the place of `out` when the block ends, and only if it ends well."""
@@ -57,12 +57,13 @@ def save_page(found: Found, key: str, folder: str | Path = "", figures: Mapping[
     of_paper = {a.key: a for a in ARTEFACTS}.get(key)
     title = of_paper.title if of_paper else key
     if of_paper and len(own := claims_of(found, key)):
-        tables["claims"] = own.set_index("claim")
+        tables["claims"] = own
     with new_folder(out) as draft:
         for name, table in tables.items():
-            if table is not None:
-                what = ": claims" if name == "claims" else ""
-                save_table(table, draft / name, f"{title}{what} ({found.profile.stamp})")
+            if name == "claims" and table is not None:
+                save_table(table.set_index("claim"), draft / name, f"{title}: claims ({found.profile.stamp})")
+            elif table is not None:
+                save_table(table, draft / name, f"{title} ({found.profile.stamp})")
         for name, figure in (figures or {}).items():
             for ending in ("png", "pdf"):
                 figure.savefig(draft / f"{name}.{ending}", dpi=200, bbox_inches="tight")
@@ -83,18 +84,18 @@ def end_page(found: Found, key: str, figures: Mapping[str, "Figure"] | None = No
     print(f"{took['fine-tunes']} fine-tunes and {took['evaluations']} evaluations; "
           f"to make it again: cft reproduce --only {key}")
 
-# %% ../../nbs/appendix/08_publish.ipynb #c04e1399
+# %% ../../nbs/appendix/08_publish.ipynb #761f0b19
 _PAGES = {a.key: f"paper/{a.key}.ipynb" for a in ARTEFACTS} | {
-    "demo": "23_demo.ipynb", "segmil": "related/01_segmil.ipynb", "deal": "related/03_deal_metrics.ipynb",
-    "comparison": "related/04_comparison.ipynb"}
+    "demo": "23_demo.ipynb", "segmil": "related/*_segmil.ipynb", "deal": "related/*_deal_metrics.ipynb",
+    "comparison": "related/*_comparison.ipynb"}
 
 
 def notebook_of(key: str) -> Path:
     """The notebook of an artefact: in the installed package, or in the checkout. Raises ValueError if there is none."""
     package, name = Path(str(cft.__file__)).parent, _PAGES.get(key, f"{key}.ipynb")
     for place in (package / "notebooks", package.parent / "nbs"):
-        if (place / name).is_file():
-            return place / name
+        for notebook in place.glob(name):
+            return notebook
     raise ValueError(f"no page for {key!r}; expected {name} among the notebooks")
 
 
@@ -131,9 +132,9 @@ def make_page(work: Work, root: Path, key: str) -> None:
         page.unlink()
         raise RuntimeError(f"the page {key} ran and left no table in artefacts/{key}")
 
-# %% ../../nbs/appendix/08_publish.ipynb #09e17839
+# %% ../../nbs/appendix/08_publish.ipynb #2ddb7377
 def publish(root: str | Path, out: str | Path) -> Path:
-    """Copy what pages need and what they made into a small folder; returns it. Raises ValueError if there is nothing."""
+    """Copy what pages need and what they made into a small folder; returns it. Raises ValueError without results."""
     made = [a.key for a in ARTEFACTS if any((Path(root) / "artefacts" / a.key).glob("*.csv"))]
     found, out = open_results(root, made), Path(out)
     tables = {"rows": found.rows, "runs": found.runs, "concepts": found.concepts, "guides": found.guides.round(4)}

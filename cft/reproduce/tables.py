@@ -24,7 +24,7 @@ from .paper import METRICS, PAPER, PAPER_ID, Profile, artefact, as_text, claims,
 from .paper import scores_of, verdicts
 from .results import Found, numbers
 
-# %% ../../nbs/appendix/06_tables.ipynb #97ab160c
+# %% ../../nbs/appendix/06_tables.ipynb #b2ac2bbb
 _KEYS = ["model", "method", "dataset", "split", "metric"]
 
 
@@ -61,8 +61,10 @@ def beside(ours: pd.DataFrame, theirs: pd.DataFrame, profile: Profile = PAPER) -
     if a set has a name of ImageNet or the reference has more than one network.
     """
     missing = sorted({*_KEYS, "value", "low", "high", "n"} - set(ours))
-    if missing or (ours.empty and theirs.empty):
-        raise ValueError(f"expected rows; got {len(theirs)} of the paper, {len(ours)} of ours, without {missing}")
+    if missing:
+        raise ValueError(f"expected columns {', '.join(_KEYS)}, value, low, high and n; {', '.join(missing)} missing")
+    if ours.empty and theirs.empty:
+        raise ValueError("expected rows of ours or of the paper, got none")
     imagenet, networks = {*PAPER.sets, *PAPER.sets.values()} & set(ours["dataset"]), list(theirs["model"].unique())
     if not profile.comparable and (imagenet or len(networks) > 1):
         raise ValueError(f"numbers of the profile {profile.name} are not ImageNet numbers: expected sets with names of "
