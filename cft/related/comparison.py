@@ -102,15 +102,15 @@ def comparison_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     def make(seed: str) -> None:
         write_csv(steps.root / f"related/comparison/{seed}.csv", run_comparison(steps, int(seed)))
 
-    def needs(seed: int) -> tuple[Step, ...]:
+    def step(seed: int) -> Step:
         tuned = [steps.fine_tune("demo", m, seed) for m in BASES if m != "original"]
         others = [dual.fine_tune("dual", m, seed) for m in DUALS if m != "original"]
-        return (*tuned, *others, *segmil_steps(steps, (seed,)), *steps.pictures(seed), *steps.base(seed))
+        needs = (*tuned, *others, *segmil_steps(steps, (seed,)), *steps.pictures(seed), *steps.base(seed))
+        depends = {"methods": list(LABELS), "start": steps.start_digest("demo", seed)}
+        return Step("comparison", (str(seed),), (f"related/comparison/{seed}.csv",), make, needs=needs, depends=depends,
+                    job=f"comparison-{seed}")
 
-    return [
-        Step("comparison", (str(seed),), (f"related/comparison/{seed}.csv",), make, needs(seed),
-             {"methods": list(LABELS), "start": steps.start_digest("demo", seed)}, job=f"comparison-{seed}")
-        for seed in seeds]
+    return [step(seed) for seed in seeds]
 
 # %% ../../nbs/related/04_comparison.ipynb #56a40531
 _WORST = ("groups, worst group",)

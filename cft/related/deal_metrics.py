@@ -380,8 +380,9 @@ class DualSteps(PaperSteps):
         needs = [self.evaluate("dual", method, seed, name) for name in TESTS]
         if method == "deal.released":
             needs.append(self.fine_tune("dual", "contrastive", seed))
-        return Step("deal", (method, str(seed)), (f"related/deal/{method}.{seed}.csv",), self._scores, tuple(needs),
-                    self.settings.values("segmentation_per_class"), job=f"dual-{seed}", part=method)
+        return Step("deal", (method, str(seed)), (f"related/deal/{method}.{seed}.csv",), self._scores,
+                    needs=tuple(needs), depends=self.settings.values("segmentation_per_class"), job=f"dual-{seed}",
+                    part=method)
 
     def _scores(self, method: str, number: str) -> None:
         seed = int(number)

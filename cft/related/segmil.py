@@ -494,12 +494,14 @@ def segmil_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
                                                                        0)[0].as_dict(), "grounder": toy_grounder().name}
 
     def make(seed: str) -> None:
-        write_csv(steps.root / f"related/segmil/{seed}.csv", run_segmil(steps, int(seed)))
+        write_csv(steps.root / f"related/segmil/{seed}.csv", run_segmil(steps, int(seed)).assign(seed=int(seed)))
 
-    return [
-        Step("segmil", (str(seed),), (f"related/segmil/{seed}.csv",), make, (*steps.pictures(seed), *steps.base(seed)),
-             depends | {"start": steps.world.start("demo", seed)}, f"segmil/{seed}", f"segmil-{seed}")
-        for seed in seeds]
+    def step(seed: int) -> Step:
+        return Step("segmil", (str(seed),), (f"related/segmil/{seed}.csv",), make, job=f"segmil-{seed}",
+                    needs=(*steps.pictures(seed), *steps.base(seed)), folder=f"segmil/{seed}",
+                    depends=depends | {"start": steps.start_digest("demo", seed)})
+
+    return [step(seed) for seed in seeds]
 
 # %% ../../nbs/related/01_segmil.ipynb #fdb7906a
 def segmil_table(scores: pd.DataFrame) -> pd.DataFrame:

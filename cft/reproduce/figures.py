@@ -23,7 +23,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..data.backdrop import CLASSES
-from ..data.testsets import class_names
 from .paper import METRICS, PAPER_ID, scores_of
 from .results import Found, numbers
 from .tables import LABELS, gains, printed_gains, views
@@ -88,6 +87,8 @@ def _stamp(fig: Figure, found: Found) -> None:
 # %% ../../nbs/appendix/07_figures.ipynb #a4464035
 def names_of(found: Found) -> list[str]:
     """The classes of the run, in the order of the networks' outputs."""
+    from cft.data.testsets import class_names  # which brings torch, for a second or two
+
     return list(CLASSES) if found.settings.drawn else list(class_names())
 
 

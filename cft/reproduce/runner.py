@@ -56,7 +56,8 @@ def page_steps(work: Work, root: Path) -> list[Step]:
         depends = {"notebook": sha256(notebook_of(key)), **narrowed, **work.settings.values(*told)}
         make = lambda key: make_page(work, root, key)
         pages.append(
-            Step("page", (key,), (page_file(key),), make, tuple(needs), depends, f"artefacts/{key}", "pages", key))
+            Step("page", (key,), (page_file(key),), make, needs=tuple(needs), depends=depends,
+                 folder=f"artefacts/{key}", job="pages", part=key))
     return pages
 
 # %% ../../nbs/appendix/13_runner.ipynb #bf872700

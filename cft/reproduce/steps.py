@@ -14,7 +14,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -49,6 +49,7 @@ class Step:
     item: tuple[str, ...]  # with the kind, its name
     writes: tuple[str, ...]  # files that others read
     make: Callable[..., None]  # makes it; called with the item
+    _: KW_ONLY
     needs: tuple["Step", ...] = ()
     depends: Mapping[str, Any] = field(default_factory=dict)  # plain values
     folder: str = ""  # that the files stand for
