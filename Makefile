@@ -28,7 +28,7 @@ demo: .venv/.ready
 
 page: .venv/.ready
 	@mkdir -p runs
-	@$(PY) -m papermill --no-progress-bar nbs/23_experiment.ipynb runs/demo.ipynb -p results $(CURDIR)/figures/demo >runs/demo.log 2>&1 || { tail -30 runs/demo.log; exit 1; }
+	@$(PY) -m papermill --no-progress-bar nbs/24_demo.ipynb runs/demo.ipynb -p results $(CURDIR)/figures/demo >runs/demo.log 2>&1 || { tail -30 runs/demo.log; exit 1; }
 	@echo "The page, executed: runs/demo.ipynb"
 
 reproduce: .venv/.ready

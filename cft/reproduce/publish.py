@@ -86,7 +86,7 @@ def end_page(found: Found, key: str, figures: Mapping[str, "Figure"] | None = No
 
 # %% ../../nbs/appendix/08_publish.ipynb #761f0b19
 _PAGES = {a.key: f"paper/{a.key}.ipynb" for a in ARTEFACTS} | {
-    "demo": "23_demo.ipynb", "segmil": "related/*_segmil.ipynb", "deal": "related/*_deal_metrics.ipynb",
+    "demo": "24_demo.ipynb", "segmil": "related/*_segmil.ipynb", "deal": "related/*_deal_metrics.ipynb",
     "comparison": "related/*_comparison.ipynb"}
 
 

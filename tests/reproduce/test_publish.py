@@ -168,7 +168,7 @@ def test_the_scoreboard_has_every_artefact(small):
     counts = [[int(word.split()[-2]) for word in part.split(",")] for part in line["claims"].split(";")]
     assert line["claims"].startswith("paper's form: ") and "; our form: " in line["claims"]
     assert [sum(part) for part in counts] == [10, 10]
-    assert board.loc["[The demo: does it work, and what does it cost?](nbs/23_demo.ipynb)", "claims"] == ""
+    assert board.loc["[The demo: does it work, and what does it cost?](nbs/24_demo.ipynb)", "claims"] == ""
 
 
 def test_markdown():
