@@ -67,17 +67,14 @@ table and figure of the paper again. `cft COMMAND --help` explains a command. Ev
 nothing is half-written.
 """
 
-
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"cft {cft.__version__}")
         raise typer.Exit
 
-
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 
 Version = Annotated[bool, option("Say the version and leave.", "--version", callback=_version, is_eager=True)]
-
 
 @app.callback(help=ORDER)
 def _options(version: Version = False) -> None:
@@ -131,7 +128,6 @@ def audit(data: Data, model: Model, weights: Weights = None, pretrained: Pretrai
             report.save(out)
             say(f"result   {out}")
 
-
 def _with_objects(data: Path, objects: Path | None, names: Sequence[str], box: Path) -> "tuple[Folder, dict[str, str]]":
     """The pictures with their object masks, and where these come from; masks from a store are written to `box`."""
     from cft.data.folders import list_folder, scan
@@ -146,18 +142,15 @@ def _with_objects(data: Path, objects: Path | None, names: Sequence[str], box: P
     folder = folder.choose(there).with_masks(object=write_pngs(store, None, box))
     return folder, {"objects": f"found by the name of the class, by {store.provenance['grounder']}"}
 
-
 def _run_record(after: Path | None) -> dict | None:
     """What the folder of a run says about how it was made."""
     file = after / "record.json" if after and after.is_dir() else after and after.with_name("record.json")
     return read_json(file) if file and file.is_file() else None
 
-
 def _audit_command(data: Path, **options: str | Path | None) -> str:
     """The command, without the folders in which things lie: a report is sent around."""
     given = (f"--{key} {Path(value).name}" for key, value in options.items() if value)
     return " ".join(["cft audit", data.name, *given])
-
 
 def _say_audits(found: Sequence["Audit"]) -> None:
     for title, one in zip(("before: ", "after:  ") if len(found) > 1 else ("",), found):
@@ -165,7 +158,6 @@ def _say_audits(found: Sequence["Audit"]) -> None:
         say(_by_class(one.table()))
     for text in dict.fromkeys(text for one in found for text in one.unmeasured):
         say(f"not measured: {text}")
-
 
 def _by_class(table: "pd.DataFrame") -> str:
     """The lines of an audit that fit a terminal: percent, and points with their interval."""
@@ -191,7 +183,6 @@ def _classes_of(source: Path) -> "tuple[ClassName, ...]":
     if not source.is_file():
         raise ValueError(f"nothing at {source}; expected an image folder, or a CSV file with the columns id and name")
     return read_classes(source)
-
 
 @app.command()
 def concepts(
@@ -234,7 +225,6 @@ def concepts(
         f"{len(found.dropped)} dropped")
     say(f"result   {out}; answers in {record.name}")
 
-
 @app.command()
 def masks(
     data: Data, concepts: Concepts, out: Annotated[Path, option("Folder for the mask store.")],
@@ -275,7 +265,6 @@ def masks(
     say(f"masks    {store!r}")
     if store.set_aside:
         say(f"         {len(store.set_aside)} pictures set aside: {'; '.join(store.set_aside)}")
-
 
 @app.command()
 def validate(
@@ -343,7 +332,6 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
     if "object" in needs:
         folder = folder.with_masks(object=objects or write_pngs(store, None, out / "objects", choice.pictures))
     return folder
-
 
 @app.command()
 def fit(
@@ -465,7 +453,6 @@ def evaluate(
     if out is not None:
         write_csv(out, table)
 
-
 def _evaluate_sets(data: list[Path], keys: list[str], model: str, weights: list[Path | None], pretrained: bool,
                    protocol: str, out: Path | None, loop: "Loop", dry_run: bool) -> None:
     from cft.data.testsets import open_set
@@ -486,7 +473,6 @@ def _evaluate_sets(data: list[Path], keys: list[str], model: str, weights: list[
 # %% ../../nbs/appendix/15_cli.ipynb #1574bddb
 def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
 
 @app.command()
 def demo(
@@ -524,7 +510,6 @@ def demo(
     say(shown.rename_axis(None).to_string())
     say("\n" + sentences(claims_of(results, "demo")).replace("**", ""))
     say(f"\nThe page: {out / 'pages/demo.ipynb'}; tables and figures: {out / 'artefacts/demo'}")
-
 
 @app.command()
 def reproduce(
@@ -580,7 +565,6 @@ def reproduce(
         from cft.reproduce.publish import publish as copy
 
         say(f"result   {copy(found.root, publish)}")
-
 
 def main(arguments: list[str] | None = None) -> None:
     """What the command `cft` calls."""

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 # %% ../../nbs/appendix/12_explorer.ipynb #fe5dbbce
 class Memory:
     """The last `keep` results, by key."""
-
     def __init__(self, keep: int):
         self.keep, self.results = keep, OrderedDict()
 
@@ -55,7 +54,6 @@ class Memory:
         self.results.move_to_end(key)
         return self.results[key]
 
-
 class Seen(NamedTuple):
     """A picture as the model sees it, cut to the model's input, with its masks."""
 
@@ -64,7 +62,6 @@ class Seen(NamedTuple):
     masks: dict[str, Tensor]  # phrase → bool (height, width)
     own: Tensor | None  # mask of the class's name
     note: str  # why there are no masks, or ""
-
 
 @dataclass(repr=False)
 class Material:
@@ -84,8 +81,9 @@ class Material:
     judged: Memory = field(default_factory=lambda: Memory(512))
 
     @classmethod
-    def open(cls, images: str | Path, model: str, weights: str | Path, *, store: str | Path | None = None, concepts: str | Path | None = None,
-             run: str | Path | None = None, classes: list[str] | None = None, device: str = "cpu") -> "Material":
+    def open(cls, images: str | Path, model: str, weights: str | Path, *, store: str | Path | None = None,
+             concepts: str | Path | None = None, run: str | Path | None = None, classes: list[str] | None = None,
+             device: str = "cpu") -> "Material":
         """Read what the commands have written; `run` is the folder of `cft fit`, `classes` names the model's outputs.
 
         Raises ValueError for pictures or a model that do not read, and class names that do not fit the model. What else
@@ -94,9 +92,12 @@ class Material:
         before, stored = load_model(model, weights)
         names = output_names(before, Path(images), classes or stored)
         found, missing = {}, []
-        readers = {"store": (store, MaskStore, "no masks: build them with cft masks … --out STORE"),
-                   "concepts": (concepts, ConceptSet.load, "no concept set: make one with cft concepts … --out concepts.json"),
-                   "after": (run, lambda path: load_model(model, Path(path) / "model.safetensors")[0].to(device).eval(), "no fine-tuned model yet: make one with cft fit … --out RUN")}
+        readers = {
+            "store": (store, MaskStore, "no masks: build them with cft masks … --out STORE"),
+            "concepts": (concepts, ConceptSet.load, "no concept set: make one with cft concepts … --out concepts.json"),
+            "after": (run, lambda path: load_model(model,
+                                                   Path(path) / "model.safetensors")[0].to(device).eval(),
+                      "no fine-tuned model yet: make one with cft fit … --out RUN")}
         for what, (path, read, advice) in readers.items():
             try:
                 found[what] = read(path) if path is not None else None
@@ -105,8 +106,10 @@ class Material:
             if found[what] is None:
                 missing.append(advice)
         record = Path(run) / "record.json" if run is not None else None
-        return cls(list_folder(images), names, before.to(device).eval(), **found, file=Path(concepts) if concepts is not None else None,
-                   run=json.loads(record.read_text(encoding="utf-8")) if record and record.is_file() else None, missing=tuple(missing))
+        return cls(list_folder(images), names,
+                   before.to(device).eval(), **found, file=Path(concepts) if concepts is not None else None,
+                   run=json.loads(record.read_text(encoding="utf-8")) if record and record.is_file() else None,
+                   missing=tuple(missing))
 
     @cached_property
     def preprocess(self) -> Preprocess:
@@ -132,7 +135,9 @@ class Material:
     def pictures(self, class_id: str) -> list[str]:
         """The pictures of a class, those with masks first. Raises ValueError for an unknown class."""
         if class_id not in self.folder.classes:
-            raise ValueError(f"no class {class_id!r} in {self.folder.root.name}; expected one of {', '.join(self.folder.classes[:8])}{', …' * (len(self.folder.classes) > 8)}")
+            raise ValueError(
+                f"no class {class_id!r} in {self.folder.root.name}; expected one of {', '.join(self.folder.classes[:8])}{', …' * (len(self.folder.classes) > 8)}"
+            )
         label = self.folder.classes.index(class_id)
         names = self.folder.only([label]).names
         return sorted(names, key=lambda name: (name not in self.with_masks, name))
@@ -143,22 +148,24 @@ class Material:
         return self.concepts.of(class_id) if known else ()
 
     def __repr__(self) -> str:
-        parts = [f"{len(self.folder)} pictures of {len(self.folder.classes)} classes", *(f"{self.store!r}" for _ in [0] if self.store is not None)]
+        parts = [
+            f"{len(self.folder)} pictures of {len(self.folder.classes)} classes",
+            *(f"{self.store!r}" for _ in [0] if self.store is not None)]
         return f"Material({'; '.join([*parts, *self.missing])})"
-
 
 def output_names(model: nn.Module, images: Path, known: list[str] | None) -> tuple[str, ...]:
     """Names of the model's outputs: `known`, or else the class folders. Raises ValueError if their number is not the model's."""
     names = tuple(known or class_folders(images))
     if len(names) != model.num_classes:
-        raise ValueError(f"the model has {model.num_classes} classes, but {len(names)} are named; give the name of every output in classes")
+        raise ValueError(
+            f"the model has {model.num_classes} classes, but {len(names)} are named; give the name of every output in classes"
+        )
     return names
 
 # %% ../../nbs/appendix/12_explorer.ipynb #17ba0791
 def see(material: Material, picture: str, class_id: str) -> Seen:
     """A picture as the model sees it. Raises ValueError if it does not decode."""
     return material.pictures_kept.get((picture, class_id), lambda: _see(material, picture, class_id))
-
 
 def _see(material: Material, picture: str, class_id: str) -> Seen:
     image, masks, own, note = open_image(material.folder.root / picture), {}, None, ""
@@ -169,20 +176,22 @@ def _see(material: Material, picture: str, class_id: str) -> Seen:
         note = f"no masks of this picture: {aside.removeprefix(f'{picture}: ') or 'it was not among those that were looked at'}"
     else:
         looked = set(material.store.phrases(picture))
-        masks = {phrase: material.store.mask(picture, phrase) for phrase in material.phrases(class_id) if phrase in looked}
+        masks = {
+            phrase: material.store.mask(picture, phrase) for phrase in material.phrases(class_id) if phrase in looked}
         own = material.store.class_mask(picture)
     layers = [*masks.values(), *([own] if own is not None else [])]
     tensor = tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-    stack = tv_tensors.Mask(torch.from_numpy(np.stack(layers)) if layers else torch.zeros(0, image.height, image.width, dtype=torch.bool))
+    stack = tv_tensors.Mask(
+        torch.from_numpy(np.stack(layers)) if layers else torch.zeros(0, image.height, image.width, dtype=torch.bool))
     seen, stack = material.preprocess.transform(False)(tensor, stack)
     seen, stack = seen.as_subclass(Tensor), stack.as_subclass(Tensor).bool()
     mean, std = (torch.tensor(v)[:, None, None] for v in (material.preprocess.mean, material.preprocess.std))
-    return Seen(seen, (seen * std + mean).clamp(0, 1), dict(zip(masks, stack)), stack[-1] if own is not None else None, note)
+    return Seen(seen, (seen * std + mean).clamp(0, 1), dict(zip(masks, stack)), stack[-1] if own is not None else None,
+                note)
 
 # %% ../../nbs/appendix/12_explorer.ipynb #bd307a3e
 SIGNED = "signed"  # relevance as it is, without a normalisation
 EXPLAIN = ("predicted", "label")  # for which class relevance is computed
-
 
 @dataclass(frozen=True)
 class View:
@@ -203,21 +212,22 @@ class View:
 
     def __post_init__(self) -> None:
         if not all(0 <= value <= 1 for value in (self.occurrence, self.coverage, self.strength)):
-            raise ValueError(f"thresholds and strength must lie in [0, 1], got {self.occurrence}, {self.coverage}, {self.strength}")
+            raise ValueError(
+                f"thresholds and strength must lie in [0, 1], got {self.occurrence}, {self.coverage}, {self.strength}")
         named(self.method)
-        for value, allowed, what in ((self.normalize, (SIGNED, *NORMALIZATIONS), "normalize"), (self.explain, EXPLAIN, "explain")):
+        for value, allowed, what in ((self.normalize, (SIGNED, *NORMALIZATIONS), "normalize"), (self.explain, EXPLAIN,
+                                                                                                "explain")):
             if value not in allowed:
                 raise ValueError(f"{what} must be one of {', '.join(allowed)}, got {value!r}")
 
-
 def first_view(material: Material, class_id: str | None = None) -> View:
     """Where to begin: the first class that has masks, or `class_id`, and its first picture."""
-    ids = [class_id] if class_id is not None else sorted(material.folder.classes, key=lambda c: not any(p.startswith(f"{c}/") for p in material.with_masks))
+    ids = [class_id] if class_id is not None else sorted(
+        material.folder.classes, key=lambda c: not any(p.startswith(f"{c}/") for p in material.with_masks))
     return View(ids[0], material.pictures(ids[0])[0])
 
 # %% ../../nbs/appendix/12_explorer.ipynb #f1abd670
 KEPT, DROPPED, OFF, UNASKED = "in the mask", "too rare", "switched off", "not looked for here"
-
 
 class Line(NamedTuple):
     """A concept in a view."""
@@ -238,19 +248,17 @@ class Line(NamedTuple):
         here = f", {share} of this picture" if self.area == self.area and self.area > 0 else ", not in this picture" if self.area == 0 else ""
         return f"{self.state}: {rare}{where}{here}"
 
-
 class Thresholded(NamedTuple):
     """`Evidence.judge` by class, for many looks."""
 
     pairs: dict[str, list]  # class id → its rows of the first table, the most frequent first
     classes: dict[str, Any]  # class id → its row of the second table
 
-
 def at_thresholds(material: Material, view: View) -> Thresholded | None:
     """The evidence at the thresholds of a view, remembered; None without evidence."""
     key = (view.occurrence, view.coverage)
-    return None if material.evidence is None else material.judged.get(key, lambda: _at_thresholds(material.evidence, *key))
-
+    return None if material.evidence is None else material.judged.get(key,
+                                                                      lambda: _at_thresholds(material.evidence, *key))
 
 def _at_thresholds(evidence: Evidence, occurrence: float, coverage: float) -> Thresholded:
     pairs, classes = evidence.judge(occurrence, coverage)
@@ -259,7 +267,6 @@ def _at_thresholds(evidence: Evidence, occurrence: float, coverage: float) -> Th
         found.setdefault(row.class_id, []).append(row)
     return Thresholded(found, {row.class_id: row for row in classes.itertuples()})
 
-
 def lines(material: Material, view: View) -> list[Line]:
     """The concepts of the view's class, the most frequent first."""
     seen, judged = see(material, view.picture, view.class_id), at_thresholds(material, view)
@@ -267,14 +274,13 @@ def lines(material: Material, view: View) -> list[Line]:
         return [_line(view, seen, phrase, None) for phrase in material.phrases(view.class_id)]
     return [_line(view, seen, row.concept, row) for row in judged.pairs.get(view.class_id, ())]
 
-
 def _line(view: View, seen: Seen, phrase: str, row: Any) -> Line:
     off = (view.class_id, phrase) in view.off
     state = OFF if off else DROPPED if row is not None and not row.accepted else KEPT if phrase in seen.masks or seen.note else UNASKED
     area = float(seen.masks[phrase].float().mean()) if phrase in seen.masks else float("nan")
-    known = (row.occurrence, int(row.hits), int(row.pictures), row.inside) if row is not None else (float("nan"), 0, 0, float("nan"))
+    known = (row.occurrence, int(row.hits), int(row.pictures), row.inside) if row is not None else (float("nan"), 0, 0,
+                                                                                                    float("nan"))
     return Line(phrase, *known, area, state)
-
 
 def union(seen: Seen, shown: list[Line]) -> Tensor | None:
     """Where the concepts in the mask are; None without masks."""
@@ -286,21 +292,21 @@ def union(seen: Seen, shown: list[Line]) -> Tensor | None:
 # %% ../../nbs/appendix/12_explorer.ipynb #9e6a55b6
 WHICH = ("before", "after")
 
-
 def explained(material: Material, which: str, view: View) -> Relevance:
     """Relevance by the model before or after, remembered. Raises ValueError if the model or the method has none."""
     model = getattr(material, which)
-    label = material.classes.index(view.class_id) if view.explain == "label" and view.class_id in material.classes else None
+    label = material.classes.index(
+        view.class_id) if view.explain == "label" and view.class_id in material.classes else None
     key = (which, view.picture, view.method, label)
 
     def compute() -> Relevance:
         image = see(material, view.picture, view.class_id).image[None].to(next(model.parameters()).device)
         target = None if label is None else torch.tensor([label], device=image.device)
         found = relevance(model, image, target, view.method, differentiable=False)
-        return replace(found, logits=found.logits.detach().float().cpu(), tokens=found.tokens.detach().float().cpu(), target=found.target.cpu())
+        return replace(found, logits=found.logits.detach().float().cpu(), tokens=found.tokens.detach().float().cpu(),
+                       target=found.target.cpu())
 
     return material.maps_kept.get(key, compute)
-
 
 def drawn_map(found: Relevance, view: View) -> tuple[Tensor, float | None]:
     """The map (rows, columns) of a view, and the value that is drawn in full colour; None: the largest."""
@@ -311,7 +317,6 @@ def drawn_map(found: Relevance, view: View) -> tuple[Tensor, float | None]:
 # %% ../../nbs/appendix/12_explorer.ipynb #91032ad7
 SIDE = 224  # pixels of a picture
 
-
 class Panel(NamedTuple):
     """A picture with a description for those who do not see it, and a caption."""
 
@@ -321,9 +326,10 @@ class Panel(NamedTuple):
 
     def html(self) -> str:
         """As a figure."""
-        return (f'<figure style="margin:0"><img src="{data_uri(self.picture)}" alt="{escape(self.alt)}" width="{self.picture.shape[1]}" height="{self.picture.shape[0]}" '
-                f'style="max-width:100%;height:auto;border-radius:4px"><figcaption style="max-width:{SIDE}px;line-height:1.35">{self.caption}</figcaption></figure>')
-
+        return (
+            f'<figure style="margin:0"><img src="{data_uri(self.picture)}" alt="{escape(self.alt)}" width="{self.picture.shape[1]}" height="{self.picture.shape[0]}" '
+            f'style="max-width:100%;height:auto;border-radius:4px"><figcaption style="max-width:{SIDE}px;line-height:1.35">{self.caption}</figcaption></figure>'
+        )
 
 class Answer(NamedTuple):
     """One of the best answers of a model."""
@@ -333,7 +339,6 @@ class Answer(NamedTuple):
     name: str  # of the class
     probability: float
     right: bool
-
 
 @dataclass(frozen=True, repr=False)
 class Scene:
@@ -348,7 +353,8 @@ class Scene:
 
     def concepts_html(self) -> str:
         """The concepts as a list."""
-        rows = "".join(f"<li><b>{escape(line.concept)}</b> <small>{escape(line.words())}</small></li>" for line in self.lines)
+        rows = "".join(f"<li><b>{escape(line.concept)}</b> <small>{escape(line.words())}</small></li>"
+                       for line in self.lines)
         return f"<ul style='margin:.3em 0'>{rows}</ul>" if rows else "<p>No concepts of this class.</p>"
 
     def answers_html(self) -> str:
@@ -356,7 +362,8 @@ class Scene:
         row = lambda a: f"<tr><td>{'✓' if a.right else '✗' if a.rank == 1 else ''}</td><td style='text-align:left'>{escape(a.name)}</td><td>{a.probability:.1%}</td></tr>"
         tables = {which: "".join(row(a) for a in self.answers if a.model == which) for which in WHICH}
         return "<div style='display:flex;gap:2em;flex-wrap:wrap'>" + "".join(
-            f"<table><caption style='text-align:left'>answers {which}</caption>{rows}</table>" for which, rows in tables.items() if rows) + "</div>"
+            f"<table><caption style='text-align:left'>answers {which}</caption>{rows}</table>"
+            for which, rows in tables.items() if rows) + "</div>"
 
     def notes_html(self) -> str:
         """What is missing, or nothing."""
@@ -364,16 +371,20 @@ class Scene:
 
     def _repr_html_(self) -> str:
         figures = "".join(panel.html() for panel in self.panels)
-        return (f"{self.notes_html()}<div style='display:flex;gap:1em;flex-wrap:wrap'>{figures}</div>{self.answers_html()}"
-                f"<p>{escape(self.view.class_id)}, {escape(self.view.picture)}. {escape(self.summary)}</p>{self.concepts_html()}")
-
+        return (
+            f"{self.notes_html()}<div style='display:flex;gap:1em;flex-wrap:wrap'>{figures}</div>{self.answers_html()}"
+            f"<p>{escape(self.view.class_id)}, {escape(self.view.picture)}. {escape(self.summary)}</p>{self.concepts_html()}"
+        )
 
 def scene(material: Material, view: View) -> Scene:
     """What there is to see. Raises ValueError for a class or picture that is not there, or a picture that does not decode."""
     if view.picture not in material.pictures(view.class_id):
-        raise ValueError(f"no picture {view.picture!r} of {view.class_id}; expected one like {material.pictures(view.class_id)[0]!r}")
+        raise ValueError(
+            f"no picture {view.picture!r} of {view.class_id}; expected one like {material.pictures(view.class_id)[0]!r}"
+        )
     seen, shown = see(material, view.picture, view.class_id), lines(material, view)
-    mask, notes = union(seen, shown), list(dict.fromkeys([*material.missing, *([seen.note] if seen.note and material.store is not None else [])]))
+    mask, notes = union(seen, shown), list(
+        dict.fromkeys([*material.missing, *([seen.note] if seen.note and material.store is not None else [])]))
     if material.concepts is not None and view.class_id not in {c.id for c in material.concepts.classes}:
         notes.append(f"the concept set does not know the class {view.class_id}: ask for it with cft concepts")
     if view.class_id not in material.classes:
@@ -386,7 +397,6 @@ def scene(material: Material, view: View) -> Scene:
             answers += found
     return Scene(view, tuple(shown), tuple(panels), tuple(answers), summary(material, view), tuple(notes))
 
-
 def _mask_panel(seen: Seen, shown: list[Line], mask: Tensor | None, view: View) -> Panel:
     """The picture with the outline of the mask."""
     kept = [line.concept for line in shown if line.state == KEPT and line.area > 0]
@@ -394,16 +404,19 @@ def _mask_panel(seen: Seen, shown: list[Line], mask: Tensor | None, view: View) 
     if mask is None:
         return Panel(picture, f"A picture of {view.class_id}, without masks", f"the picture; {escape(seen.note)}")
     where = f"{float(mask.float().mean()):.0%} of the picture"
-    covers = f"; of the class as found, and nothing else, it covers {iou(mask.numpy(), seen.own.numpy()):.0%}" if seen.own is not None and seen.own.any() else "; the class itself was not found here"
-    return Panel(picture, f"A picture of {view.class_id} with the outline of {', '.join(kept) or 'no concept'}", f"the mask: {where}{covers}. Outlined: {escape(', '.join(kept) or 'nothing')}")
+    covers = f"; of the class as found, and nothing else, it covers {iou(mask.numpy(), seen.own.numpy()):.0%}" if seen.own is not None and seen.own.any(
+    ) else "; the class itself was not found here"
+    return Panel(picture, f"A picture of {view.class_id} with the outline of {', '.join(kept) or 'no concept'}",
+                 f"the mask: {where}{covers}. Outlined: {escape(', '.join(kept) or 'nothing')}")
 
-
-def _map_panel(material: Material, which: str, view: View, seen: Seen, mask: Tensor | None) -> tuple[Panel, list[Answer]]:
+def _map_panel(material: Material, which: str, view: View, seen: Seen,
+               mask: Tensor | None) -> tuple[Panel, list[Answer]]:
     """The map of a model with the outline of the mask, and its best answers."""
     try:
         found = explained(material, which, view)
     except ValueError as error:
-        return Panel(overlay(seen.shown, side=SIDE), f"No map {which} fine-tuning", f"{which}: no map. {escape(str(error))}"), []
+        return Panel(overlay(seen.shown, side=SIDE), f"No map {which} fine-tuning",
+                     f"{which}: no map. {escape(str(error))}"), []
     values, scale = drawn_map(found, view)
     picture = overlay(seen.shown, values, mask if mask is not None and mask.any() else None, view.strength, SIDE, scale)
     target = material.classes[int(found.target[0])]
@@ -411,13 +424,14 @@ def _map_panel(material: Material, which: str, view: View, seen: Seen, mask: Ten
     on = f"; {share:.0%} of what speaks for it lies on the mask, which is {float(mask.float().mean()):.0%} of the picture" if share == share else ""
     colours = "red for, blue against" if view.normalize == SIGNED else "the redder the more"
     caption = f"{which} fine-tuning, for {escape(target)}: {colours}{on}"
-    return Panel(picture, f"Relevance {which} fine-tuning for {target}", caption), _answers(material, which, found, view)
-
+    return Panel(picture, f"Relevance {which} fine-tuning for {target}",
+                 caption), _answers(material, which, found, view)
 
 def _answers(material: Material, which: str, found: Relevance, view: View, best: int = 3) -> list[Answer]:
     chances, numbers = found.logits[0].softmax(-1).topk(min(best, len(material.classes)))
-    return [Answer(which, rank, material.classes[k], chance, material.classes[k] == view.class_id) for rank, (k, chance) in enumerate(zip(numbers.tolist(), chances.tolist()), 1)]
-
+    return [
+        Answer(which, rank, material.classes[k], chance, material.classes[k] == view.class_id)
+        for rank, (k, chance) in enumerate(zip(numbers.tolist(), chances.tolist()), 1)]
 
 def summary(material: Material, view: View) -> str:
     """What the thresholds do to the class and to all classes, in words."""
@@ -429,9 +443,11 @@ def summary(material: Material, view: View) -> str:
     own = f"Coverage of {view.class_id}: {mine.coverage:.0%}, {'enough' if mine.covered else 'flagged'}. " if known else f"Coverage of {view.class_id} is unknown. "
     pairs = [row for rows in judged.pairs.values() for row in rows if row.pictures]
     classes = [row for row in judged.classes.values() if row.pictures]
-    return (own + f"At {view.occurrence:.0%} and {view.coverage:.0%}, {sum(row.accepted for row in pairs)} of {len(pairs)} pairs of class and concept stay, "
-            f"{sum(not row.covered for row in classes)} of {len(classes)} classes are flagged, "
-            f"{len(view.off)} pair{'s are' if len(view.off) != 1 else ' is'} switched off by hand.")
+    return (
+        own +
+        f"At {view.occurrence:.0%} and {view.coverage:.0%}, {sum(row.accepted for row in pairs)} of {len(pairs)} pairs of class and concept stay, "
+        f"{sum(not row.covered for row in classes)} of {len(classes)} classes are flagged, "
+        f"{len(view.off)} pair{'s are' if len(view.off) != 1 else ' is'} switched off by hand.")
 
 # %% ../../nbs/appendix/12_explorer.ipynb #6a1c0d11
 def edited(material: Material, view: View, by: str, why: str = "") -> ConceptSet:
@@ -453,10 +469,11 @@ def edited(material: Material, view: View, by: str, why: str = "") -> ConceptSet
     gone = sorted(set(material.concepts.pairs()) - set(result.pairs()))
     if not gone:
         raise ValueError("nothing has been switched off and no concept is too rare; expected a change to save")
-    entry = {"by": by.strip(), "why": why.strip(), "when": datetime.now(UTC).isoformat(timespec="seconds"), "from": material.file.name if material.file else "",
-             "parent": material.concepts.digest(), "occurrence": view.occurrence, "removed": [list(pair) for pair in gone]}
+    entry = {
+        "by": by.strip(), "why": why.strip(), "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "from": material.file.name if material.file else "", "parent": material.concepts.digest(),
+        "occurrence": view.occurrence, "removed": [list(pair) for pair in gone]}
     return replace(result, settings={**result.settings, "edits": [*result.settings.get("edits", []), entry]})
-
 
 def save_version(concepts: ConceptSet, file: str | Path) -> Path:
     """Save beside `file` as the next free version: name.v2.json, name.v3.json, …; returns the path. Overwrites nothing."""
@@ -476,10 +493,8 @@ def save_version(concepts: ConceptSet, file: str | Path) -> Path:
 def _widgets() -> "ipywidgets":
     return need("ipywidgets", "ipywidgets", "cft[lab]", "the explorer")
 
-
 class Explorer:
     """Sliders and lists over a `Material`, for JupyterLab. Raises ImportError naming the extra if ipywidgets is not there."""
-
     def __init__(self, material: Material, view: View | None = None, by: str = ""):
         self.material, self.view = material, view or first_view(material)
         self.timings: deque[tuple[str, float]] = deque(maxlen=1000)  # what was moved, and seconds until the answer
@@ -494,25 +509,41 @@ class Explorer:
         v, style, wide = self.view, {"description_width": "8.5em"}, w.Layout(width="24em")
         many = {"style": style, "layout": wide}
         percent = {"min": 0.0, "max": 1.0, "step": 0.01, "readout_format": ".0%", **many}
-        self.class_id = w.Dropdown(options=list(self.material.folder.classes), value=v.class_id, description="class", **many)
+        self.class_id = w.Dropdown(options=list(self.material.folder.classes), value=v.class_id, description="class",
+                                   **many)
         self.picture = w.Dropdown(options=[v.picture], value=v.picture, description="picture", **many)
-        self.earlier, self.later = (w.Button(description=text, tooltip=f"{text} picture of the class", layout=w.Layout(width="8em")) for text in ("◀ previous", "next ▶"))
+        self.earlier, self.later = (w.Button(description=text, tooltip=f"{text} picture of the class",
+                                             layout=w.Layout(width="8em")) for text in ("◀ previous", "next ▶"))
         self.occurrence = w.FloatSlider(value=v.occurrence, description="occurrence ≥", **percent)
         self.coverage = w.FloatSlider(value=v.coverage, description="coverage ≥", **percent)
-        self.method = w.Dropdown(options=[(f"{name} (slow)" if named(name).name == "iia" else name, name) for name in ATTRIBUTIONS], value=v.method, description="relevance", **many)
-        self.normalize = w.Dropdown(options=[SIGNED, *NORMALIZATIONS], value=v.normalize, description="normalisation", **many)
-        self.explain = w.Dropdown(options=[("the answer of each model", "predicted"), ("the picture's own class", "label")], value=v.explain, description="explains", **many)
+        self.method = w.Dropdown(
+            options=[(f"{name} (slow)" if named(name).name == "iia" else name, name) for name in ATTRIBUTIONS],
+            value=v.method, description="relevance", **many)
+        self.normalize = w.Dropdown(options=[SIGNED, *NORMALIZATIONS], value=v.normalize, description="normalisation",
+                                    **many)
+        self.explain = w.Dropdown(
+            options=[("the answer of each model", "predicted"), ("the picture's own class", "label")], value=v.explain,
+            description="explains", **many)
         self.strength = w.FloatSlider(value=v.strength, description="overlay", **percent)
         self.by = w.Text(value=by or _user(), description="edited by", continuous_update=False, **many)
         self.why = w.Text(description="because", continuous_update=False, **many)
-        self.save = w.Button(description="save as a new version", layout=w.Layout(width="15em"), disabled=self.material.concepts is None)
+        self.save = w.Button(description="save as a new version", layout=w.Layout(width="15em"),
+                             disabled=self.material.concepts is None)
         self.saved, self.notes, self.summary, self.answers, self.panels = (w.HTML() for _ in range(5))
-        self.concepts, self.boxes = w.VBox(layout=w.Layout(max_height="30em", overflow="hidden auto", border="1px solid var(--jp-border-color2, #ccc)", padding=".4em")), {}
+        self.concepts, self.boxes = w.VBox(
+            layout=w.Layout(max_height="30em", overflow="hidden auto", border="1px solid var(--jp-border-color2, #ccc)",
+                            padding=".4em")), {}
         head = lambda text: w.HTML(f"<b>{text}</b>")
-        left = w.VBox([self.class_id, self.picture, w.HBox([self.earlier, self.later]), head("thresholds"), self.occurrence, self.coverage, self.summary, head("concepts in the mask"), self.concepts],
-                      layout=w.Layout(width="28em", flex="0 0 auto"))
-        right = w.VBox([self.panels, self.answers, head("relevance"), self.method, self.normalize, self.explain, self.strength,
-                        head("save the concepts that are in the masks"), self.by, self.why, self.save, self.saved], layout=w.Layout(min_width="18em", flex="1 1 45em"))
+        left = w.VBox([
+            self.class_id, self.picture,
+            w.HBox([self.earlier, self.later]),
+            head("thresholds"), self.occurrence, self.coverage, self.summary,
+            head("concepts in the mask"), self.concepts], layout=w.Layout(width="28em", flex="0 0 auto"))
+        right = w.VBox([
+            self.panels, self.answers,
+            head("relevance"), self.method, self.normalize, self.explain, self.strength,
+            head("save the concepts that are in the masks"), self.by, self.why, self.save, self.saved],
+                       layout=w.Layout(min_width="18em", flex="1 1 45em"))
         self.box = w.VBox([self.notes, w.HBox([left, right], layout=w.Layout(flex_flow="row wrap", grid_gap="0 1em"))])
         self.box.add_class("cft-explorer")
 
@@ -526,7 +557,9 @@ class Explorer:
 
     def _fill_pictures(self) -> None:
         names = self.material.pictures(self.view.class_id)
-        self.picture.options = [(name if name in self.material.with_masks or self.material.store is None else f"{name} (no masks)", name) for name in names]
+        self.picture.options = [
+            (name if name in self.material.with_masks or self.material.store is None else f"{name} (no masks)", name)
+            for name in names]
         self.picture.value = self.view.picture
 
     def _fill_concepts(self) -> None:
@@ -534,7 +567,8 @@ class Explorer:
         w, rows = _widgets(), []
         self.boxes = {}
         for line in lines(self.material, self.view):
-            box = w.Checkbox(value=line.state != OFF, description=line.concept, indent=False, layout=w.Layout(width="auto", flex="0 0 auto"))
+            box = w.Checkbox(value=line.state != OFF, description=line.concept, indent=False,
+                             layout=w.Layout(width="auto", flex="0 0 auto"))
             box.observe(self._on_move, "value")
             self.boxes[line.concept] = (box, w.HTML(layout=w.Layout(flex="0 0 auto", margin="0 0 .2em 1.7em")))
             rows.append(w.VBox(list(self.boxes[line.concept]), layout=w.Layout(flex="0 0 auto")))
@@ -544,8 +578,9 @@ class Explorer:
         """The view that the widgets are set to."""
         mine = {(self.view.class_id, concept) for concept, (box, _) in self.boxes.items() if not box.value}
         others = {pair for pair in self.view.off if pair[0] != self.view.class_id}
-        return View(self.view.class_id, self.picture.value, self.occurrence.value, self.coverage.value, frozenset(mine | others), self.method.value,
-                    self.normalize.value, self.strength.value, self.explain.value)
+        return View(self.view.class_id, self.picture.value, self.occurrence.value, self.coverage.value,
+                    frozenset(mine | others), self.method.value, self.normalize.value, self.strength.value,
+                    self.explain.value)
 
     def _on_class(self, change: dict) -> None:
         began = time.perf_counter()
@@ -564,7 +599,9 @@ class Explorer:
         began = time.perf_counter()
         self.view = self._read()
         self._show()
-        what = next((name for name in ("picture", "occurrence", "coverage", "method", "normalize", "explain", "strength") if getattr(self, name) is change["owner"]), "concept")
+        what = next((name
+                     for name in ("picture", "occurrence", "coverage", "method", "normalize", "explain", "strength")
+                     if getattr(self, name) is change["owner"]), "concept")
         self.timings.append((what, time.perf_counter() - began))
 
     def _step(self, by: int) -> None:
@@ -580,7 +617,8 @@ class Explorer:
             return
         self.notes.value = f"<div role='status' aria-live='polite'>{now.notes_html()}</div>"
         self.panels.value = f"<div style='display:flex;gap:.75em;flex-wrap:wrap'>{''.join(panel.html() for panel in now.panels)}</div>"
-        self.answers.value, self.summary.value = now.answers_html(), f"<p style='line-height:1.4;margin:.3em 0'>{escape(now.summary)}</p>"
+        self.answers.value, self.summary.value = now.answers_html(
+        ), f"<p style='line-height:1.4;margin:.3em 0'>{escape(now.summary)}</p>"
         for line in now.lines:
             box, words = self.boxes[line.concept]
             sign = {KEPT: "✓", DROPPED: "✗", OFF: "○", UNASKED: "?"}[line.state]
@@ -595,7 +633,6 @@ class Explorer:
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         return self.box._repr_mimebundle_(**options)
-
 
 def _user() -> str:
     try:

@@ -29,16 +29,13 @@ def completes(names: Sequence[str]) -> Callable[[str], list[str]]:
     """What the Tab key offers."""
     return lambda incomplete: [name for name in names if name.startswith(incomplete)]
 
-
 def option(text: str, *flags: str, names: Sequence[str] = (), **more: Any) -> Any:
     """An option with its help; names: what the Tab key offers."""
     return typer.Option(*flags, help=text, **({"autocompletion": completes(names)} if names else {}), **more)
 
-
 def say(text: str) -> None:
     """Print a line."""
     typer.echo(text)
-
 
 def use_cores(threads: int) -> None:
     """Let torch use so many threads; 0: one a core."""
@@ -78,7 +75,6 @@ def output_names(model: "nn.Module", data: Path, stored: list[str] | None, file:
                          "give --classes FILE with the name of every model output, one a line")
     return names
 
-
 def open_model(name: str, weights: Path | None, pretrained: bool, device: str) -> "tuple[nn.Module, list[str] | None]":
     """A model on a device, and the class names that its checkpoint carries. Raises ValueError for what is missing."""
     import torch
@@ -92,7 +88,6 @@ def open_model(name: str, weights: Path | None, pretrained: bool, device: str) -
     model, classes = load_model(name, weights, pretrained=pretrained)
     return model.to(device), classes
 
-
 def say_folder(folder: "Folder") -> None:
     """Say what there is, and what was set aside."""
     say(f"data     {len(folder)} pictures of {len(folder.labels)} classes in {folder.root}")
@@ -105,7 +100,6 @@ EXTRAS = {
     "llm": ("openai", "open_clip", "sentence_transformers"), "lab": ("jupyterlab", "ipywidgets", "ipykernel"),
     "batch": ("papermill", "nbclient", "snakemake")}
 TOLD = (ValueError, FileExistsError, FileNotFoundError, PermissionError, ImportError, NotImplementedError)  # Python's
-
 
 def _advice(error: Exception) -> str:
     """What to do about an error that does not say it itself, or ""."""
@@ -123,11 +117,9 @@ def _advice(error: Exception) -> str:
         "ReplayMiss": "; leave out --replay to ask, or give another --record or --model"}
     return known.get(type(error).__name__, "")
 
-
 def _is_told(error: Exception) -> bool:
     kind = type(error)
     return isinstance(error, TOLD) or kind.__module__.startswith("cft.") or kind.__name__ == "OutOfMemoryError"
-
 
 def _leave(error: Exception) -> SystemExit:
     """Print an error on one line; the exit with code 2."""
@@ -136,7 +128,6 @@ def _leave(error: Exception) -> SystemExit:
     if text:
         print(f"cft: {' '.join((text + _advice(error)).split())}", file=sys.stderr)
     return SystemExit(2)
-
 
 def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
     """Run a command line; exit code 0, or 2 with one line on standard error."""

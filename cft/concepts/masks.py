@@ -65,7 +65,6 @@ class Work:
     name: str
     phrases: tuple[str, ...]
 
-
 def work_list(folder: Folder, concepts: ConceptSet, per_class: int | None = None, seed: int = 0,
               known: MaskStore | None = None) -> list[Work]:
     """What there is to ground, sorted by picture; phrases that the store `known` holds already are left out.
@@ -88,7 +87,6 @@ def work_list(folder: Folder, concepts: ConceptSet, per_class: int | None = None
 # %% ../../nbs/08_masks.ipynb #cb4e5208
 MAX_PIXELS = 89_478_485  # Pillow's limit: a quarter of a gigabyte of RGB
 
-
 def _read(path: Path, max_pixels: int) -> Image.Image:
     """The upright picture. Raises ValueError if it has more than `max_pixels` or does not decode."""
     with warnings.catch_warnings():
@@ -100,7 +98,6 @@ def _read(path: Path, max_pixels: int) -> Image.Image:
 
 # %% ../../nbs/08_masks.ipynb #f1f836cb
 Segment = Callable[[Work, Image.Image], Sequence[Grounding]]  # one for each phrase of the work, in order
-
 
 def _row(work: Work, size: tuple[int, int], digest: str, phrase: str, found: Grounding) -> dict[str, Any]:
     """One phrase of one picture. Raises ValueError if the grounder's answer is for another phrase or size."""
@@ -114,7 +111,6 @@ def _row(work: Work, size: tuple[int, int], digest: str, phrase: str, found: Gro
         "sha256": digest, "phrase": phrase, "kind": "class" if phrase == work.name else "concept",
         "score": max(every, default=None), "scores": every, "boxes": boxes.astype(np.float32).ravel().tolist(),
         "area": float(mask.mean()), "status": status_of(mask.mean()), "rle": encode_mask(mask), "note": ""}
-
 
 def _rows(work: Work, images: Path, segment: Segment, max_pixels: int) -> list[dict[str, Any]]:
     """The rows of one picture, or one row with the reason why there are none."""
@@ -136,7 +132,6 @@ def _rows(work: Work, images: Path, segment: Segment, max_pixels: int) -> list[d
 # %% ../../nbs/08_masks.ipynb #5b384ce3
 PER_SHARD = 64  # pictures
 
-
 class _Shard(NamedTuple):
     """A part of the work and its file; beside it lie, until it is finished, its journal and the lock of its writer."""
 
@@ -154,7 +149,6 @@ class _Shard(NamedTuple):
                 done[rows[0]["picture"]] = rows
                 size += len(line)
         return done, size
-
 
 def _deal(work: Sequence[Work], root: Path, shards: int | None) -> list[_Shard]:
     """The shards of a build. Raises ValueError if there is no work, or less of it than shards."""
@@ -326,7 +320,6 @@ class Plan:
                 f"phrases, {self.records} masks in {self.shards} shards; still to do: at most {self.encodings} image "
                 f"encodings and {self.passes} detector passes")
 
-
 def plan(folder: Folder, concepts: ConceptSet, grounder: object | None = None, root: str | Path | None = None, *,
          per_class: int | None = None, seed: int = 0, shards: int | None = None,
          known: MaskStore | None = None) -> Plan:
@@ -354,7 +347,6 @@ class Choice:
     def _repr_html_(self) -> str:
         lacks = [f"{class_id} lacks {n}" for class_id, n in self.lacking.items()]
         return "<br>".join(map(escape, [f"{len(self.pictures)} pictures", *self.skipped, *lacks]))
-
 
 def training_pictures(store: MaskStore, concepts: ConceptSet, per_class: int = 3,
                       limits: tuple[float, float] = AREA) -> Choice:
@@ -384,7 +376,6 @@ def training_pictures(store: MaskStore, concepts: ConceptSet, per_class: int = 3
 # %% ../../nbs/08_masks.ipynb #b37f6ddc
 IGNORED = 1000
 
-
 def read_imagenet_s(path: str | Path, size: tuple[int, int]) -> Array:
     """An ImageNet-S mask as bool (height, width): true on the object, false on background and ignored pixels.
 
@@ -400,7 +391,6 @@ def read_imagenet_s(path: str | Path, size: tuple[int, int]) -> Array:
                          "id = R + 256 G")
     ids = channels[..., 0] + 256 * channels[..., 1]
     return (ids != 0) & (ids != IGNORED)
-
 
 def import_imagenet_s(folder: Folder, masks: str | Path, concepts: ConceptSet, root: str | Path, *,
                       per_class: int | None = None, seed: int = 0, shards: int | None = None, shard: int | None = None,

@@ -32,7 +32,6 @@ from ..files import read_json, sha256, written
 # %% ../../nbs/07_store.ipynb #902ba3cd
 Array = np.ndarray
 
-
 def encode_mask(mask: Array) -> str:
     """COCO's compressed run-length code of a mask (height, width) of bools, or of 0 and 1.
 
@@ -44,14 +43,12 @@ def encode_mask(mask: Array) -> str:
     code: Any = coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"]
     return code.decode("ascii")
 
-
 def decode_mask(code: str, size: tuple[int, int]) -> Array:
     """The mask, bool (height, width), of a code; `size` is (height, width)."""
     return coco.decode({"size": list(size), "counts": code.encode("ascii")}).astype(bool)
 
 # %% ../../nbs/07_store.ipynb #17ba0791
 AREA = (0.001, 0.98)
-
 
 def status_of(area: float, limits: tuple[float, float] = AREA) -> str:
     """"ok" if `area`, a share of the pixels, lies within the limits, else "empty", "too_small" or "too_large"."""
@@ -89,7 +86,6 @@ SCHEMA = pa.schema({
     "scores": pa.list_(pa.float32()), "boxes": pa.list_(pa.float32()), "area": pa.float64(), "status": pa.string(),
     "rle": pa.string(), "note": pa.string()})
 
-
 def write_shard(file: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]], recipe: Mapping[str, Any]) -> None:
     """Write the rows of some pictures (those of SCHEMA, by picture) as a shard, in one step, beside its store.json.
 
@@ -125,7 +121,6 @@ class Record(NamedTuple):
         """The mask, bool (height, width)."""
         return decode_mask(self.code, self.size)
 
-
 _COLUMNS = (*Record._fields[:-3], "height", "width", "rle", "note")
 
 # %% ../../nbs/07_store.ipynb #2a459380
@@ -136,7 +131,6 @@ class MaskStore:
     counts. `groups` row groups stay in memory. Raises ValueError for a folder that is no store or, unless `partial`,
     not finished, and for folders made with different grounders or settings.
     """
-
     def __init__(self, root: str | Path, *more: str | Path, partial: bool = False, groups: int = 16):
         self.roots, self.partial, self.groups = (Path(root), *map(Path, more)), partial, groups
         self._recipes: list[dict[str, Any]] = []

@@ -40,7 +40,6 @@ def first_pictures(store: MaskStore, pictures: int = 30) -> pd.DataFrame:
     ranked = store.table()[["class_id", "rank", "picture"]].drop_duplicates().sort_values(["class_id", "rank"])
     return ranked.groupby("class_id").head(pictures).reset_index(drop=True)
 
-
 def occurrences(store: MaskStore, concepts: ConceptSet, pictures: int = 30) -> pd.DataFrame:
     """One row for each (class, concept) pair: class_id, concept, hits, pictures, occurrence in [0, 1].
 
@@ -67,13 +66,11 @@ def iou(a: Array, b: Array) -> float:
     union = np.logical_or(a, b).sum()
     return float(np.logical_and(a, b).sum() / union) if union else 1.0
 
-
 def _average(values: list[list[float]], columns: int) -> Array:
     """Means of the columns without NaN, NaN where nothing is left."""
     numbers = np.array(values, np.float64).reshape(-1, columns)
     known = np.isfinite(numbers)
     return np.where(known, numbers, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
-
 
 def coverages(store: MaskStore, ordered: pd.DataFrame, pictures: int = 30, class_masks: MaskStore | None = None,
               progress: bool = False) -> pd.DataFrame:
@@ -123,7 +120,6 @@ class Evidence:
         grown = self.coverages.rename(columns={"concepts": "kept"})[["class_id", "kept", "coverage", "pictures"]]
         classes = counts.reset_index().merge(grown, on=["class_id", "kept"], how="left").fillna({"pictures": 0})
         return pairs, classes.astype({"pictures": int}).assign(covered=classes["coverage"] >= coverage)
-
 
 def gather_evidence(store: MaskStore, concepts: ConceptSet, pictures: int = 30, class_masks: MaskStore | None = None,
                     progress: bool = False) -> Evidence:
@@ -234,7 +230,6 @@ PAPER_CONCEPTS = (2435, 1852, 694)  # § 6: what the paper counts at these thres
 PAPER_OCCURRENCE, PAPER_COVERAGE = 0.29, 0.35  # § 6: means at 15 % / 20 %
 
 GRID = tuple((round(0.05 * i, 2), round(0.05 * j, 2)) for i in range(13) for j in range(13))
-
 
 def sweep(evidence: Evidence, thresholds: Iterable[tuple[float, float]] = PAPER_THRESHOLDS) -> pd.DataFrame:
     """What (occurrence, coverage) thresholds would leave: one row each, without reading a mask again.

@@ -41,7 +41,6 @@ def synsets(key: str = "in-v") -> tuple[str, ...]:
     part = {"in-a": "imagenet_a", "in-r": "imagenet_r"}.get(key, "imagenet")
     return tuple((files("timm.data") / "_info" / f"{part}_synsets.txt").read_text(encoding="utf-8").split())
 
-
 @cache
 def class_names() -> tuple[str, ...]:
     """The names of the 1000 ImageNet classes, synonyms separated by commas, in the order of a model's outputs."""
@@ -82,11 +81,9 @@ class DatasetCard:
             raise self.problem(root, "there is nothing")
         return (places or [root])[0]
 
-
 def read_cards(path: str | Path) -> dict[str, DatasetCard]:
     """The cards in a YAML file: key → the other fields of a card."""
     return {key: DatasetCard(key, **card) for key, card in yaml.safe_load(Path(path).read_text("utf-8")).items()}
-
 
 CARDS = read_cards(ASSETS / "testsets/cards.yaml")
 
@@ -96,18 +93,15 @@ _NAMES = {
     "in-r": "art_{}.jpg", "in-sketch": "sketch_{}.JPEG"}
 _h5py = partial(need, "h5py", "h5py", "h5py", "ImageNet-Segmentation")
 
-
 def noise_picture(rng: np.random.Generator, height: int = 32, width: int = 40) -> Image.Image:
     """A picture of random pixels, RGB."""
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
 
 def numbered_files(home: Path, folders: Iterable[str], count: int, name: str) -> Iterator[Path]:
     """Paths of `count` files in each of the folders, which are made; `name` has a place for the running number."""
     for k, folder in enumerate(folder for folder in folders for _ in range(count)):
         (home / folder).mkdir(parents=True, exist_ok=True)
         yield home / folder / name.format(k)
-
 
 def _mini_folders(key: str, home: Path, count: int, rng: np.random.Generator) -> None:
     """IN-V, IN-V2, IN-A, IN-R, IN-Sketch: three class folders; a README beside those of IN-A and IN-R."""
@@ -116,7 +110,6 @@ def _mini_folders(key: str, home: Path, count: int, rng: np.random.Generator) ->
         noise_picture(rng).save(path)
     if key in ("in-a", "in-r"):
         write_text(home / "README.txt", "Natural adversarial examples, renditions, …\n")
-
 
 def _mini_siscore(home: Path, count: int, rng: np.random.Generator) -> None:
     """SI-Score: folders with blanks and brackets in their names, and three CSV files beside them."""
@@ -137,7 +130,6 @@ def _mini_siscore(home: Path, count: int, rng: np.random.Generator) -> None:
 MAPPINGS = ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json", "pytorch_to_imagenet_2012_id.json",
             "imagenet_to_label_2012_v2")
 
-
 def _mini_objectnet(home: Path, count: int, rng: np.random.Generator) -> None:
     """ObjectNet: four channels, a red border, one class that is two, one that ImageNet does not have."""
     folders = {"alarm_clock": "Alarm clock", "butchers_knife": "Butcher's knife", "air_freshener": "Air freshener"}
@@ -148,7 +140,6 @@ def _mini_objectnet(home: Path, count: int, rng: np.random.Generator) -> None:
     for name, content in zip(MAPPINGS, (folders, names, dict(enumerate(order.argsort().tolist())))):
         write_json(mappings / name, content)
     write_text(mappings / MAPPINGS[3], "".join(f"{class_names()[number]}\n" for number in order))
-
 
 def _mini_segmentation(path: Path, count: int, rng: np.random.Generator) -> None:
     """ImageNet-Segmentation: a MATLAB header of 512 bytes, then HDF5 with references; pictures of two sizes."""
@@ -164,7 +155,6 @@ def _mini_segmentation(path: Path, count: int, rng: np.random.Generator) -> None
             images[k, 0], masks[k, 0] = file.create_dataset(f"#refs#/{k}i", data=picture).ref, cell.ref
     with path.open("r+b") as raw:
         raw.write(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM")
-
 
 def miniature(key: str, root: str | Path, count: int = 2, seed: int = 0) -> Path:
     """Write a tiny copy of a set in its exact on-disk form below `root`, and return its path.
@@ -230,7 +220,6 @@ class EvalSet(Dataset):
     def _repr_html_(self) -> str:
         return f"<b>{self.key}</b>: {len(self):,} pictures, {len(self.classes_present)} classes"
 
-
 class PictureFiles(EvalSet):
     """A set whose pictures are files: ids are paths below `root`, with slashes."""
     def __init__(self, root: str | Path, key: str, ids: Sequence[str], targets: Targets, groups: Sequence[str],
@@ -263,7 +252,6 @@ def siscore_labels(home: Path) -> dict[str, tuple[int, ...]]:
     if odd:
         raise ValueError(f"{len(odd)} of {len(labels)} names in {table.name} contradict WordNet: {'; '.join(odd[:3])}")
     return {name: (number,) for name, number in labels.items()}
-
 
 def siscore_groups(key: str, home: Path, ids: Sequence[str]) -> list[str]:
     """The factor that was changed in each picture, as in metadata.csv; the class folder where that file is missing.
@@ -314,7 +302,6 @@ def folder_labels(key: str, home: Path, first_mapping_only: bool = False) -> dic
     if key == "in-v2":
         return {str(number): (number,) for number in range(1000)}
     return {wnid: (synsets().index(wnid),) for wnid in synsets(key)}
-
 
 def _present(key: str, pictures: Path, known: Sequence[str]) -> tuple[str, ...]:
     """The class folders that are there. Raises ValueError for unknown ones, and for pictures that lie in none."""
@@ -428,7 +415,6 @@ def targets_of(labels: Sequence[int | str], classes: Sequence[str] | None, key: 
             raise ValueError(f"{key}: a label is {label!r}; expected {expected}")
     return [(int(k),) for k in numbers], [str(classes[k] if classes else int(k)) for k in numbers]
 
-
 def folder_set(source: str | Path | Folder, classes: Sequence[str] | None = None, key: str = "folder") -> PictureFiles:
     """An image folder, sorted by name. A label is a class's place in `classes`, or by alphabet. Errors as `scan`."""
     folder = source if isinstance(source, Folder) else scan(source, classes=classes)
@@ -447,7 +433,6 @@ class HubSet(EvalSet):
         """The stored bytes, or those of the file that the row points to."""
         cell = self.table[int(self.ids[index])][self.column]
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-
 
 def hub_set(source: Any, classes: Sequence[str] | None = None, image: str = "image", label: str = "label",
             key: str = "hub") -> HubSet:
@@ -488,7 +473,6 @@ class TarSet(EvalSet):
         """The member's length, from the index."""
         return self.places[index][2]
 
-
 def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """Samples of a tar file: name up to the first dot → ending in lower case → (start, length)."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
@@ -504,7 +488,6 @@ def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     except (tarfile.ReadError, OSError) as error:
         raise ValueError(f"{path} does not read as a plain tar file (compressed ones have to be unpacked)") from error
     return samples
-
 
 def tar_set(shards: str | Path | Sequence[str | Path], classes: Sequence[str] | None = None,
             key: str = "webdataset") -> TarSet:

@@ -26,8 +26,8 @@ from ..evaluate.metrics import predict
 from ..related.deal import TinyDual
 from ..related.deal_metrics import DualSteps
 from ..related.groups import backdrop_set
-from ..related.segmil import (
-    RATE, RULES, BagBatches, backbone_of, drawn_bags, featured, new_heads, predict_bags, segmil_recipe)
+from ..related.segmil import (RATE, RULES, BagBatches, backbone_of, drawn_bags, featured, new_heads, predict_bags,
+                                segmil_recipe)
 from ..reproduce.settings import Settings, Work, read_settings
 from ..reproduce.steps import PaperSteps, in_order, make_steps
 from ..train.loop import fine_tune
@@ -40,13 +40,11 @@ TRIALS: dict[str, tuple[float, ...]] = {m: RATES for m in METHODS} | {"dfr-like"
 DEAL_TRIALS = {"contrastive": (1e-5, 3e-5, 1e-4, 3e-4), "deal": (1e-5, 3e-5, 1e-4, 3e-4)}
 ALLOWED_LOSS = 3.0  # points of ordinary validation
 
-
 def tuning_settings(**changes: object) -> Settings:
     """The demo's settings, with pictures and bases for tuning."""
     return read_settings(
         "demo",
         **({"drawn_from": 30000, "test_per_class": 20, "segmentation_per_class": 1, "bases": "trained"} | changes))
-
 
 def swapped_batches(held_in: Sequence[Mapping[str, Tensor]], seed: int, times: int = 3) -> list[tuple[Tensor, Tensor]]:
     """Validation pictures in front of the backgrounds of other validation pictures, `times` each.
@@ -58,11 +56,9 @@ def swapped_batches(held_in: Sequence[Mapping[str, Tensor]], seed: int, times: i
     others = [torch.randperm(len(images), generator=rng) for _ in range(times)]
     return [(swap_background(images, objects, contexts[other]), labels) for other in others]
 
-
 def _accuracies(model: nn.Module, sets: Mapping[str, list[tuple[Tensor, Tensor]]]) -> dict[str, float]:
     found = {name: predict(model, pairs) for name, pairs in sets.items()}
     return {name: 100 * (logits.argmax(1) == labels).double().mean().item() for name, (logits, labels) in found.items()}
-
 
 def search_rates(root: str | Path, trials: Mapping[str, Sequence[float]] = TRIALS, seeds: Sequence[int] = TUNING_SEEDS,
                  dual: bool = False, settings: Settings | None = None) -> pd.DataFrame:
@@ -94,7 +90,6 @@ def search_rates(root: str | Path, trials: Mapping[str, Sequence[float]] = TRIAL
             rows.append({"method": method, "seed": seed, "rate": rate, **_accuracies(tested, sets)})
     return pd.DataFrame(rows)[["method", "seed", "rate", "val", "swapped"]]
 
-
 def select(trials: pd.DataFrame) -> pd.DataFrame:
     """Mean of every trial over the tuning seeds, with the columns eligible, selected and edge, by the rule above.
 
@@ -116,7 +111,6 @@ def select(trials: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/appendix/17_selection.ipynb #833aa138
 SEGMIL_TRIALS = [{"rate": rate, "top": top, "least": least} for top in (10, 15) for least in (1000 / 224**2, 0.005)
                  for rate in (1e-3, 3e-3, 1e-2)]
-
 
 def segmil_trials(root: str | Path, seed: int = 100, trained: bool = True,
                   settings: Settings | None = None) -> pd.DataFrame:

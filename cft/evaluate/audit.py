@@ -72,7 +72,6 @@ def paired_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float
 # %% ../../nbs/23_audit.ipynb #7b52009b
 LEANS, LITTLE, CLEARED, UNKNOWN = "leans on the background", "leans a little", "does not lean", "cannot tell"
 
-
 @dataclass(frozen=True)
 class Rule:
     """When an audit says what. Raises ValueError unless the margin is in (0, 100]."""
@@ -92,7 +91,6 @@ class Rule:
 # %% ../../nbs/23_audit.ipynb #f1abd670
 FRAME = 8  # the frame is 1/FRAME of the picture on each side
 
-
 class _WithPartners(Dataset):
     """Item i: the pictures of a folder as `MaskedImages` gives them, and those of its two partners (or itself)."""
     def __init__(self, images: MaskedImages, same: np.ndarray, other: np.ndarray):
@@ -104,13 +102,11 @@ class _WithPartners(Dataset):
     def __getitem__(self, index: int) -> tuple[dict, ...]:
         return tuple(self.images[index if who < 0 else int(who)] for who in (index, *(p[index] for p in self.partners)))
 
-
 def frame_of(height: int, width: int) -> Tensor:
     """True on the outer eighth of each side: bool (height, width)."""
     frame = torch.ones(height, width, dtype=torch.bool)
     frame[height // FRAME:height - height // FRAME, width // FRAME:width - width // FRAME] = False
     return frame
-
 
 def variants(picture: dict[str, Tensor], same: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
     """The pictures (batch, 3, height, width) that are shown to the model besides the original, by name.
@@ -156,7 +152,6 @@ def examine(model: nn.Module, images: MaskedImages, method: str | Method | None 
             table[f"{name}_from"] = np.where(who < 0, "", ids[who])
     return pd.DataFrame(table).astype({"predicted": int, "correct": bool})
 
-
 def _examined(model: nn.Module, picture: dict[str, Tensor], same: dict[str, Tensor], other: dict[str, Tensor],
               method: str | Method | None) -> dict[str, Tensor]:
     """Columns of a batch."""
@@ -191,7 +186,6 @@ DIFFERENCES = dict(gap=("own", "other"), swap_drop=("correct", "other"), blur_dr
                    frame_drop=("correct", "frame_blurred"))
 SHARES = {"off_object": "off", "background": "background", "in_frame": "frame"}
 
-
 def summarise(pictures: pd.DataFrame, classes: Sequence[str], name: str = "") -> pd.DataFrame:
     """The table of `examine` as tidy rows with the columns `COLUMNS`, in percent or points, over all and by class.
 
@@ -215,7 +209,6 @@ def summarise(pictures: pd.DataFrame, classes: Sequence[str], name: str = "") ->
                 rows.append((split, metric, mean["value"], max(mean["low"], 0.0), min(mean["high"], 100.0), n))
     return pd.DataFrame(rows, columns=list(COLUMNS[1:])).assign(set=name)[list(COLUMNS)]
 
-
 def _known(part: pd.DataFrame, *columns: str) -> np.ndarray:
     """The pictures that have a value in every one of these columns, (n, columns)."""
     return part[list(columns)].dropna().to_numpy(float) if {*columns} <= {*part} else np.empty((0, len(columns)))
@@ -236,13 +229,11 @@ class Case(NamedTuple):
         heat = None if self.relevance is None else thumbnail(self.relevance[None])
         return html_template("case.html.j2").render(case=self, shown=shown, heat=heat, encode=base64.b64encode)
 
-
 @cache
 def html_template(name: str) -> Template:
     """A template of the report's assets. What is put into it is escaped, and a value that it misses is an error."""
     return Environment(loader=FileSystemLoader(ASSETS / "report"), autoescape=True, undefined=StrictUndefined,
                        trim_blocks=True, lstrip_blocks=True).get_template(name)
-
 
 def _png(picture: Tensor) -> bytes:
     """A picture (3, height, width) in [0, 1] as a file."""
@@ -250,11 +241,9 @@ def _png(picture: Tensor) -> bytes:
     Image.fromarray((255 * picture).byte().permute(1, 2, 0).numpy()).save(stream, "PNG")
     return stream.getvalue()
 
-
 def plain_rows(table: pd.DataFrame) -> list[dict]:
     """A table as rows for JSON, with six decimals; what is missing or no number is None."""
     return json.loads(table.to_json(orient="records", double_precision=6))
-
 
 @dataclass(repr=False)
 class Audit:
@@ -391,7 +380,6 @@ def audit(model: nn.Module, folder: Folder | str | Path, objects: str | Path | N
     record |= {"set_aside": list(folder.set_aside), "versions": provenance()}
     numbers = summarise(pictures, folder.classes, Path(folder.root).name)
     return Audit(pictures, numbers, rule, tuple(why + _unmeasured(pictures)), record, model, images, explained, seed)
-
 
 def _unmeasured(pictures: pd.DataFrame) -> list[str]:
     """What could not be measured, in sentences."""

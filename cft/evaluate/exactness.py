@@ -28,7 +28,6 @@ from ..train.objectives import CFT, Align, Batch
 # %% ../../nbs/20_exactness.ipynb #fe5dbbce
 DEFAULT = CFT
 
-
 def map_loss(result: Relevance, masks: Tensor, align: Align = DEFAULT) -> Tensor:
     """The alignment loss (Eq. 5) of a batch of maps on the patch grid, by the settings of `align`: a scalar."""
     phi = result.map(align.normalize, epsilon=align.epsilon)
@@ -38,7 +37,6 @@ def map_loss(result: Relevance, masks: Tensor, align: Align = DEFAULT) -> Tensor
 def exact_map(model: nn.Module, images: Tensor, target: Tensor | None = None) -> Relevance:
     """AttnLRP with its true derivative."""
     return relevance(model, images, target, "attnlrp", differentiable=True)
-
 
 def detached_map(model: nn.Module, images: Tensor, target: Tensor | None = None) -> Relevance:
     """AttnLRP in which what the rules read off the forward pass is constant; the values are those of `exact_map`."""
@@ -56,7 +54,6 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx, *g: Tensor) -> tuple[Tensor, None]:
         return g[0] * ctx.factor, None
 
-
 class _CutNorm(nn.Module):
     """A LayerNorm whose σ is cut out of the graph."""
     def __init__(self, norm: nn.LayerNorm):
@@ -69,7 +66,6 @@ class _CutNorm(nn.Module):
         y = y if self.norm.weight is None else y * self.norm.weight
         return y if self.norm.bias is None else y + self.norm.bias
 
-
 class _CutGate(nn.Module):
     """An activation as a product with its gate, which is cut out of the graph."""
     def __init__(self, gate: Callable[[Tensor], Tensor]):
@@ -78,7 +74,6 @@ class _CutGate(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return h * self.gate(h.detach())
-
 
 class _SharedAttention(nn.Module):
     """Attention whose products share the gradient among their factors: ¼ to q, ¼ to k, ½ to v."""
@@ -108,11 +103,9 @@ def _exchanged(module: nn.Module) -> nn.Module:
         return module
     raise UnsupportedModule(module, "LayerNorm, Attention and element-wise activations in the naive way")
 
-
 def _exchange(owner: nn.Module, *names: str) -> None:
     for name in names:
         setattr(owner, name, _exchanged(getattr(owner, name)))
-
 
 def twin_of(model: nn.Module) -> VisionTransformer:
     """A model of the same parameters whose modules have the modified backward pass of AttnLRP; `model` is not touched.
@@ -136,7 +129,6 @@ def twin_of(model: nn.Module) -> VisionTransformer:
         raise error.located(twin) from None
     return twin
 
-
 def naive_map(model: nn.Module, images: Tensor, target: Tensor | None = None) -> Relevance:
     """AttnLRP by a modified backward pass, with `create_graph=True`; the values are those of `exact_map`.
 
@@ -158,11 +150,9 @@ def rollout_map(model: nn.Module, images: Tensor, target: Tensor | None = None) 
     """Gradient-weighted rollout as the official code differentiates it: the attention's gradients are constants."""
     return relevance(model, images, target, "gae", differentiable=True)
 
-
 def true_rollout_map(model: nn.Module, images: Tensor, target: Tensor | None = None) -> Relevance:
     """The same rollout with its true derivative."""
     return relevance(model, images, target, "gae_true", differentiable=True)
-
 
 WAYS: dict[str, Callable[[nn.Module, Tensor, Tensor | None], Relevance]] = {
     "exact": exact_map, "detached": detached_map, "naive": naive_map, "rollout": rollout_map,
@@ -172,7 +162,6 @@ OWN_TRUTH = {
 
 # %% ../../nbs/20_exactness.ipynb #91032ad7
 Gradient = dict[str, Tensor]
-
 
 def gradient(model: nn.Module, batch: Batch, way: str = "exact", align: Align = DEFAULT) -> Gradient:
     """Gradient of the alignment loss for every parameter of `model`, by one of WAYS; zeros where none arrives.
@@ -194,7 +183,6 @@ def gradient(model: nn.Module, batch: Batch, way: str = "exact", align: Align = 
     pairs = zip(parameters.items(), found, strict=True)
     return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 
-
 def layer_group(name: str) -> str:
     """The group of a parameter of a vision transformer: stem; of block k the attention, projection and MLP; head."""
     if not name.startswith("blocks."):
@@ -207,7 +195,6 @@ def layer_group(name: str) -> str:
 # %% ../../nbs/20_exactness.ipynb #472b07b9
 def _flat(gradient: Gradient, group: str) -> Tensor:
     return torch.cat([g.flatten() for name, g in gradient.items() if group in ("all", layer_group(name))])
-
 
 def compare(found: Gradient, true: Gradient) -> pd.DataFrame:
     """Columns group, cosine, length: of `found` against `true`, for each group of layers and for "all".

@@ -28,20 +28,16 @@ def zeros(images: Tensor) -> Tensor:
     """0 everywhere: in normalised space the average colour of the data set."""
     return torch.zeros_like(images)
 
-
 def mean(images: Tensor) -> Tensor:
     """The mean colour of each picture (batch, channels, height, width)."""
     return images.mean((2, 3), keepdim=True).expand_as(images)
-
 
 def blur(images: Tensor) -> Tensor:
     """Each picture after a Gaussian blur with σ = ⅛ of its shorter side, cut off at 2σ, edges reflected."""
     sigma = min(images.shape[2:]) / 8
     return gaussian_blur(images, [2 * int(2 * sigma) + 1] * 2, [sigma] * 2)
 
-
 BASELINES: dict[str, Callable[[Tensor], Tensor]] = {function.__name__: function for function in (zeros, mean, blur)}
-
 
 def baseline_of(images: Tensor, baseline: str | Tensor) -> Tensor:
     """What replaces a deleted cell, in the shape of images: by a name from BASELINES, or a tensor that broadcasts."""
@@ -58,7 +54,6 @@ def _check_maps(maps: Tensor, name: str = "maps") -> None:
         raise ValueError(f"{name} must be floating point (batch, rows, columns), got {tuple(maps.shape)} {maps.dtype}")
     if not maps.isfinite().all():
         raise ValueError(f"{name} must be finite, got NaN or infinity")
-
 
 def order_of(maps: Tensor, seed: int = 0) -> Tensor:
     """Place of every cell in the order of relevance, 0 for the most relevant; int64 (batch, rows, columns).
@@ -84,7 +79,6 @@ class Curve:
         """Area under each curve by the trapezoid rule, (batch,), in the unit of the score."""
         return torch.trapezoid(self.score, self.fraction, dim=1)
 
-
 def blend(inside: Tensor, outside: Tensor, order: Tensor, count: int) -> Tensor:
     """`inside` where a cell is among the first `count` of `order`, else `outside`.
 
@@ -95,7 +89,6 @@ def blend(inside: Tensor, outside: Tensor, order: Tensor, count: int) -> Tensor:
 
 # %% ../../nbs/19_faithfulness.ipynb #f1abd670
 Score = Literal["probability", "logit"]
-
 
 def _curve(model: nn.Module, inside: Tensor, outside: Tensor, maps: Tensor, target: Tensor, steps: int, score: Score,
            batch: int, seed: int) -> Curve:
@@ -112,7 +105,6 @@ def _curve(model: nn.Module, inside: Tensor, outside: Tensor, maps: Tensor, targ
     values = logits.softmax(1) if score == "probability" else logits
     values = values.gather(1, labels[:, None]).view(steps + 1, len(inside)).T
     return Curve(torch.tensor(counts, dtype=values.dtype) / cells, values)
-
 
 def _checked(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | None, steps: int, score: Score) -> Tensor:
     """The class to watch, (batch,), after checking that all the arguments fit together."""
@@ -146,7 +138,6 @@ def deletion(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | No
     target = _checked(model, images, maps, target, steps, score)
     return _curve(model, baseline_of(images, baseline), images, maps, target, steps, score, batch, seed)
 
-
 def insertion(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | None = None, *,
               baseline: str | Tensor = "zeros", steps: int = 16, score: Score = "probability", batch: int = 256,
               seed: int = 0) -> Curve:
@@ -165,14 +156,12 @@ def widen(masks: Tensor, radius: float) -> Tensor:
     disc = (offset[:, None]**2 + offset**2 <= radius**2).float()
     return F.conv2d(masks[:, None].float(), disc[None, None], padding=reach)[:, 0] > 0.5
 
-
 def _covered(maps: Tensor, masks: Tensor) -> Tensor:
     """Share of every cell of the maps (batch, rows, columns) that the masks (batch, height, width) cover."""
     _check_maps(maps)
     if masks.ndim != 3 or len(masks) != len(maps) or masks.dtype != torch.bool:
         raise ValueError(f"masks must be bool ({len(maps)}, height, width), got {masks.dtype} {tuple(masks.shape)}")
     return patch_mask(masks, (maps.shape[1], maps.shape[2])).to(maps)
-
 
 def pointing(maps: Tensor, masks: Tensor, tolerance: float = 0) -> Tensor:
     """Probability (batch,) that a pixel of the most relevant cells lies at most `tolerance` pixels off the mask.
@@ -184,7 +173,6 @@ def pointing(maps: Tensor, masks: Tensor, tolerance: float = 0) -> Tensor:
     covered = _covered(maps, widen(masks, tolerance) if tolerance else masks)
     top = (maps == maps.amax((1, 2), keepdim=True)).to(maps.dtype)
     return (covered * top).sum((1, 2)) / top.sum((1, 2))
-
 
 def share_inside(maps: Tensor, masks: Tensor) -> Tensor:
     """Share (batch,) of the positive relevance that lies in the mask; NaN for a map without any.
@@ -202,7 +190,6 @@ def ranks(values: Tensor) -> Tensor:
     below, up_to = (torch.searchsorted(ordered, values, right=side) for side in (False, True))
     return (below + up_to + 1).double() / 2
 
-
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Spearman's ρ of two batches of maps (batch, rows, columns), picture by picture: (batch,) float64 in [−1, 1].
 
@@ -216,7 +203,6 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     return (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt()
 
-
 def agreement(maps: Mapping[str, Tensor]) -> pd.DataFrame:
     """Rank correlation of every method with every other: columns method, other, picture, value."""
     rows = [(method, other, i, value) for method, a in maps.items() for other, b in maps.items()
@@ -225,7 +211,6 @@ def agreement(maps: Mapping[str, Tensor]) -> pd.DataFrame:
 
 # %% ../../nbs/19_faithfulness.ipynb #0a57cb53
 _Methods = Sequence[str | Method] | Mapping[str, str | Method]
-
 
 def all_maps(model: nn.Module, images: Tensor, target: Tensor | None = None,
              methods: _Methods = tuple(ATTRIBUTIONS)) -> dict[str, Tensor]:
@@ -255,7 +240,6 @@ def faithfulness_table(model: nn.Module, images: Tensor, maps: Mapping[str, Tens
         found |= {"pointing": pointing(values, masks), "inside": share_inside(values, masks)}
         rows += [(method, metric, i, value) for metric, each in found.items() for i, value in enumerate(each.tolist())]
     return pd.DataFrame(rows, columns=["method", "metric", "picture", "value"])
-
 
 def summary(scores: pd.DataFrame) -> pd.DataFrame:
     """Mean over pictures with its 95 % t interval: columns method, metric, value, std, low, high, n (NaN left out)."""

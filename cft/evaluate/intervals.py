@@ -16,7 +16,6 @@ from scipy import stats
 # %% ../../nbs/17_intervals.ipynb #3cad8a9f
 CONFIDENCE = 0.95
 
-
 def require(table: pd.DataFrame, columns: Sequence[str]) -> None:
     """Raise ValueError unless the table has rows and all the columns."""
     missing = [column for column in columns if column not in table.columns]
@@ -34,7 +33,6 @@ class Difference(NamedTuple):
     high: float
     n: int
 
-
 def _t_interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean of values (n,) and its 95 % t interval with n − 1 degrees of freedom; ends are NaN for n = 1."""
     mean, n = float(np.mean(values)), len(values)
@@ -42,7 +40,6 @@ def _t_interval(values: np.ndarray) -> tuple[float, float, float]:
         return mean, float("nan"), float("nan")
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
     return mean, mean - half, mean + half
-
 
 def paired_difference(a: pd.Series, b: pd.Series) -> Difference:
     """Mean of a − b over seeds with its 95 % t interval (sample standard deviation, n − 1 degrees of freedom).

@@ -38,7 +38,6 @@ def _check_predictions(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels must be classes of the model, 0 … {logits.shape[1] - 1}, "
                          f"got {int(labels.min())} to {int(labels.max())}")
 
-
 def top_k(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     """Whether the label of each image is among the k best classes: bool (n,).
 
@@ -68,7 +67,6 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in states:
             module.training = training
-
 
 def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str | None = None,
             progress: bool = False) -> tuple[Tensor, Tensor]:
@@ -125,7 +123,6 @@ def summarize(predictions: pd.DataFrame, by: Sequence[str] = ("set", "split")) -
             rows.append((*key, metric, 100 * hits / n, *wilson_interval(hits, n), n))
     return pd.DataFrame(rows, columns=[*by, "metric", "value", "low", "high", "n"])
 
-
 def accuracy_table(predictions: pd.DataFrame, by: Sequence[str] = ("set", "split")) -> pd.DataFrame:
     """The numbers of `summarize` side by side: one row per group with n, top1, top1_low, top1_high, top5 …, in percent.
 
@@ -147,7 +144,6 @@ def _stretch(maps: Tensor) -> Tensor:
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return (maps - low) / torch.where(high > low, high - low, 1)
 
-
 def foreground(maps: Tensor) -> Tensor:
     """Pixels above the mean of their map, bool (n, height, width); a constant map has none."""
     stretched = _stretch(maps)
@@ -155,7 +151,6 @@ def foreground(maps: Tensor) -> Tensor:
 
 # %% ../../nbs/18_metrics.ipynb #cb7a1d77
 COUNTS = ("true_positive", "false_positive", "false_negative", "true_negative")
-
 
 def _check_maps(maps: Tensor, masks: Tensor) -> None:
     """Raise ValueError unless maps are (n, height, width) in [0, 1] without NaN and masks bool of the same shape."""
@@ -167,7 +162,6 @@ def _check_maps(maps: Tensor, masks: Tensor) -> None:
     low, high = (float(end) for end in maps.aminmax())
     if not 0 <= low <= high <= 1:
         raise ValueError(f"maps must lie in [0, 1] and hold no NaN, got values from {low:.4g} to {high:.4g}")
-
 
 def image_scores(maps: Tensor, masks: Tensor) -> pd.DataFrame:
     """One row per image: the pixel counts `COUNTS` of the thresholded map, and average_precision in percent.
@@ -196,7 +190,6 @@ def _mean_iou(counts: np.ndarray) -> np.ndarray:
     union = overlap + false_positive + false_negative
     return np.nanmean(np.divide(overlap, union, out=np.full_like(overlap, np.nan), where=union > 0), axis=0)
 
-
 def pooled(images: pd.DataFrame, weights: np.ndarray) -> dict[str, np.ndarray]:
     """The segmentation metrics in percent, each (draws,), from the table of `image_scores` (n rows).
 
@@ -210,7 +203,6 @@ def pooled(images: pd.DataFrame, weights: np.ndarray) -> dict[str, np.ndarray]:
         "mean_average_precision": weights @ images["average_precision"].to_numpy() / total,
         "pixel_accuracy_per_image": 100 * (weights @ (right / counts.sum(1))) / total,
         "mean_iou_per_image": 100 * (weights @ _mean_iou(counts)) / total}
-
 
 def segmentation_scores(maps: Tensor, masks: Tensor) -> dict[str, float]:
     """How well maps segment the objects, by the ImageNet-Segmentation protocol, in percent.

@@ -45,7 +45,6 @@ from ..train.loop import provenance
 # %% ../../nbs/22_passes.ipynb #c1dfd96e
 PROTOCOLS = ("model", "official")
 
-
 @dataclass(frozen=True)
 class Reading:
     """One way to turn pictures into a model's input; models with equal readings share their pictures."""
@@ -91,7 +90,6 @@ SPACES = ("full", "subset")
 RULES = ("any", "first")
 RANKS = (1, 5)
 
-
 def answer_columns(logits: Tensor, targets: Sequence[tuple[int, ...]], present: Sequence[int]) -> dict[str, np.ndarray]:
     """What is kept of each picture, by both label protocols, as columns (batch,).
 
@@ -124,7 +122,6 @@ class Checkpoint:
     method: str = ""
     seed: int | None = None
 
-
 def checkpoint(model: nn.Module, name: str, file: str | Path | None = None, method: str = "",
                seed: int | None = None) -> Checkpoint:
     """A model under a name, with the hash of its file or, without one, of its tensors."""
@@ -144,9 +141,7 @@ class HasMasks(Sized, Protocol):
         """A hash of the data."""
         ...
 
-
 TestSet: TypeAlias = EvalSet | SegmentationSet | HasMasks
-
 
 class MaskedSet(Dataset):
     """A folder with object masks. Item i is (RGB picture, mask: uint8 (height, width), 1 on the object).
@@ -187,7 +182,6 @@ class Loop:
         if self.precision not in ("float32", "bfloat16", "float16") or self.batch < 1 or self.workers < 0:
             raise ValueError("expected precision float32, bfloat16 or float16, batch >= 1 and workers >= 0, "
                              f"got {self.precision}, {self.batch} and {self.workers}")
-
 
 class _Pixels(Dataset):
     """Item i of a set as bytes, its number and, where the set has masks, its mask in the size of the picture."""
@@ -232,7 +226,6 @@ def run_pass(source: TestSet, checkpoints: Sequence[Checkpoint], reading: Readin
                     columns[name][index.numpy()] = values
     known = {"group": source.groups, "targets": source.targets} if isinstance(source, EvalSet) else {}
     return [pd.DataFrame({"id": source.ids, **known, **columns}) for columns in kept]
-
 
 def _outcomes(model: nn.Module, images: Tensor, source: TestSet, index: list[int], masks: list[Tensor],
               method: str) -> dict[str, np.ndarray]:
@@ -302,12 +295,10 @@ class Results:
 # %% ../../nbs/22_passes.ipynb #0a57cb53
 DRAWS = 1000
 
-
 def _interval(values: np.ndarray) -> tuple[float, float]:
     """Middle 95 % of bootstrap values (draws,)."""
     low, high = np.percentile(values, 100 * np.array([1 - CONFIDENCE, 1 + CONFIDENCE]) / 2)
     return float(low), float(high)
-
 
 def macro_accuracy(correct: np.ndarray, classes: np.ndarray, draws: int = DRAWS,
                    seed: int = 0) -> tuple[float, float, float]:
@@ -328,7 +319,6 @@ BY = ("set", "protocol", "labels", "targets", "split", "metric")
 ROWS = (*BY, "checkpoint", "method", "seed", "value", "low", "high", "n", "sha256", "data", "reading", "precision",
         "cft", "commit")
 
-
 def answers(pictures: pd.DataFrame, space: str = "full", rule: str = "any") -> pd.DataFrame:
     """Pictures under a label protocol and a rule for several right classes: id, group, class, predicted, top1, top5.
 
@@ -339,7 +329,6 @@ def answers(pictures: pd.DataFrame, space: str = "full", rule: str = "any") -> p
     hits = {f"top{k}": pictures[f"{space}_{'top' if rule == 'any' else 'first'}{k}"] for k in RANKS}
     classes = pictures["targets"].map(lambda accepted: tuple(map(int, accepted)))
     return pictures[["id", "group"]].assign(**{"class": classes}, predicted=pictures[f"{space}_predicted"], **hits)
-
 
 def accuracy_rows(pictures: pd.DataFrame, classes: int, fine_tuned: Sequence[int] | None = None,
                   groups: Sequence[str] | None = None) -> pd.DataFrame:
@@ -373,13 +362,11 @@ def accuracy_rows(pictures: pd.DataFrame, classes: int, fine_tuned: Sequence[int
 # %% ../../nbs/22_passes.ipynb #f1f836cb
 _KEYS = ["labels", "targets", "split"]
 
-
 def _numbers(part: pd.DataFrame) -> pd.DataFrame:
     micro, codes = summarize(part, _KEYS), pd.factorize(part["class"])[0]
     macro = micro.assign(metric=micro["metric"] + "_macro")
     macro[["value", "low", "high"]] = [macro_accuracy(part[metric].to_numpy(), codes) for metric in micro["metric"]]
     return pd.concat([micro, macro], ignore_index=True)
-
 
 def _worst(table: pd.DataFrame) -> list[pd.DataFrame]:
     groups = table["group"].nunique()
@@ -441,7 +428,6 @@ def evaluate_sets(checkpoints: Sequence[Checkpoint], sets: Sequence[TestSet], ro
             store.write("rows", _rows(pictures, about, tested, splits, (groups or {}).get(source.key)), about)
     return store
 
-
 def _rows(pictures: pd.DataFrame, about: dict, tested: Checkpoint, splits: Mapping[int, Sequence[int]] | None,
           groups: Sequence[str] | None) -> pd.DataFrame:
     """The numbers of a set and checkpoint by each seed's split, and where they come from: the columns `ROWS`."""
@@ -458,7 +444,6 @@ def _rows(pictures: pd.DataFrame, about: dict, tested: Checkpoint, splits: Mappi
 
 # %% ../../nbs/22_passes.ipynb #fb644351
 HEADLINES = ("top1", "top5", "pixel_accuracy", "mean_iou", "mean_average_precision")
-
 
 def headline(rows: pd.DataFrame, metrics: Sequence[str] = HEADLINES) -> pd.DataFrame:
     """In percent, a line per checkpoint and protocol, a column per set and metric: full label space, all classes."""
@@ -518,7 +503,6 @@ class Paired(NamedTuple):
     n: int
     p: float
 
-
 def paired_pictures(a: pd.DataFrame, b: pd.DataFrame, column: str = "full_top1", draws: int = DRAWS,
                     seed: int = 0) -> Paired:
     """Accuracy of a minus that of b, both tables of `Results.pictures` of one set.
@@ -557,7 +541,6 @@ def seconds(step: Callable[[], object]) -> float:
     step()
     wait()
     return time.perf_counter() - began
-
 
 def times_slower(slow: Callable[[], object], fast: Callable[[], object], rounds: int = 3) -> float:
     """Median over `rounds` of the seconds of `slow` over those of `fast`, called in turn after a warm-up of each."""

@@ -36,7 +36,6 @@ def pooled_tokens(model: nn.Module, tokens: int) -> tuple[int, int]:
         return 0, 1
     return 0 if model.pool_include_prefix else model.num_prefix_tokens, tokens
 
-
 def pool(model: VisionTransformer, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
     """Class token or mean over tokens, (batch, tokens, features) → (batch, features); the pullback is its transpose.
 
@@ -56,7 +55,6 @@ def pool(model: VisionTransformer, x: Tensor, tape: Tape) -> tuple[Tensor, Pullb
 
     return torch.cat([x[:, first:last].mean(1) for first, last in ranges], 1), pullback
 
-
 def vit_steps(model: VisionTransformer) -> list[Step]:
     """Everything between the input of the first block and the logits."""
     blocks = [(block, module) for module in model.blocks]
@@ -70,11 +68,9 @@ def plane_mean(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullba
     height, width = x.shape[2:]
     return x.mean((2, 3), keepdim=True), lambda g: (g / (height * width)).expand(-1, -1, height, width)
 
-
 def flatten(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
     """(batch, channels, 1, 1) → (batch, channels)."""
     return x.flatten(1), lambda g: g[..., None, None]
-
 
 def convnext_steps(model: ConvNeXt, stage: int) -> list[Step]:
     """Everything between the output of stage `stage` (0 to 3) and the logits."""
@@ -98,7 +94,6 @@ _FORWARDS = ("forward", "forward_features", "forward_head")
 FORWARDS: dict[type[VisionTransformer | ConvNeXt], tuple[str, ...]] = {
     LinearProbe: (*_FORWARDS, "pool"), VisionTransformer: (*_FORWARDS, "pool"), ConvNeXt: _FORWARDS}
 
-
 def check_model(model: nn.Module) -> VisionTransformer | ConvNeXt:
     """`model` itself. UnsupportedModule unless it is a known architecture, runs its own forward and drops nothing."""
     known = next((kind for kind in FORWARDS if isinstance(model, kind)), None)
@@ -112,7 +107,6 @@ def check_model(model: nn.Module) -> VisionTransformer | ConvNeXt:
                 raise UnsupportedModule(module, f"drop rates of 0 in training mode, not {rate:g}, or model.eval()",
                                         path)
     return model
-
 
 def check_images(model: VisionTransformer | ConvNeXt, images: Tensor) -> None:
     """Raise a ValueError unless `images` is a finite float (batch, channels, height, width) of a size `model` takes."""
@@ -139,7 +133,6 @@ def check_images(model: VisionTransformer | ConvNeXt, images: Tensor) -> None:
             raise ValueError(f"images must be {height}×{width} pixels (height×width), {got}")
     if not torch.isfinite(images).all():
         raise ValueError("images must be finite, got NaN or infinity")
-
 
 def check_target(target: Tensor | None, logits: Tensor) -> Tensor:
     """The class to explain for every picture, (batch,) int64: `target`, or the argmax of the logits, checked."""
@@ -168,7 +161,6 @@ class Parts:
     def per_token(self, values: Tensor) -> Tensor:
         """`values` of the shape of x as (batch, tokens, features)."""
         return values if values.ndim == 3 else values.flatten(2).transpose(1, 2)
-
 
 def split(model: VisionTransformer | ConvNeXt, images: Tensor, stage: int) -> Parts:
     """Run `model` up to the point where relevance ends (for ConvNeXt the output of `stage`)."""

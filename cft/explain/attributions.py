@@ -38,7 +38,6 @@ def contribution(weights: Tensor, slope: Tensor) -> Tensor:
     """mean over heads of ReLU(∂z/∂A ⊙ A): (batch, heads, tokens, tokens) twice → (batch, tokens, tokens)."""
     return (weights * slope).relu().mean(1)
 
-
 def rollout(contributions: Sequence[Tensor], start: Tensor, normalized: bool) -> Tensor:
     """The row `start` (tokens,) of Π (I + C), last block first; each factor's rows sum to 1 if `normalized`.
 
@@ -50,11 +49,9 @@ def rollout(contributions: Sequence[Tensor], start: Tensor, normalized: bool) ->
         row = share + torch.einsum("bi,bij->bj", share, layer)
     return row
 
-
 def gae(maps: Sequence[Tensor], slopes: Sequence[Tensor], start: Tensor) -> Tensor:
     """Generic attention explainability (Chefer et al., 2021), what the paper's official code runs; (batch, tokens)."""
     return rollout([contribution(a, g) for a, g in zip(maps, slopes)], start, normalized=False)
-
 
 def gradient_rollout(maps: Sequence[Tensor], slopes: Sequence[Tensor], start: Tensor) -> Tensor:
     """Rollout of I + mean_h ReLU(∇A ⊙ A) with rows normalised to 1, over all blocks; (batch, tokens)."""
@@ -69,11 +66,9 @@ def gradcam(weights: Tensor, slope: Tensor, start: Tensor, prefix: int) -> Tenso
     rows, slopes = (torch.einsum("i,bhij->bhj", start, t) for t in (weights, slope))
     return (slopes[..., prefix:].mean(-1, keepdim=True) * rows).mean(1).relu()
 
-
 def gradcam_tokens(activations: Tensor, slope: Tensor, prefix: int) -> Tensor:
     """GradCAM with features as channels; activations and their gradient (batch, tokens, features) → (batch, tokens)."""
     return (slope[:, prefix:].mean(1, keepdim=True) * activations).sum(-1).relu()
-
 
 def input_x_gradient(x: Tensor, slope: Tensor) -> Tensor:
     """Σ_d x ⊙ ∂z/∂x, signed: (batch, tokens, features) twice → (batch, tokens)."""

@@ -29,11 +29,9 @@ from .rules import RULES, Pullback, Step, Tape, UnsupportedModule, block, full_p
 # %% ../../nbs/13_maps.ipynb #ac3478d6
 Normalization = Callable[[Tensor], Tensor]
 
-
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole, and 0 where the whole is 0."""
     return part / torch.where(whole > 0, whole, 1)
-
 
 def saturating(relevance: Tensor) -> Tensor:
     """r⁺ / (r⁺ + ½·mean|r|), per picture, on signed relevance (batch, height, width). In [0, 1).
@@ -44,7 +42,6 @@ def saturating(relevance: Tensor) -> Tensor:
     positive = relevance.relu()
     return _share(positive, positive + 0.5 * relevance.abs().mean((-2, -1), keepdim=True))
 
-
 def softsign(relevance: Tensor) -> Tensor:
     """r⁺ / (r⁺ + 3·mean|r|): as `saturating`, but nearly linear over the usual range. In [0, 1).
 
@@ -52,7 +49,6 @@ def softsign(relevance: Tensor) -> Tensor:
     """
     positive = relevance.relu()
     return _share(positive, positive + 3 * relevance.abs().mean((-2, -1), keepdim=True))
-
 
 def minmax(relevance: Tensor) -> Tensor:
     """(r − min r) / (max r − min r), per picture: the official code's choice. In [0, 1], both reached.
@@ -63,7 +59,6 @@ def minmax(relevance: Tensor) -> Tensor:
     low, high = relevance.amin((-2, -1), keepdim=True), relevance.amax((-2, -1), keepdim=True)
     return _share(relevance - low, high - low)
 
-
 def relu_max(relevance: Tensor) -> Tensor:
     """r⁺ / max r⁺, per picture. In [0, 1], 1 reached.
 
@@ -72,7 +67,6 @@ def relu_max(relevance: Tensor) -> Tensor:
     positive = relevance.relu()
     return _share(positive, positive.amax((-2, -1), keepdim=True))
 
-
 def sigmoid(relevance: Tensor) -> Tensor:
     """1 / (1 + exp(2 − 4·r/std r)), per picture. In (0, 1).
 
@@ -80,10 +74,8 @@ def sigmoid(relevance: Tensor) -> Tensor:
     """
     return torch.sigmoid(4 * _share(relevance, relevance.std((-2, -1), keepdim=True)) - 2)
 
-
 NORMALIZATIONS: dict[str, Normalization] = {
     function.__name__: function for function in (saturating, softsign, minmax, relu_max, sigmoid)}
-
 
 def bound(phi: Tensor, epsilon: float) -> Tensor:
     """Map [0, 1] affinely to [ε, 1 − ε], so that the logarithms of the losses stay finite."""
@@ -132,7 +124,6 @@ class Relevance:
         alt = "signed relevance, red positive, blue negative"
         return f'<p>{self!r}</p><img alt="{alt}" src="data:image/png;base64,{picture}"/>'
 
-
 def thumbnail(patches: Tensor, height: int = 64) -> bytes:
     """PNG of signed maps (batch, height, width) side by side: red positive, blue negative, white 0, one scale a map."""
     signed = full_precision(patches).cpu().numpy()
@@ -148,7 +139,6 @@ def thumbnail(patches: Tensor, height: int = 64) -> bytes:
 # %% ../../nbs/13_maps.ipynb #17ba0791
 NEED_ATTENTION = ("eq2", "eq2_grad", "gae", "gradient_rollout", "gradcam", "iia")
 NAMES = (*RULES, *NEED_ATTENTION, "gradcam_tokens", "input_x_gradient")
-
 
 @dataclass(frozen=True)
 class Method:
@@ -170,11 +160,9 @@ class Method:
             got = f"{self.gamma}, {self.stage}, {self.steps}"
             raise ValueError(f"expected gamma >= 0, stage in 0…3 and steps >= 1, got {got}")
 
-
 ATTRIBUTIONS: dict[str, Method] = {}
 ATTRIBUTIONS |= {name: Method(name, true_gradient=name == "input_x_gradient") for name in NAMES}
 ATTRIBUTIONS["gae_true"] = Method("gae", true_gradient=True)
-
 
 def named(method: str | Method) -> Method:
     """`method` itself, or the one of ATTRIBUTIONS that has this name."""
@@ -187,12 +175,10 @@ def _forward(step: Step, tape: Tape, x: Tensor) -> Tensor:
     layer, module = step
     return layer(module, x, replace(tape, ledger=None))[0]
 
-
 def _pull_again(step: Step, tape: Tape, x: Tensor, g: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
     layer, module = step
     inner = replace(tape, ledger=None if tape.ledger is None else {}, output=layer is not block)
     return layer(module, x, inner)[1](g), inner.ledger
-
 
 def run(steps: list[Step], x: Tensor, tape: Tape, checkpointed: bool = False) -> tuple[Tensor, list[Pullback]]:
     """Logits (batch, classes) and the pullback of every step, each to be called once, last step first."""
@@ -206,7 +192,6 @@ def run(steps: list[Step], x: Tensor, tape: Tape, checkpointed: bool = False) ->
             x = checkpoint(_forward, step, tape, x, use_reentrant=False, preserve_rng_state=False)
         pullbacks.append(pullback)
     return x, pullbacks
-
 
 def _pullback_of(step: Step, tape: Tape, x: Tensor) -> Pullback:
     def pullback(g: Tensor) -> Tensor:
@@ -251,11 +236,9 @@ def attribute(model: nn.Module, parts: Parts, target: Tensor | None, method: Met
         logits, tokens = logits.detach(), tokens.detach()
     return Relevance(logits, tokens, parts.grid, parts.prefix, target)
 
-
 def _leaf(x: Tensor, keep: bool) -> Tensor:
     """x where gradients can end: itself if its own graph is to be kept, else without that graph."""
     return x if keep and x.requires_grad else x.detach().requires_grad_()
-
 
 def _map_of(name: str, model: nn.Module, parts: Parts, sources: list[Tensor], slopes: list[Tensor],
             maps: list[Tensor]) -> Tensor:
@@ -271,7 +254,6 @@ def _map_of(name: str, model: nn.Module, parts: Parts, sources: list[Tensor], sl
     if name == "gradcam":
         return attributions.gradcam(maps[-1], slopes[0], start, parts.prefix)
     return {"gae": attributions.gae, "gradient_rollout": attributions.gradient_rollout}[name](maps, slopes, start)
-
 
 def _slopes(logits: Tensor, target: Tensor, sources: list[Tensor], keep: bool, true: bool,
             again: bool = False) -> list[Tensor]:
@@ -298,7 +280,6 @@ def integrate(model: VisionTransformer, images: Tensor, target: Tensor | None, m
     with torch.autocast(images.device.type, enabled=False):
         tokens = attributions.integrated_rollout(totals, (method.steps + 1)**2, start)
     return Relevance(logits if keep else logits.detach(), tokens, parts.grid, parts.prefix, target)
-
 
 def _interpolated(model: VisionTransformer, images: Tensor, method: Method,
                   keep: bool) -> Iterator[tuple[Parts, Tensor, list[Tensor], bool]]:

@@ -34,7 +34,6 @@ Step = tuple[Callable, nn.Module]  # (layer function, the module it runs)
 
 RULES = ("attnlrp", "cp")
 
-
 class UnsupportedModule(ValueError):
     """A module for which no relevance rule is known; the message gives its path, its type and what is supported."""
     def __init__(self, module: nn.Module, supported: str, path: str = ""):
@@ -49,17 +48,14 @@ class UnsupportedModule(ValueError):
 # %% ../../nbs/10_rules.ipynb #c1dfd96e
 _Kind = TypeVar("_Kind", bound=nn.Module)
 
-
 def is_plain(module: nn.Module, *kinds: type[_Kind]) -> TypeGuard[_Kind]:
     """Whether `module` runs exactly the forward of one of `kinds` (a subclass that overrides it does not)."""
     known = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
     return known and "forward" not in vars(module)
 
-
 def full_precision(x: Tensor) -> Tensor:
     """`x` in float32 if it is in half precision, else `x` itself."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
 
 @dataclass
 class Tape:
@@ -80,9 +76,7 @@ class Tape:
             booked = (full_precision(g) * full_precision(amount)).flatten(1).sum(1)
             self.ledger[kind] = self.ledger[kind] + booked if kind in self.ledger else booked
 
-
 SMALL = 2**18  # elements; below this the book-keeping costs more time than the memory is worth
-
 
 def recomputed(function: Callable, *tensors: Tensor):
     """function(*tensors), of which the graph keeps only `tensors`; the backward pass computes the rest again.
@@ -117,7 +111,6 @@ def linear(module: nn.Module, x: MaybeTensor, tape: Tape) -> tuple[MaybeTensor, 
 
     return y, pullback
 
-
 def _convolution(x: Tensor, module: nn.Conv2d, padding: tuple[int, ...]) -> tuple[Callable, Callable]:
     """(x, w) → Wx without bias and (g, w) → Wᵀg."""
     stride, dilation, groups = module.stride, module.dilation, module.groups
@@ -132,7 +125,6 @@ def _convolution(x: Tensor, module: nn.Conv2d, padding: tuple[int, ...]) -> tupl
 # %% ../../nbs/10_rules.ipynb #7b52009b
 LAYER_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 RMS_NORMS = (nn.RMSNorm, RmsNorm, RmsNormFp32)
-
 
 def norm(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
     """LayerNorm or RMSNorm, its 1/σ held constant by the rule (not by the graph).
@@ -171,7 +163,6 @@ def norm(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
 
     return y, pullback
 
-
 def _same(g: Tensor) -> Tensor:
     return g
 
@@ -179,15 +170,12 @@ def _same(g: Tensor) -> Tensor:
 def _normal_cdf(h: Tensor) -> Tensor:
     return (h * math.sqrt(0.5)).erf().add_(1).mul_(0.5)  # erf remembers its input only
 
-
 def _tanh_cdf(h: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-
 
 GATES: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     GELU: _normal_cdf, nn.GELU: _normal_cdf, GELUTanh: _tanh_cdf, QuickGELU: lambda h: torch.sigmoid(1.702 * h),
     nn.SiLU: torch.sigmoid, Swish: torch.sigmoid, nn.ReLU: lambda h: (h > 0).to(h.dtype)}
-
 
 def activation(module: nn.Module, h: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
     """Element-wise activation under the identity rule: every unit keeps its relevance.
@@ -238,7 +226,6 @@ def chain(x: Tensor, tape: Tape, *steps: Step, output: bool = True) -> tuple[May
 
     return x, pull
 
-
 def residual(x: Tensor, tape: Tape, *steps: Step, output: bool = True) -> tuple[MaybeTensor, Pullback]:
     """x + steps(x): a sum shares relevance in proportion to its terms, so the pullback is g + pull(g)."""
     y, pull = chain(x, tape, *steps, output=output)
@@ -281,7 +268,6 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, tape: Tape) -> tuple[Tens
         return *recomputed(rule, q, k, v, weights, mixed, g), 0.5 * gv
 
     return mixed, pullback
-
 
 def _fused_mix(q: Tensor, k: Tensor, v: Tensor, scale: float, tape: Tape) -> tuple[Tensor, Callable]:
     """`mix` where nothing is trained: the fused kernel, and its own backward pass times ¼, ¼ and ½."""
@@ -334,7 +320,6 @@ def mlp_steps(module: nn.Module) -> list[Step]:
         raise UnsupportedModule(module, "Mlp, GlobalResponseNormMlp, GluMlp and SwiGLU")
     return [*inside, (linear, module.fc2)]
 
-
 def block(module: nn.Module, x: Tensor, tape: Tape) -> tuple[MaybeTensor, Pullback]:
     """A pre-norm transformer block, x + attention(norm(x)) and then x + mlp(norm(x)), x (batch, tokens, features)."""
     if not is_plain(module, Block):
@@ -385,7 +370,6 @@ def grn(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
 
     return module(x), pullback
 
-
 def convnext_block(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
     """x + γ·mlp(norm(depthwise(x))) on x (batch, channels, height, width), in either layout of its perceptron."""
     if not is_plain(module, ConvNeXtBlock):
@@ -397,16 +381,13 @@ def convnext_block(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pu
         inner = [(channels_last, module), *inner, (channels_first, module)]
     return residual(x, tape, (linear, module.conv_dw), *inner, (channel_scale, module))
 
-
 def channels_last(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
     """(batch, channels, height, width) → (batch, height, width, channels)."""
     return x.movedim(1, -1), lambda g: g.movedim(-1, 1)
 
-
 def channels_first(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
     """(batch, height, width, channels) → (batch, channels, height, width)."""
     return x.movedim(-1, 1), lambda g: g.movedim(1, -1)
-
 
 def channel_scale(module: ConvNeXtBlock, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
     """Multiply by the block's γ (channels,), if it has one; x (batch, channels, height, width)."""

@@ -58,7 +58,6 @@ def relevance_on_object(model: nn.Module, world: Path, sets: Sequence[str] = ("v
 # %% ../../nbs/related/05_comparison.ipynb #75f4ccd8
 MASKS = {"cft-paper": ("kept",), "cft": ("kept",), "cft+": ("kept", "class")}  # that have to be found, by method
 
-
 def run_comparison(steps: PaperSteps, seed: int) -> pd.DataFrame:
     """All rows of a seed: columns method and `metrics.COLUMNS`; SEG-MIL-CBM's are those of its own step.
 
@@ -85,7 +84,6 @@ def run_comparison(steps: PaperSteps, seed: int) -> pd.DataFrame:
     tables.append(rows.replace({"metric": {"attention": "on_object"}}))
     return pd.concat(tables, ignore_index=True)[["method", *COLUMNS]].assign(seed=seed)
 
-
 def preparing(steps: PaperSteps, method: str, seed: int) -> float:
     """The seconds that it took to find a method's concepts and to validate them."""
     needed = {
@@ -93,7 +91,6 @@ def preparing(steps: PaperSteps, method: str, seed: int) -> float:
     for step in [step for step in needed if step.kind == "concept-set"]:
         needed |= {need for need in step.needs if need.kind == "ground"}
     return sum(Notes(steps.root).read(step)["seconds"] for step in needed)
-
 
 def comparison_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     """The steps of the experiment: one a seed, on the fine-tunes of the demo and of DEAL's chapter."""
@@ -116,13 +113,11 @@ def comparison_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
 _WORST = ("groups, worst group",)
 _SHOWN = {"on_object": "on object", "preparing": "preparing, s", "training": "training, s", "answering": "answering, ×"}
 
-
 def comparison_scores(rows: pd.DataFrame) -> pd.DataFrame:
     """One value for each method, seed and column of the table, from rows as `Found.related` gives them."""
     more = rows[rows["metric"].isin(_SHOWN)]
     more = more.assign(column=more["metric"].map(_SHOWN))[["method", "seed", "column", "value"]]
     return pd.concat([scores_of(rows), more], ignore_index=True)
-
 
 def comparison_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The experiment as text: methods × columns, mean ± sample standard deviation over seeds."""

@@ -42,7 +42,6 @@ RELATED, DUAL = ASSETS / "related", "deal_dual.safetensors"  # a folder of the p
 ITEMS, USED = 6, 5  # features asked for, and of these the ones used
 DEAL_SAMPLING = Sampling(model="gpt-3.5-turbo", temperature=0.0, max_tokens=100, samples=1)
 
-
 def deal_questions(classes: Sequence[ClassName], sampling: Sampling = DEAL_SAMPLING) -> list[Question]:
     """One question for each class. Raises ValueError for ids that occur twice, and for more than one sample."""
     if sampling.samples != 1:
@@ -54,12 +53,10 @@ Form = Literal["augmented", "sentence", "name"]
 Explain = Literal["attention", "gradcam"]  # how maps are made, see below
 _VERBS = dict.fromkeys(("has", "is", "can", "may", "often", "usually"), "") | dict.fromkeys(("a", "an", "used"), "is ")
 
-
 def _check_choice(what: str, given: str, choices: Iterable[str]) -> None:
     """Raise ValueError unless `given` is among the choices."""
     if given not in choices:
         raise ValueError(f"{what} must be one of {', '.join(choices)}; got {given!r}")
-
 
 @dataclass(frozen=True)
 class Prompts:
@@ -104,7 +101,6 @@ class Prompts:
 DEAL_ANSWERS = RELATED / "deal_answers.jsonl"
 DEAL_RECORDED = replace(DEAL_SAMPLING, model="cft-recorded")
 
-
 def demo_prompts() -> Prompts:
     """The five concepts of each class of `backdrop`, from the answers that the package carries; offline."""
     asked = deal_questions([ClassName(name, name) for name in CLASSES], DEAL_RECORDED)
@@ -136,7 +132,6 @@ def _stretched(maps: Tensor, least: int = 1) -> Tensor:
                          f"{least} concepts, got {tuple(maps.shape)} {maps.dtype}")
     return minmax(maps)
 
-
 def overlap(maps: Tensor) -> Tensor:
     """Σ over pairs of concepts and over cells of the product of two stretched maps; (batch,), at least 0.
 
@@ -144,7 +139,6 @@ def overlap(maps: Tensor) -> Tensor:
     """
     g = _stretched(maps, 2)
     return (g.sum(1).square() - g.square().sum(1)).sum((-2, -1)) / 2
-
 
 def disentangle_loss(maps: Tensor, form: Literal["overlap", "l1"] = "overlap") -> Tensor:
     """How far a picture's maps are from being apart: mean overlap, or −Σ over ordered pairs of the ℓ1 distance (Eq. 3).
@@ -157,7 +151,6 @@ def disentangle_loss(maps: Tensor, form: Literal["overlap", "l1"] = "overlap") -
     g = _stretched(maps, 2)
     return -(g[:, :, None] - g[:, None]).abs().flatten(1).sum(1).mean()
 
-
 def localise_loss(maps: Tensor, category: Tensor, form: Literal["mean", "sum"] = "mean") -> Tensor:
     """Σ over cells of (mean or sum of the stretched maps − stretched map of the class)², mean over the batch (Eq. 4).
 
@@ -169,7 +162,6 @@ def localise_loss(maps: Tensor, category: Tensor, form: Literal["mean", "sum"] =
         raise ValueError(f"expected category maps {(len(g), *g.shape[2:])}, got {tuple(category.shape)}")
     together = g.mean(1) if form == "mean" else g.sum(1)
     return (together - minmax(category)).square().sum((-2, -1)).mean()
-
 
 def sparsity_loss(maps: Tensor) -> Tensor:
     """Σ of the stretched maps (batch, concepts, rows, columns), mean over the batch; not in the paper."""
@@ -190,7 +182,6 @@ class DualEncoder(nn.Module):
         """Embeddings (texts, dimensions)."""
         raise NotImplementedError
 
-
 def _is_plain(module: nn.MultiheadAttention | Attention) -> bool:
     """Whether `class_attention` computes what a module computes."""
     if isinstance(module, nn.MultiheadAttention):
@@ -199,7 +190,6 @@ def _is_plain(module: nn.MultiheadAttention | Attention) -> bool:
     norm, gate = getattr(module, "norm", nn.Identity()), getattr(module, "gate", None)
     odd = gate is not None or not isinstance(norm, nn.Identity) or module.training and module.attn_drop.p
     return is_plain(module, Attention) and not odd
-
 
 def last_attention(visual: nn.Module) -> tuple[nn.Module, nn.MultiheadAttention | Attention, tuple[int, int], int]:
     """The last block of a timm or open_clip ViT, its attention, the grid of its patches, how many tokens come first.
@@ -220,7 +210,6 @@ def last_attention(visual: nn.Module) -> tuple[nn.Module, nn.MultiheadAttention 
     if not isinstance(attention, nn.MultiheadAttention | Attention) or not _is_plain(attention):
         raise UnsupportedModule(attention, supported, "the last attention")
     return blocks[-1], attention, (rows, columns), prefix
-
 
 def class_attention(module: nn.MultiheadAttention | Attention, x: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
     """What the class token attends to, (batch, heads, copies, tokens), and the values, (batch, heads, tokens, width).
@@ -270,7 +259,6 @@ def attention_maps(model: DualEncoder, images: Tensor, texts: Tensor, detach: bo
         raise ValueError(f"expected {math.prod(grid)} patches, got {rows.shape[2]}: are patches dropped in training?")
     return (rows.detach() if detach else rows).unflatten(2, grid)
 
-
 def _check_texts(images: Tensor, texts: Tensor) -> int:
     """The number of texts of each picture, after checking the shapes."""
     if images.ndim != 4 or texts.ndim != 3 or len(images) != len(texts) or 0 in texts.shape:
@@ -305,13 +293,11 @@ def gradcam_maps(model: DualEncoder, images: Tensor, texts: Tensor, detach: bool
     maps = (slope.mean((2, 3), keepdim=True) * kept[0]).sum(1).relu()
     return (maps.detach() if detach else maps).unflatten(0, (len(images), n))
 
-
 def concept_maps(model: DualEncoder, images: Tensor, texts: Tensor, explain: Explain = "attention",
                  detach: bool = False) -> Tensor:
     """`attention_maps` (vision transformers) or `gradcam_maps` (residual networks). Raises ValueError for others."""
     _check_choice("explain", explain, get_args(Explain))
     return (attention_maps if explain == "attention" else gradcam_maps)(model, images, texts, detach)
-
 
 def embed(model: DualEncoder, texts: Sequence[Sequence[str]]) -> Tensor:
     """Embeddings (rows, texts in a row, dimensions), not normalised, of rows of equally many texts."""
@@ -321,7 +307,6 @@ def embed(model: DualEncoder, texts: Sequence[Sequence[str]]) -> Tensor:
 CLIP_PREPROCESS = Preprocess((224, 224), mean=(0.48145466, 0.4578275, 0.40821073),
                              std=(0.26862954, 0.26130258, 0.27577711), crop=1.0, margin=1.0)
 BATCHES = {"ImageNet": 256, "CUB": 128, "Food101": 64, "OxfordPets": 32, "EuroSAT": 8}  # of the released code
-
 
 class OpenClip(DualEncoder):
     """A CLIP model of open_clip with its tokenizer; with `frozen_norm` batch norms stay in evaluation mode."""
@@ -398,7 +383,6 @@ class Deal:
         total = contrast + sum(weights[name] * value for name, value in parts.items())
         return total, {name: value.detach() for name, value in ({"contrast": contrast} | parts).items()}
 
-
 def deal_recipe(prompts: Prompts, data: str = "ImageNet", epochs: int = 1) -> Recipe:
     """The paper's training of a whole CLIP: about one epoch, at most 5,000 steps, at the same rate throughout."""
     _check_choice("data", data, BATCHES)
@@ -434,7 +418,6 @@ _OF_PART = torch.from_numpy(as_rows([part.atoms for part in _PARTS])).float()  #
 _OF_CLASS = torch.tensor([[owner == name for owner, _ in ATOMS] for name in CLASSES]).float()  # (classes, atoms)
 _HAS = _OF_CLASS @ _OF_PART.T > 0  # (classes, parts)
 
-
 class Lesson(NamedTuple):
     """A batch of pictures with captions, and what is true of every pair."""
 
@@ -445,7 +428,6 @@ class Lesson(NamedTuple):
     places: list[int]  # the captions that name exactly one part
     cover: Tensor  # (n, patches, places): share of each patch that is this part
     shows: Tensor  # (n, parts) bool: which parts are to be seen
-
 
 class Lessons:
     """A bank of objects with missing parts and of backgrounds, composed into endless captioned pictures."""
@@ -485,7 +467,6 @@ class Lessons:
         cover = share @ _OF_PART[[named[j][0] for j in places]].T * fits[:, None, places]
         return Lesson(images, torch.from_numpy(labels), [text for text, *_ in spoken], true, places, cover, shows)
 
-
 def _caption(label: int, shows: Tensor, seen: Tensor, rng: np.random.Generator) -> tuple[str, list[int], bool]:
     """A text, the parts that it names, and whether it is limited to its class."""
     name, parts = list(CLASSES)[label], torch.nonzero(shows & _HAS[label]).flatten().numpy()
@@ -502,7 +483,6 @@ def balanced(logits: Tensor, match: Tensor, counts: Tensor | bool = True) -> Ten
     loss = F.binary_cross_entropy_with_logits(logits, match.to(logits.dtype), reduction="none")
     mean_over = lambda side: (loss * side).sum() / side.sum().clamp(min=1)
     return mean_over(match & counts) + mean_over(~match & counts)
-
 
 def make_dual(seed: int = 0, steps: int = 2000, batch: int = 64,
               progress: bool = True) -> tuple[TinyDual, list[dict[str, float]]]:
@@ -535,14 +515,12 @@ def make_dual(seed: int = 0, steps: int = 2000, batch: int = 64,
         log.append({name: loss.item() for name, loss in losses.items()})
     return dual.half().float().eval(), log
 
-
 def save_dual(folder: str | Path, dual: TinyDual, **record: object) -> Path:
     """Write the weights (float16) and, with their SHA-256, deal_dual.json into a folder."""
     state = {key: value.half().contiguous() for key, value in dual.state_dict().items()}
     path = write_safetensors(Path(folder) / DUAL, state, {"format": "pt"})
     write_json(path.with_suffix(".json"), {**record, "sha256": sha256(path)})
     return path
-
 
 def dual_encoder(folder: str | Path | None = None) -> TinyDual:
     """The trained dual encoder, from the package or a `folder` of `save_dual`. Raises ValueError for other weights."""
@@ -556,7 +534,6 @@ def dual_encoder(folder: str | Path | None = None) -> TinyDual:
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the dual encoder: {str(error).splitlines()[1].strip()[:100]}") from error
     return dual.eval()
-
 
 def as_classifier(dual: TinyDual, rows: Tensor) -> VisionTransformer:
     """A plain timm classifier that answers as the dual encoder with one text per class; rows (classes, dimensions).

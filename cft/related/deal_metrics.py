@@ -63,7 +63,6 @@ class Disentanglability(NamedTuple):
                              f"{self.grid} and {self.concepts}, got {other.grid} and {other.concepts}")
         return self.value - other.value
 
-
 def disentanglability(maps: Tensor) -> Disentanglability:
     """How far the maps of concepts (pictures, concepts, rows, columns) keep apart. Raises ValueError as `overlap`."""
     mean = overlap(maps.double()).mean().item()
@@ -75,7 +74,6 @@ def half_blur(images: Tensor) -> Tensor:
     """Images (batch, channels, height, width) at half the size and back, bilinear."""
     small = F.interpolate(images, scale_factor=0.5, mode="bilinear", align_corners=False)
     return F.interpolate(small, images.shape[-2:], mode="bilinear", align_corners=False)
-
 
 @torch.no_grad()
 def insertion_scores(model: DualEncoder, images: Tensor, texts: Tensor, maps: Tensor, steps: int = 5,
@@ -104,7 +102,6 @@ def insertion_scores(model: DualEncoder, images: Tensor, texts: Tensor, maps: Te
         scores.append((cosines(mixed) - start).abs() / (end - start).abs())
     return torch.stack(scores, 1).clamp(0, 1).view(n, k, steps)
 
-
 def localizability(scores: Tensor) -> float:
     """Mean of `insertion_scores` over everything that has a value; NaN if nothing has."""
     return scores.double().nanmean().item()
@@ -116,7 +113,6 @@ def concept_rows(model: DualEncoder, prompts: Prompts, by: Literal["concepts", "
         raise ValueError(f"by must be concepts or name, got {by!r}")
     texts = prompts.evaluation() if by == "concepts" else [[name] for name in prompts.captions("name")]
     return F.normalize(embed(model, texts), dim=-1).mean(1)
-
 
 def similarity_logits(model: DualEncoder, images: Tensor, rows: Tensor) -> Tensor:
     """Mean cosine of each picture with each class's texts, (batch, classes), from the rows of `concept_rows`."""
@@ -138,7 +134,6 @@ def part_table(maps: Tensor, masks: Tensor, parts: Sequence[str]) -> pd.DataFram
     sums = rows[rows["mask"] > 0].groupby("part", sort=False)
     return pd.DataFrame({"pictures": sums.size(), "iou": 100 * sums["both"].sum() / sums["either"].sum()}).reset_index()
 
-
 def part_miou(table: pd.DataFrame) -> float:
     """Mean of the IoU of all parts of a `part_table`, in percent; NaN if no part was seen."""
     return float(table["iou"].mean())
@@ -146,7 +141,6 @@ def part_miou(table: pd.DataFrame) -> float:
 # %% ../../nbs/related/04_deal_metrics.ipynb #d0a0a91b
 _CUB = "head, beak, tail, left wing, right wing, left leg, right leg, left eye, right eye, torso"
 CUB_PARTS: dict[int, str] = dict(enumerate(_CUB.split(", "), 1))
-
 
 @dataclass(frozen=True)
 class PartSet:
@@ -169,7 +163,6 @@ class PartSet:
                              f"{image.width} × {image.height}")
         return image, numbers, self.classes[index]
 
-
 def _part_set(pictures: Path, annotations: Path, names: Mapping[int, str], class_of: Callable[[str], str]) -> PartSet:
     """All pictures of a folder. Raises ValueError if there are none, or for one without an annotation."""
     found, _ = find_pictures(pictures, deep=False)
@@ -180,13 +173,11 @@ def _part_set(pictures: Path, annotations: Path, names: Mapping[int, str], class
         raise ValueError(f"{len(missing)} of {len(found)} pictures have no annotation, first {missing[0]}")
     return PartSet(tuple(found), tuple(beside), tuple(class_of(p.stem) for p in found), names)
 
-
 def cub_parts(root: str | Path, split: str = "test") -> PartSet:
     """CUB-Part from the folder that holds CUB_Parts; classes by the names of files. Raises ValueError."""
     home = Path(root) / "CUB_Parts"
     class_of = lambda stem: " ".join(w for w in stem.split("_") if not w.isdigit()).lower() or "bird"
     return _part_set(home / f"images_{split}", home / f"parts_{split}", CUB_PARTS, class_of)
-
 
 def partimagenet(root: str | Path, split: str = "test") -> PartSet:
     """PartImageNet from its folder. Parts lose their group's name (Quadruped Head: head). Raises ValueError."""
@@ -224,7 +215,6 @@ def miniature_parts(kind: str, root: str | Path, count: int = 3, seed: int = 0) 
         write_json(root / "annotations/test/test.json", {"images": [], "annotations": [], "categories": categories})
     return root
 
-
 def part_scores(model: DualEncoder, parts: PartSet, preprocess: Preprocess, explain: Explain = "attention",
                 text: Callable[[str, str], str] = lambda cls, part: f"{cls}, which has a {part}") -> pd.DataFrame:
     """`part_table` of a model's maps on a set, picture by picture; `text` makes a part's text of class and part."""
@@ -258,7 +248,6 @@ def named_parts(label: int, phrase: str) -> frozenset[int]:
                 return own
     return frozenset()
 
-
 def true_masks(pictures: Pictures, prompts: Prompts) -> Tensor:
     """Where each picture shows each concept of its class, bool (pictures, concepts, height, width)."""
     masks = np.zeros((len(pictures), len(prompts.concepts[0]), *pictures.parts.shape[1:]), bool)
@@ -276,11 +265,9 @@ RIVALS = ("plain", "cft")  # of this book, from the same weights
 RATE = 1e-4  # one for all: the smallest tried at which fine-tuning changes the model, see below
 TESTS = ("val", "v2", *SHIFTED, "segmentation")
 
-
 def pixels(pictures: Pictures) -> Tensor:
     """Drawn pictures as the models take them, (n, 3, height, width)."""
     return (torch.from_numpy(pictures.images).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
-
 
 def class_maps(model: DualEncoder, prompts: Prompts, images: Tensor, labels: Tensor, explain: Explain = "attention",
                batch: int = 40) -> Tensor:
@@ -288,7 +275,6 @@ def class_maps(model: DualEncoder, prompts: Prompts, images: Tensor, labels: Ten
     texts = embed(model, prompts.explained()).detach()[labels]
     pairs = zip(images.split(batch), texts.split(batch))
     return torch.cat([concept_maps(model, x, t, explain, detach=True) for x, t in pairs])
-
 
 def explanation_scores(model: DualEncoder, prompts: Prompts, pictures: Pictures, name: str,
                        insertion: bool = True) -> pd.DataFrame:
@@ -314,11 +300,9 @@ def explanation_scores(model: DualEncoder, prompts: Prompts, pictures: Pictures,
 # %% ../../nbs/related/04_deal_metrics.ipynb #57a0c16c
 Network = TypeVar("Network", bound=nn.Module)
 
-
 def _loaded(network: Network, file: Path) -> Network:
     network.load_state_dict(read_weights(file)[0])
     return network.eval()
-
 
 class DualSteps(PaperSteps):
     """Fine-tunes and tests of the dual encoder as steps; the network's name is "dual"."""
@@ -418,12 +402,10 @@ class DualSteps(PaperSteps):
             explanation_scores(self.encoder(method, seed), self.prompts, drawn(name), name, name == "segmentation")
             for name in ("segmentation", "adversarial")]
 
-
 def deal_recipe(method: str, seed: int, prompts: Prompts, settings: Settings) -> Recipe:
     """The recipe on the drawn world: the demo's schedule; a picture's own caption is no negative of its class."""
     objective = Deal(prompts, twins="ignored", **METHODS[method])
     return Recipe(objective, RATE, settings.epochs, settings.batch, seed=7000 + seed)
-
 
 def deal_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     """The steps of the experiment, one a method and seed."""
@@ -453,7 +435,6 @@ _OF_MAPS = ("disentanglability", "overlap", "localizability", "part_miou", "part
 SHOWN = ("val", "adversarial", "OOD-7", "disentanglability", "localizability", "part_miou", "part_miou_swapped",
          "pointing", "pointing_swapped", "mIoU", "seconds")
 
-
 def deal_columns(rows: pd.DataFrame) -> pd.DataFrame:
     """One value for each method, seed and column; specificity is part_miou minus its control."""
     maps = rows[rows["metric"].isin(_OF_MAPS)]
@@ -468,7 +449,6 @@ def deal_columns(rows: pd.DataFrame) -> pd.DataFrame:
     parts = [scores_of(rows), long, named, took.assign(column="seconds")]
     return pd.concat([part[["method", "seed", "column", "value"]] for part in parts], ignore_index=True)
 
-
 def _difference_in_paper(claim: Claim) -> float:
     """What the paper printed for a claim (ViT-B/32), in its unit; NaN for our own questions."""
     if not claim.table:
@@ -477,13 +457,11 @@ def _difference_in_paper(claim: Claim) -> float:
     means = rows[rows["metric"] == _PRINTED.get(column, column)].groupby("method")["value"].mean()
     return float(means[claim.method] - means[claim.against])
 
-
 def deal_claims(rows: pd.DataFrame) -> pd.DataFrame:
     """`paper.verdicts` of the claims about DEAL, with the paper's own difference in the column "in the paper"."""
     told = claims("deal")
     found = verdicts(deal_columns(rows), told, DRAWN)
     return found.assign(**{"in the paper": list(map(_difference_in_paper, told))})
-
 
 def deal_table(rows: pd.DataFrame, columns: Sequence[str] = SHOWN) -> pd.DataFrame:
     """The table as text: method × column, mean ± sample standard deviation over seeds; empty where nothing was measured."""

@@ -57,7 +57,6 @@ class BagAnswer(NamedTuple):
     concepts: Tensor  # (batch, segments, concepts)
     pooled: Tensor  # (batch, concepts): z
 
-
 class SegMil(nn.Module):
     """Segments → concepts → attention → classes; see the equations above.
 
@@ -98,7 +97,6 @@ class SegMil(nn.Module):
         """What each segment and concept adds to the logit of class `target` (batch,): (batch, segments, concepts)."""
         return answer.attention[..., None] * answer.concepts * self.classifier.weight[target][:, None]
 
-
 def backbone_of(model: nn.Module) -> nn.Module:
     """A copy of a timm classifier without its head."""
     headless: Any = copy.deepcopy(model)
@@ -123,12 +121,10 @@ class Standard:
         """Targets (…, concepts) of unit length, float32."""
         return F.normalize(torch.from_numpy((similarity - self.mean) / self.std).float(), dim=-1)
 
-
 def segment_targets(bags: Bags, encoder: ImageText, vocabulary: Sequence[str], standard: Standard) -> list[Tensor]:
     """Targets of the segments of each picture, (segments, concepts) each, from the encoder's view of their crops."""
     crops = ([V.to_pil_image(cut) for cut in bags.cuts(k)] for k in range(len(bags)))
     return [standard.targets(similarities(encoder, some, vocabulary)) for some in crops]
-
 
 def alignment(vectors: Tensor, targets: Tensor, valid: Tensor | None = None) -> Tensor:
     """−mean cosine of vectors and targets (batch, concepts).
@@ -139,7 +135,6 @@ def alignment(vectors: Tensor, targets: Tensor, valid: Tensor | None = None) -> 
     if valid is None:
         return -cosine.mean()
     return -((cosine * valid).sum(1) / valid.sum(1)).mean()
-
 
 def segmil_loss(answer: BagAnswer, batch: Mapping[str, Tensor], weight: float = 0.1,
                 level: Literal["bag", "segment"] = "bag") -> tuple[Tensor, dict[str, Tensor]]:
@@ -175,13 +170,11 @@ class ConceptAlignment:
         """The loss of a `BagBatch` and its parts."""
         return segmil_loss(model(batch["bag"], batch["valid"]), batch, self.weight, self.level)
 
-
 def segmil_recipe(rate: float = 1e-4, backbone_rate: float = 1e-5, weight: float = 0.1,
                   level: Literal["bag", "segment"] = "bag", epochs: int = 50, batch: int = 32, **more: Any) -> Recipe:
     """How a model is trained. rate: of the heads; backbone_rate: 0 leaves the backbone as it is."""
     return Recipe(ConceptAlignment(weight, level), rate, epochs, batch, schedule="cosine",
                   rates={"backbone": backbone_rate}, **more)
-
 
 class BagBatches:
     """Bags for the loop. Raises ValueError for targets that are missing."""
@@ -210,7 +203,6 @@ class BagBatches:
         data = {"pictures": len(self.bags), "digest": self.bags.source.digest(), "set_aside": []}
         return {"data": data, "bags": ends.hexdigest()}
 
-
 def predict_bags(model: nn.Module, bags: "Bags | Featured", batch: int = 64) -> Tensor:
     """Logits (pictures, classes) of all bags in order, by a copy in evaluation mode."""
     model, device = copy.deepcopy(model).eval(), next(model.parameters()).device
@@ -219,7 +211,6 @@ def predict_bags(model: nn.Module, bags: "Bags | Featured", batch: int = 64) -> 
             model(b["bag"].to(device), b["valid"].to(device)).logits.cpu()
             for b in DataLoader(bags, batch, collate_fn=collate)]
     return torch.cat(parts).clone()
-
 
 def worst_group(bags: "Bags | Featured") -> Callable[[nn.Module], float]:
     """For the loop's `validation`: minus the accuracy of the worst group of some bags, in percent."""
@@ -242,7 +233,6 @@ class Featured(Dataset[dict[str, Any]]):
     def first(self, most: int) -> "Featured":
         """The same with the first segments only."""
         return Featured(self.source, self.features, self.extra, most)
-
 
 def featured(bags: Bags, backbone: nn.Module, batch: int = 32) -> Featured:
     """The same bags through a backbone in evaluation mode."""
@@ -312,7 +302,6 @@ class Explanation:
         shown = self.table().to_html(index=False, float_format="{:+.2f}".format)
         return f"<b>{escape(repr(self))}</b>{shown}"
 
-
 def explain(model: SegMil, bags: Bags, index: int, vocabulary: Sequence[str], classes: Sequence[str],
             target: int | None = None) -> Explanation:
     """The explanation of class `target`, or of the predicted one, for picture `index` of bags of pixels.
@@ -335,7 +324,6 @@ def explain(model: SegMil, bags: Bags, index: int, vocabulary: Sequence[str], cl
 RULES = SegmentRules(top=15, least=0.005)  # of the experiment
 RATE = 3e-3
 
-
 @dataclass(frozen=True)
 class Variant:
     """One row of the experiment: how bags are made and the model is trained."""
@@ -346,7 +334,6 @@ class Variant:
     most: int = 15
     weight: float = 0.1
     level: Literal["bag", "segment"] = "bag"
-
 
 VARIANTS: dict[str, Variant] = {
     "cbm": Variant("CBM, whole picture", rules=None), "segmil": Variant("SEG-MIL-CBM"),
@@ -360,14 +347,11 @@ VARIANTS: dict[str, Variant] = {
                                                                                    context=True),}
 LABELS = {"original": "Original", "plain": "plain fine-tuning", **{name: v.label for name, v in VARIANTS.items()}}
 
-
 def demo_vocabulary(context: bool = False) -> tuple[str, ...]:
     """The concepts of all twelve classes in one list: what classes show, with `context` also what is around them."""
     return tuple(sorted({text for _, text in demo_concepts().pairs(MASK_KINDS if context else ("important",))}))
 
-
 Like = tuple[Standard, Tensor]  # how concepts are standardised, and the colour outside of segments
-
 
 def drawn_bags(source: PictureFiles, base: nn.Module, root: str | Path, context: bool = False,
                rules: SegmentRules = RULES, like: Like | None = None) -> tuple[Bags, Like]:
@@ -379,7 +363,6 @@ def drawn_bags(source: PictureFiles, base: nn.Module, root: str | Path, context:
     store = ground(source, phrases, toy_grounder(), root, progress=False)
     targets = {"target": standard.targets(similarity)}
     return Bags(source, Preprocess.of(base), store, phrases, rules, fill, targets), (standard, fill)
-
 
 def new_heads(train: Featured | Bags, base: nn.Module, seed: int) -> SegMil:
     """A fresh model for bags that went through the base's backbone, or with a copy of it for bags of pixels."""
@@ -402,7 +385,6 @@ def attention_on(model: nn.Module, ready: Featured, bags: Bags, objects: Path) -
         total += sum(a * (s.mask & mask).sum() / s.mask.sum() for a, s in zip(attention, bags.segments(index)))
     return 100 * total / len(ready)
 
-
 def group_rows(pictures: pd.DataFrame) -> pd.DataFrame:
     """Tidy top-1 rows of a test in groups (set groups: all and worst group) and of each of its sets: `metrics.COLUMNS`."""
     classes, which = len(CLASSES), pictures["id"].str.split("/").str[0]
@@ -417,7 +399,6 @@ def few_of(source: PictureFiles, stride: int = 3) -> PictureFiles:
     """Every third picture of a set, to time answers on."""
     return PictureFiles(source.root, source.key, source.ids[::stride], source.targets[::stride],
                         source.groups[::stride])
-
 
 def run_segmil(steps: PaperSteps, seed: int) -> pd.DataFrame:
     """All rows of a seed: columns method and `metrics.COLUMNS`; its masks go below segmil/<seed>."""
@@ -469,13 +450,11 @@ def run_segmil(steps: PaperSteps, seed: int) -> pd.DataFrame:
         tables.append(table.assign(method=name))
     return pd.concat(tables, ignore_index=True)[["method", *COLUMNS]]
 
-
 def _plain(steps: PaperSteps, base: nn.Module, world: Path, seed: int) -> nn.Module:
     """Plain fine-tuning on the pictures that the heads are trained on."""
     images = MaskedImages(list_folder(world / "images/train", list(CLASSES)), Preprocess.of(base, margin=1.0),
                           train=True, cached=True)
     return fine_tune(base, images, recipe_of("plain", "demo", steps.settings, seed)[0], progress=False).model
-
 
 def _times_slower(model: SegMil, base: nn.Module, few: PictureFiles, like: Like, place: Path) -> float:
     """How many times the base's time it takes to ground, cut and answer some pictures."""
@@ -484,7 +463,6 @@ def _times_slower(model: SegMil, base: nn.Module, few: PictureFiles, like: Like,
         return predict_bags(model, drawn_bags(few, base, place, like=like)[0])
 
     return times_slower(whole, lambda: run_pass(few, [checkpoint(base, "base")], reading_of(base)), 1)
-
 
 def segmil_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     """The steps of the experiment: one a seed, which writes related/segmil/<seed>.csv."""

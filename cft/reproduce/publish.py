@@ -43,7 +43,6 @@ def new_folder(out: Path) -> Iterator[Path]:
     draft.rename(out)
     shutil.rmtree(old, ignore_errors=True)
 
-
 def save_page(found: Found, key: str, folder: str | Path = "", figures: Mapping[str, "Figure"] | None = None,
               **tables: pd.DataFrame | None) -> Path:
     """Write the tables and figures of a page, its claims and its trail into artefacts/<key> of the run; returns that.
@@ -71,7 +70,6 @@ def save_page(found: Found, key: str, folder: str | Path = "", figures: Mapping[
             write_csv(draft / "trail.csv", trail(found, key))
     return out
 
-
 def end_page(found: Found, key: str, figures: Mapping[str, "Figure"] | None = None,
              **tables: pd.DataFrame | None) -> None:
     """Save a page of the paper, show where the paper disagrees with itself there, and say what the page took."""
@@ -89,7 +87,6 @@ _PAGES = {a.key: f"paper/{a.key}.ipynb" for a in ARTEFACTS} | {
     "demo": "24_demo.ipynb", "segmil": "related/*_segmil.ipynb", "deal": "related/*_deal_metrics.ipynb",
     "comparison": "related/*_comparison.ipynb"}
 
-
 def notebook_of(key: str) -> Path:
     """The notebook of an artefact: in the installed package, or in the checkout. Raises ValueError if there is none."""
     package, name = Path(str(cft.__file__)).parent, _PAGES.get(key, f"{key}.ipynb")
@@ -97,7 +94,6 @@ def notebook_of(key: str) -> Path:
         for notebook in place.glob(name):
             return notebook
     raise ValueError(f"no page for {key!r}; expected {name} among the notebooks")
-
 
 def run_page(notebook: str | Path, out: str | Path, parameters: Mapping[str, object]) -> Path:
     """Execute a notebook into `out`, which appears only if every cell ran.
@@ -118,7 +114,6 @@ def run_page(notebook: str | Path, out: str | Path, parameters: Mapping[str, obj
                                progress_bar=False, log_output=False)
     draft.replace(out)
     return out
-
 
 def make_page(work: Work, root: Path, key: str) -> None:
     """Execute the page of an artefact into pages/<key>.ipynb; it leaves its tables and figures in artefacts/<key>.
@@ -163,17 +158,14 @@ def scoreboard(found: Found, command: str = "cft reproduce --profile demo") -> p
                       "done" if done else "not run", time, "; ".join(told if len(told) > 1 else counted.values())))
     return pd.DataFrame(lines, columns=["artefact", "command", "profile", "status", "run time", "claims"])
 
-
 def _counted(table: pd.DataFrame) -> str:
     counts = table["verdict"].value_counts()
     return ", ".join(f"{counts[word]} {word}" for word in MARKS if word in counts)
-
 
 def markdown(table: pd.DataFrame) -> str:
     """A table of text as markdown, without its index."""
     plain = lambda cells: "| " + " | ".join(str(c).replace("|", r"\|") for c in cells) + " |"
     return "\n".join([plain(table.columns), "|---" * len(table.columns) + "|", *map(plain, table.to_numpy())])
-
 
 def write_readme(readme: str | Path, results: str | Path = "") -> None:
     """Fill the parts `scoreboard` and `results` of a README. Raises ValueError unless it has both their marks, once."""

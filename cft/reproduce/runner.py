@@ -43,7 +43,6 @@ from ..train.objectives import RECIPES
 # %% ../../nbs/appendix/13_runner.ipynb #67007b36
 OF_RELATED = {"segmil": segmil.segmil_steps, "deal": deal_metrics.deal_steps, "comparison": comparison.comparison_steps}
 
-
 def page_steps(work: Work, root: Path) -> list[Step]:
     """The steps of the pages of some work; what they need hangs on them."""
     steps, seeds = PaperSteps(work, root), range(max(2, work.settings.seeds))
@@ -68,7 +67,6 @@ class Job:
     steps: tuple[str, ...]
     after: tuple[str, ...]
     gpu: bool
-
 
 def jobs_of(steps: Sequence[Step], together: int) -> dict[str, Job]:
     """Jobs for some steps, which are in order; at most `together` parts of a kind of work go into one."""
@@ -109,7 +107,6 @@ def device_slot(root: Path, device: str) -> Iterator[None]:
             return
         time.sleep(0.5)
 
-
 def _end_with(runner: str) -> None:
     """End this process soon after another one, given by its number, has ended."""
     def watch() -> None:
@@ -119,7 +116,6 @@ def _end_with(runner: str) -> None:
 
     if runner and Path("/proc/self").exists():
         threading.Thread(target=watch, daemon=True).start()
-
 
 def run_job(names: Sequence[str], root: Path) -> bool:
     """Make the steps of jobs, or steps by name, of the plan in a folder; whether all are done. Raises ValueError for others."""
@@ -137,7 +133,6 @@ def run_job(names: Sequence[str], root: Path) -> bool:
     for name in set(names) & set(plan["jobs"]):
         write_json(root / "jobs" / f"{name}.json", {"done": fine})
     return fine
-
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
     raise SystemExit(not run_job(sys.argv[1:], Path.cwd()))
@@ -167,7 +162,6 @@ def _snakemake(root: Path, arguments: Sequence[str], local: bool) -> None:
     finally:
         os.chdir(here)
 
-
 def prepare(profile: str | Path, only: Sequence[str] = (), models: Sequence[str] = (), methods: Sequence[str] = (),
             seeds: int | None = None, out: str | Path | None = None, **changes: Any) -> tuple[Path, Work]:
     """The folder with its settings written, and the work. Raises ValueError for unknown names."""
@@ -180,7 +174,6 @@ def prepare(profile: str | Path, only: Sequence[str] = (), models: Sequence[str]
     root = (Path(out) if out else Path("runs") / Path(profile).stem).resolve()
     write_settings(settings, root / "settings.yaml")
     return root, work
-
 
 def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models: Sequence[str] = (),
               methods: Sequence[str] = (), seeds: int | None = None, out: str | Path | None = None,
@@ -221,7 +214,6 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
                 _snakemake(root, arguments, local)
         return report(root, work, pages, time.time() - began)
 
-
 def _write_plan(root: Path, work: Work, jobs: dict[str, Job]) -> None:
     for folder in ("jobs", "failed"):
         shutil.rmtree(root / folder, ignore_errors=True)
@@ -230,7 +222,6 @@ def _write_plan(root: Path, work: Work, jobs: dict[str, Job]) -> None:
         root / "plan.json", {
             "command": f"{shlex.quote(sys.executable)} -m cft.reproduce.runner", **names, "threads": max(
                 1, work.settings.workers), "jobs": {k: vars(v) for k, v in jobs.items()}})
-
 
 @contextmanager
 def progress_of(root: Path, total: int, shown: bool) -> Iterator[None]:
@@ -283,7 +274,6 @@ class Reproduction:
                 f"         again: {failure['command']}"]
         return "\n".join(lines)
 
-
 def page_problem(root: Path, key: str) -> str:
     """Why the page of an artefact is not done, by what it holds; empty if it is."""
     if not (root / page_file(key)).is_file():
@@ -295,7 +285,6 @@ def page_problem(root: Path, key: str) -> str:
     if not tables or any(len(pd.read_csv(table)) == 0 for table in tables):
         return f"artefacts/{key} has {'an empty table' if tables else 'no table'}"
     return ""
-
 
 def report(root: Path, work: Work, pages: Sequence[Step], seconds: float = 0.0) -> Reproduction:
     """Look at what is there."""
@@ -316,7 +305,6 @@ def report(root: Path, work: Work, pages: Sequence[Step], seconds: float = 0.0) 
             (note["step"], note["error"].splitlines()[0][:300], note["cell"], note["traceback"][-4:], log, command))
     return Reproduction(root, pd.DataFrame(rows, columns=["artefact", "status", "seconds", "missing"]),
                         pd.DataFrame(failures, columns=["step", "error", "cell", "tail", "log", "command"]), seconds)
-
 
 SHARED = ("base", "world", "concepts", "ground", "concept-set", "guide")  # steps whose time is no single artefact's
 
@@ -340,7 +328,6 @@ def plan_text(profile: str | Path = "demo", only: Sequence[str] = (), **narrowed
     )
     return "\n".join([*lines, *filter(None, (empty_places(work.settings), _cost_text(root, work)))])
 
-
 def empty_places(settings: Settings) -> str:
     """Which data and weights the settings do not name, or name in vain; empty for a drawn world."""
     if settings.drawn:
@@ -352,7 +339,6 @@ def empty_places(settings: Settings) -> str:
         **{f"weights.{name}": settings.weights.get(name) for name in profile.models.values()}}
     lacking = [name for name, path in places.items() if path is None or not Path(path).exists()]
     return f"to be filled in: {', '.join(lacking)}" if lacking else ""
-
 
 def _cost_text(root: Path, work: Work) -> str:
     if work.settings.drawn:
@@ -366,7 +352,6 @@ def _cost_text(root: Path, work: Work) -> str:
     if found["unmeasured"]:
         text += f"; {found['unmeasured']:.0f} fine-tunes are of networks that were not measured"
     return text + ("" if own.is_file() else "\nmeasure your own device: cft reproduce --rehearse")
-
 
 def _measured(settings: Settings, root: Path, model: str, steps: int = 2) -> list[dict[str, Any]]:
     """Seconds of a training step by method and of a test picture: random weights, pictures of noise."""
@@ -387,7 +372,6 @@ def _measured(settings: Settings, root: Path, model: str, steps: int = 2) -> lis
     seconds["picture"] = (time.perf_counter() - began) / len(folder)
     return [{"model": model, "device": where, "what": what, "seconds": float(f"{s:.4g}")}
             for what, s in seconds.items()]
-
 
 def rehearse_costs(profile: str | Path = "paper", *, models: Sequence[str] = (), out: str | Path | None = None,
                    **changes: Any) -> Path:

@@ -71,11 +71,9 @@ class Step:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Step) and self.name == other.name
 
-
 def file_name(name: str) -> str:
     """A step's name as that of a file."""
     return name.replace(" ", "--").replace("/", "_")
-
 
 def in_order(steps: Iterable[Step]) -> list[Step]:
     """Steps and all that they need, each after what it needs; of one kind together where that is possible."""
@@ -95,7 +93,6 @@ def listing(folder: Path) -> str:
     """Names and sizes in a folder, however deep, as one text that changes with them."""
     inside = sorted((p.relative_to(folder).as_posix(), p.stat().st_size) for p in folder.rglob("*") if p.is_file())
     return f"{len(inside)} files, {hashlib.sha256(repr(inside).encode()).hexdigest()}"
-
 
 class Notes:
     """What the steps of a reproduction have left, by the notes in its folder `steps`. Each is looked at once."""
@@ -170,7 +167,6 @@ class Notes:
             self.file(step).unlink(missing_ok=True)
             self._seen.pop(step, None)
 
-
 def undone(pages: Iterable[Step], notes: Notes) -> list[Step]:
     """Of some steps and all that they need: those that are not done, or rest on one that is not, in order."""
     found: dict[Step, None] = {}
@@ -184,7 +180,6 @@ def failure_file(root: Path, name: str) -> Path:
     """The note of a failed step."""
     return root / "failed" / f"{file_name(name)}.json"
 
-
 def _note_failure(root: Path, step: Step, error: Exception) -> None:
     cell = getattr(error, "exec_count", None)  # papermill says which cell failed, and how
     said = f"{getattr(error, 'ename', '')}: {getattr(error, 'evalue', '')}" if cell else f"{type(error).__name__}: {error}"
@@ -192,7 +187,6 @@ def _note_failure(root: Path, step: Step, error: Exception) -> None:
     lines = [line for line in plain.splitlines() if line.strip()]
     write_json(failure_file(root, step.name),
                {"step": step.name, "error": said[:2000], "cell": cell, "traceback": lines[-12:]})
-
 
 def make_steps(steps: Sequence[Step], root: Path) -> bool:
     """Make those of the steps that are not done, in order; whether all of them are done then."""
@@ -206,7 +200,6 @@ def make_steps(steps: Sequence[Step], root: Path) -> bool:
         together = len(able) > 1 and able[0].at_once is not None
         fine &= _make(able, root, notes) if together else all([_make([step], root, notes) for step in able])
     return fine
-
 
 def _make(steps: Sequence[Step], root: Path, notes: Notes) -> bool:
     """Make a step, or several at once; if that fails, one by one, so that one of them stops no other."""
@@ -492,17 +485,14 @@ class PaperSteps:
         with written(self.root / maps_file(model, method, int(seed), name)) as file:
             np.savez_compressed(file, **found)
 
-
 MAPS_EACH = 48  # pictures drawn from a set
 WITH_CONCEPTS = ("thresholds", "no-validation")  # pages that count concepts
-
 
 def _copy_run(source: Path, run: Path) -> None:
     """The files of a finished run, the record last, since it says that all is there."""
     for name in ("model.safetensors", "README.md", "record.json"):
         with written(run / name) as file:
             file.write((source / name).read_bytes())
-
 
 def _agreement(found: Path, truth: Path, pictures: Sequence[str]) -> float:
     """Mean IoU of found masks with annotated ones."""

@@ -35,7 +35,6 @@ def tuned_classes(seed: int) -> list[int]:
     chooser = random.Random(seed)
     return [chooser.choice(pair) for pair in backdrop.PAIRS]
 
-
 class Drawn:
     """The procedural benchmark."""
     def __init__(self, settings: Settings, root: Path):
@@ -142,7 +141,6 @@ def folder_digest(folders: list[Path], cache: Path) -> str:
         write_json(cache, known)
     return known[dated]
 
-
 def file_digest(file: Path, cache: Path) -> str:
     """SHA-256 of a file, remembered in the file `cache` while its size and date stand."""
     dated, known = f"{file.stat().st_size} {file.stat().st_mtime_ns} {file.name}", read_json(
@@ -151,7 +149,6 @@ def file_digest(file: Path, cache: Path) -> str:
         known[dated] = sha256(file)
         write_json(cache, known)
     return known[dated]
-
 
 class ImageNet:
     """The paper's data. Raises ValueError for a place that the settings leave empty, or that is not there."""
@@ -258,14 +255,11 @@ class ImageNet:
         masks = write_pngs(store, kept, self.root / "validation" / str(seed), chosen)
         return self.folder("all").choose(chosen).with_masks(mask=masks)
 
-
 World = Drawn | ImageNet
-
 
 def open_world(settings: Settings, root: str | Path) -> World:
     """The world of some settings, with its files below `root`."""
     return (Drawn if settings.drawn else ImageNet)(settings, Path(root))
-
 
 def tuned_network(world: World, model: str, method: str, seed: int) -> tuple[nn.Module, Path | None]:
     """The network of a checkpoint, and its file; the original has none of its own."""
@@ -273,7 +267,6 @@ def tuned_network(world: World, model: str, method: str, seed: int) -> tuple[nn.
         return world.network(model, seed), None
     file = world.root / model_file(model, method, seed)
     return load_model(world.architecture(model), file)[0], file
-
 
 def names_of(settings: Settings) -> list[str]:
     """The classes, in the order of the networks' outputs."""

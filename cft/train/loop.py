@@ -55,13 +55,11 @@ class Batches(Protocol):
         """All of it that decides about a run; "data" has the number of "pictures", "set_aside" and a "digest"."""
         ...
 
-
 def shuffled(step: int, count: int, recipe: Recipe) -> list[int]:
     """Which of `count` pictures a step uses: an order for each epoch, from `Recipe.seed` and its number."""
     epoch, position = divmod(step, -(-count // recipe.batch))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)).tolist()
     return order[position * recipe.batch:(position + 1) * recipe.batch]
-
 
 class Sampler:
     """The batches of a run as a function of the step; see `Recipe.batch` and `Recipe.seed`."""
@@ -138,7 +136,6 @@ def pieces(size: int, chunk: int = 0, rank: int = 0, world: int = 1) -> list[sli
     stride = chunk or max(high - low, 1)
     return [slice(i, min(i + stride, high)) for i in range(low, high, stride)]
 
-
 def _sum_over_processes(parameters: Sequence[nn.Parameter], logged: dict[str, float],
                         error: str) -> tuple[dict[str, float], str]:
     """Add up gradients and logged values of all processes in place; the first error that any of them met."""
@@ -160,7 +157,6 @@ def _sum_over_processes(parameters: Sequence[nn.Parameter], logged: dict[str, fl
 class Diverged(RuntimeError):
     """A loss that is not finite; the message names the step and the pictures."""
 
-
 class FineTuned(NamedTuple):
     """The result of a run."""
 
@@ -180,7 +176,6 @@ class FineTuned(NamedTuple):
             losses = epochs.iloc[[0, -1]].to_html(float_format="{:.4f}".format)
         return f"<b>Fine-tuned {type(self.model).__name__}</b>: {escape('; '.join(parts))}{losses}"
 
-
 def provenance() -> dict:
     """Versions of what computes, and the commit of the code if it runs from a checkout."""
     here = Path(cft.__file__).parent
@@ -189,13 +184,11 @@ def provenance() -> dict:
         "cft": cft.__version__, "torch": torch.__version__, "timm": timm.__version__,
         "python": platform.python_version(), "commit": git.stdout.strip() or None}
 
-
 def averaged(original: nn.Module, tuned: nn.Module, share: float) -> None:
     """Move `tuned` in place to original + share · (tuned − original) (WiSE-FT)."""
     with torch.no_grad():
         for before, after in zip(original.parameters(), tuned.parameters(), strict=True):
             after.copy_(torch.lerp(before, after, share))
-
 
 def _resume(run: Path, job: dict, model: nn.Module,
             optimizer: torch.optim.Optimizer) -> tuple[int, list[dict], dict | None]:
@@ -206,7 +199,6 @@ def _resume(run: Path, job: dict, model: nn.Module,
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["log"], state["best"]
-
 
 def _save_state(run: Path, job: dict, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, log: list[dict],
                 best: dict | None) -> None:
@@ -222,7 +214,6 @@ def _pace(recipe: Recipe, step: int, steps: int) -> float:
     if recipe.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * step / steps))
     return recipe.decay**(recipe.decays * step // steps)
-
 
 def _step(model: nn.Module, original: nn.Module, batches: Batches, recipe: Recipe, optimizer: torch.optim.Optimizer,
           step: int, device: torch.device, world: PartialState) -> dict[str, float]:
@@ -254,12 +245,10 @@ def _step(model: nn.Module, original: nn.Module, batches: Batches, recipe: Recip
     optimizer.step()
     return logged
 
-
 def _loss(model: nn.Module, original: nn.Module, recipe: Recipe, batch: Any,
           device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         return recipe.objective(model, original, batch)
-
 
 def _validate(model: nn.Module, original: nn.Module, images: MaskedImages, recipe: Recipe,
               device: torch.device) -> float:
@@ -271,7 +260,6 @@ def _validate(model: nn.Module, original: nn.Module, images: MaskedImages, recip
             batch = sampler.batch(step, device)
             total += batch.size * _loss(model, original, recipe, batch, device)[0].item()
     return total / len(images)
-
 
 def prepare(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
     """A frozen copy of the model, a trainable one, and the optimiser for it."""
@@ -295,7 +283,6 @@ def identity(model: nn.Module, images: MaskedImages | Batches, recipe: Recipe, v
     held = {"validation": validation.folder.digest()} if isinstance(validation, MaskedImages) and recipe.best else {}
     values = {"original": weights_digest(model), "recipe": recipe.as_dict(), **batches.identity(), **held}
     return json.loads(json.dumps(values))
-
 
 def fine_tune(model: nn.Module, images: MaskedImages | Batches, recipe: Recipe, run: str | Path | None = None,
               progress: bool = True, save_every: int = 100, on_step: Callable[[int, dict], None] | None = None,
@@ -361,7 +348,6 @@ def fine_tune(model: nn.Module, images: MaskedImages | Batches, recipe: Recipe, 
     world.wait_for_everyone()
     return FineTuned(tuned, record)
 
-
 def _clear_other(run: Path, job: dict) -> None:
     """Remove what a run of another job left in a folder."""
     finished, unfinished = run / "record.json", run / "state.pt"
@@ -372,7 +358,6 @@ def _clear_other(run: Path, job: dict) -> None:
         if state["job"] != json.dumps(job, sort_keys=True):
             unfinished.unlink()
 
-
 def _finished(run: Path, job: dict, model: nn.Module) -> FineTuned:
     """The result that a completed run left in its folder."""
     record = read_json(run / "record.json")
@@ -380,7 +365,6 @@ def _finished(run: Path, job: dict, model: nn.Module) -> FineTuned:
         raise ValueError(f"{run} holds the finished run of another job; choose another folder or remove it")
     model.load_state_dict(read_weights(run / "model.safetensors")[0])
     return FineTuned(model.requires_grad_(True).eval(), record)
-
 
 def _by_epoch(log: list[dict], per_epoch: int) -> list[dict]:
     """Mean of every logged part over each epoch."""
@@ -418,7 +402,6 @@ The weights are as free as those that they started from and the pictures they we
 Fine-tuning through relevance uses layer-wise relevance propagation, which its authors call patented and free for
 personal and scientific use: ask them before commercial use. Accuracy outside the sets named above was not measured.
 """
-
 
 def rehearse(model: nn.Module, images: MaskedImages, recipe: Recipe, steps: int = 2) -> dict[str, float]:
     """What a run would cost, from `steps` real steps on a copy after one to warm up.

@@ -36,7 +36,6 @@ def patch_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
 # %% ../../nbs/14_losses.ipynb #7b52009b
 Norm = Literal["region", "image"]
 
-
 @dataclass(frozen=True)
 class LossWeights:
     """The weights λ of Eq. 5 (`concept`, `background`) and Eq. 7 (`align`, `classify`); defaults from Table 8.
@@ -54,7 +53,6 @@ class LossWeights:
         for name, value in vars(self).items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"LossWeights.{name} must be finite and not negative, got {value}")
-
 
 PAPER_WEIGHTS = LossWeights()
 
@@ -112,7 +110,6 @@ def alignment_loss(phi: Tensor, mask: Tensor, weights: LossWeights = PAPER_WEIGH
     """Weighted sum of the concept and the background term (Eq. 5): a scalar. Arguments and errors as `concept_loss`."""
     return _alignment_terms(phi, mask, weights, norm)[0]
 
-
 def _alignment_terms(phi: Tensor, mask: Tensor, weights: LossWeights, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. 5, Eq. 3 and Eq. 4 after one single check of the input."""
     mask = _checked_mask(phi, mask, norm)
@@ -126,7 +123,6 @@ def _check_logits(logits: Tensor, name: str = "logits") -> None:
         raise ValueError(f"{name} must be floating point (batch, classes), got {tuple(logits.shape)} {logits.dtype}")
     if not logits.detach().isfinite().all():
         raise ValueError(f"{name} must be finite, got NaN or infinity")
-
 
 def classification_loss(logits: Tensor, target: Tensor | None = None) -> Tensor:
     """Cross-entropy to `target`, or to the model's own current prediction if None (Eq. 6); mean over the batch.

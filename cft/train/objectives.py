@@ -45,7 +45,6 @@ class Batch(NamedTuple):
             raise ValueError(f"this objective needs a batch with {name}, got none")
         return found
 
-
 class Objective(Protocol):
     """A differentiable loss of a model on a batch."""
     @property
@@ -68,7 +67,6 @@ class CrossEntropy:
         """Mean cross-entropy of the batch."""
         loss = classification_loss(model(batch.images), batch.labels)
         return loss, {"classify": loss.detach()}
-
 
 @dataclass(frozen=True)
 class SelfCrossEntropy:
@@ -105,7 +103,6 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, of: Literal
         chosen = logits.gather(1, labels[:, None]) if of == "logit" else (logits.softmax(1) + 1e-11).log()
         return logits, torch.autograd.grad(chosen.sum(), images, create_graph=second_order, retain_graph=True)[0]
 
-
 @dataclass(frozen=True)
 class GradMask:
     """Cross-entropy, and the mean squared gradient of the label's logit outside the object (Simpson et al. 2019)."""
@@ -123,7 +120,6 @@ class GradMask:
         classify = classification_loss(logits, batch.labels)
         loss = self.weight * penalty + self.classify * classify
         return loss, {"penalty": penalty.detach(), "classify": classify.detach()}
-
 
 @dataclass(frozen=True)
 class RightReasons:
