@@ -4,17 +4,20 @@ UV = $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 export OMP_NUM_THREADS := 1
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: help demo page reproduce smoke test export lint lab bench figures clean
+.PHONY: help demo reproduce related smoke publish test quick export format lint lab bench clean
 help:
-	@echo "make demo     repair a spurious classifier; five to six minutes on two cores"
-	@echo "make reproduce  every table and figure of the paper, on the demo; about half an hour on two cores"
-	@echo "make smoke    the same with one seed and a handful of pictures: does everything run?"
-	@echo "make test     export, notebooks, tests and lint"
-	@echo "make export   write cft/ from nbs/ and clean the notebooks"
-	@echo "make lint     ruff over notebooks, tests and benchmarks"
-	@echo "make lab      read the book in JupyterLab"
-	@echo "make bench    measure speed into figures/bench.csv"
-	@echo "make figures  draw page and README again from saved results"
+	@echo "make demo       repair a spurious classifier; about four minutes on two cores"
+	@echo "make reproduce  every table and figure of the paper, on the demo; under twenty minutes on two cores"
+	@echo "make related    SEG-MIL-CBM, DEAL and the comparison; about half an hour"
+	@echo "make publish    what these left in runs/demo becomes figures/demo and the tables of the README"
+	@echo "make smoke      the reproduction with one seed and a handful of pictures: does everything run?"
+	@echo "make quick      lint, types and the fast tests: a minute and a half"
+	@echo "make test       all tests, the notebooks included"
+	@echo "make export     write cft/ from nbs/ and clean the notebooks"
+	@echo "make format     yapf over the notebooks"
+	@echo "make lint       ruff over notebooks, tests and benchmarks; basedpyright over cft/ and benchmarks/"
+	@echo "make lab        read the book in JupyterLab"
+	@echo "make bench      measure speed into figures/bench.csv"
 
 .venv/.ready: settings.ini setup.py constraints.txt pyproject.toml
 	@command -v uv >/dev/null || test -x .uv/bin/uv || { python3 -m venv .uv && .uv/bin/python -m pip install --quiet uv; }
@@ -23,33 +26,37 @@ help:
 	@touch $@
 
 demo: .venv/.ready
-	.venv/bin/cft demo --out figures/demo --work runs/demo
-	@$(MAKE) --no-print-directory page
-
-page: .venv/.ready
-	@mkdir -p runs
-	@$(PY) -m papermill --no-progress-bar nbs/23_experiment.ipynb runs/demo.ipynb -p results $(CURDIR)/figures/demo >runs/demo.log 2>&1 || { tail -30 runs/demo.log; exit 1; }
-	@echo "The page, executed: runs/demo.ipynb"
+	.venv/bin/cft demo --out runs/demo
 
 reproduce: .venv/.ready
-	.venv/bin/cft reproduce --profile demo --out runs/reproduce-demo --publish figures/reproduce-demo
+	.venv/bin/cft reproduce --profile demo --out runs/demo
+
+related: .venv/.ready
+	.venv/bin/cft reproduce --profile demo --only segmil,deal,comparison --out runs/demo
 
 smoke: .venv/.ready
 	.venv/bin/cft reproduce --profile smoke --out runs/smoke
 
-figures: page
-	$(PY) -c "from cft.demo.experiment import write_readme; write_readme('README.md', 'figures/full')"
-	$(PY) -c "from cft.reproduce.pages import write_scoreboard; write_scoreboard('README.md', 'figures/reproduce-demo')"
+publish: .venv/.ready
+	$(PY) -c "from cft.reproduce.publish import publish, write_readme; publish('runs/demo', 'figures/demo'); write_readme('README.md')"
 
 test: .venv/.ready
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
+
+quick: .venv/.ready lint
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 export: .venv/.ready
 	.venv/bin/nbdev_export
 	.venv/bin/nbdev_clean
 
+format: .venv/.ready
+	$(PY) -m nbqa yapf --in-place nbs
+	@$(MAKE) --no-print-directory export
+
 lint: .venv/.ready
 	$(PY) -m ruff check nbs tests benchmarks setup.py
+	.venv/bin/basedpyright
 
 lab: .venv/.ready
 	.venv/bin/jupyter lab nbs/index.ipynb

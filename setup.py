@@ -29,7 +29,7 @@ setup(
                  "Natural Language :: English", "Programming Language :: Python :: 3"],
     packages=[*find_packages(include=["cft", "cft.*"]), *pages],
     package_dir=pages,  # the pages that `cft reproduce` executes travel with the package
-    package_data={"cft": ["assets/**"], **dict.fromkeys(pages, ["*.ipynb"]), "cft.notebooks": ["23_demo.ipynb"]},
+    package_data={"cft": ["assets/**", "py.typed"], **dict.fromkeys(pages, ["*.ipynb"]), "cft.notebooks": ["24_demo.ipynb"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg["requirements"]),
     extras_require=extras,

@@ -42,7 +42,6 @@ def _draft(path: Path) -> tuple[Path, int]:
                 return draft, number
         os.close(number)
 
-
 @contextmanager
 def written(path: str | Path, flush: bool = True) -> Iterator[IO[bytes]]:
     """A file to write bytes to, which gets its name `path` when the block ends, and only if it ends well.
@@ -101,11 +100,9 @@ def write_text(path: str | Path, text: str) -> Path:
         file.write(text.encode())
     return Path(path)
 
-
 def write_json(path: str | Path, value: Any) -> Path:
     """Write plain values as JSON, in one step."""
     return write_text(path, json.dumps(value, indent=1) + "\n")
-
 
 def read_json(path: str | Path) -> Any:
     """What `write_json` wrote. Raises ValueError with the file's name if it holds something else."""
@@ -114,11 +111,9 @@ def read_json(path: str | Path) -> Any:
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
 
-
 def write_csv(path: str | Path, table: "pd.DataFrame", index: bool = False, digits: int | None = None) -> Path:
     """Write a table as CSV, in one step; `digits`: decimals of floating-point numbers, None for all."""
     return write_text(path, table.to_csv(index=index, float_format=None if digits is None else f"%.{digits}f"))
-
 
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
@@ -140,7 +135,6 @@ def replace_part(path: str | Path, name: str, text: str) -> Path:
 
 # %% ../nbs/appendix/00_files.ipynb #16ed5453
 ASSETS = Path(str(cft.__file__)).parent / "assets"
-
 
 def need(module: str, package: str, extra: str, what: str) -> ModuleType:
     """Import an optional module. Raises ImportError that says what to install."""

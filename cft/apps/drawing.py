@@ -18,7 +18,6 @@ from torch import Tensor
 # %% ../../nbs/appendix/10_drawing.ipynb #c1dfd96e
 SIDES = (128, 224)  # pixels: smaller pictures are enlarged, larger ones reduced
 
-
 def resized(picture: Tensor, side: int) -> Tensor:
     """A picture (channels, height, width) whose longer side has `side` pixels."""
     height, width = picture.shape[1:]
@@ -38,7 +37,6 @@ def grown(mask: Tensor, by: int) -> Tensor:
         mask = torch.stack(shifts).any(0)
     return mask
 
-
 def outline(mask: Tensor, width: int = 1) -> tuple[Tensor, Tensor]:
     """Where the white and the black line around a mask (height, width) of bools go: two masks of the same shape."""
     inner = grown(mask, width)
@@ -47,7 +45,6 @@ def outline(mask: Tensor, width: int = 1) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/appendix/10_drawing.ipynb #7b52009b
 RED, BLUE = (0.80, 0.07, 0.05), (0.03, 0.25, 0.80)
-
 
 def overlay(picture: Tensor, relevance: Tensor | None = None, mask: Tensor | None = None, strength: float = 0.75,
             side: int | None = None, scale: float | None = None) -> np.ndarray:

@@ -40,7 +40,6 @@ from ..files import need, read_json
 # %% ../../nbs/appendix/12_explorer.ipynb #fe5dbbce
 _Found = TypeVar("_Found")
 
-
 @dataclass(repr=False)
 class Material:
     """Pictures, models, masks and concepts, as far as they are there. Make one with `Material.open`."""
@@ -130,7 +129,6 @@ class Material:
         masks = [] if self.store is None else [repr(self.store)]
         return f"Material({'; '.join([pictures, *masks, *self.missing])})"
 
-
 def output_names(model: nn.Module, images: Path, known: list[str] | None) -> tuple[str, ...]:
     """Names of the model's outputs: `known`, or else the class folders. Raises ValueError if too many or too few."""
     names = tuple(known or class_folders(images))
@@ -148,7 +146,6 @@ class Seen(NamedTuple):
     masks: dict[str, Tensor]  # phrase → bool (height, width)
     own: Tensor  # mask of the class's name, bool (height, width)
     note: str  # why there are no masks, or ""
-
 
 def see(material: Material, picture: str, class_id: str) -> Seen:
     """A picture as the model sees it, with the masks of a class. Raises ValueError if it does not decode."""
@@ -173,7 +170,6 @@ def see(material: Material, picture: str, class_id: str) -> Seen:
 # %% ../../nbs/appendix/12_explorer.ipynb #bd307a3e
 SIGNED = "signed"  # relevance as it is, without a normalisation
 EXPLAIN = ("predicted", "label")  # for which class relevance is computed
-
 
 @dataclass(frozen=True)
 class View:
@@ -202,7 +198,6 @@ class View:
             if getattr(self, what) not in allowed:
                 raise ValueError(f"{what} must be one of {', '.join(allowed)}, got {getattr(self, what)!r}")
 
-
 def first_view(material: Material, class_id: str | None = None) -> View:
     """Where to begin: the first class that has masks, or `class_id`, and its first picture."""
     if class_id is None:
@@ -212,7 +207,6 @@ def first_view(material: Material, class_id: str | None = None) -> View:
 
 # %% ../../nbs/appendix/12_explorer.ipynb #f1abd670
 KEPT, DROPPED, OFF, UNASKED = "in the mask", "too rare", "switched off", "not looked for here"
-
 
 class Line(NamedTuple):
     """A concept in a view."""
@@ -233,11 +227,9 @@ class Line(NamedTuple):
         here = "" if math.isnan(self.area) else here if self.area else ", not in this picture"
         return f"{self.state}: {found if self.pictures else 'no pictures to judge by'}{where}{here}"
 
-
 def judge(material: Material, occurrence: float, coverage: float) -> tuple[pd.DataFrame, pd.DataFrame] | None:
     """The two tables of `Evidence.judge`; None without evidence."""
     return material.evidence and material.evidence.judge(occurrence, coverage)
-
 
 def candidates(material: Material, view: View) -> Iterable[tuple]:
     """The concepts of the view's class, the most frequent first, and whether they occur often enough.
@@ -250,7 +242,6 @@ def candidates(material: Material, view: View) -> Iterable[tuple]:
     mine = tables[0][tables[0]["class_id"] == view.class_id]
     return zip(*(mine[c] for c in ("concept", "accepted", "occurrence", "hits", "pictures", "inside")))
 
-
 def lines(material: Material, view: View) -> list[Line]:
     """What is known of each of the `candidates`."""
     seen, found = material.recall(see, view.picture, view.class_id), []
@@ -261,7 +252,6 @@ def lines(material: Material, view: View) -> list[Line]:
         found.append(Line(concept, state, area, *numbers))
     return found
 
-
 def union(seen: Seen, shown: Iterable[Line]) -> Tensor:
     """Where the concepts in the mask are, bool (height, width)."""
     nowhere = torch.zeros_like(seen.own)
@@ -271,12 +261,10 @@ def union(seen: Seen, shown: Iterable[Line]) -> Tensor:
 # %% ../../nbs/appendix/12_explorer.ipynb #9e6a55b6
 WHICH = ("before", "after")
 
-
 def explained(material: Material, which: str, view: View) -> Relevance:
     """Relevance by the model before or after, remembered. Raises ValueError if the model or the method has none."""
     label = view.class_id if view.explain == "label" and view.class_id in material.classes else None
     return material.recall(_explain, which, view.picture, view.class_id, view.method, label, keep=512)
-
 
 def _explain(material: Material, which: str, picture: str, class_id: str, method: str, label: str | None) -> Relevance:
     model = getattr(material, which)
@@ -289,14 +277,12 @@ def _explain(material: Material, which: str, picture: str, class_id: str, method
 # %% ../../nbs/appendix/12_explorer.ipynb #91032ad7
 SIDE = 224  # pixels of a picture
 
-
 class Panel(NamedTuple):
     """A picture with a description for those who do not see it, and a caption."""
 
     picture: np.ndarray  # uint8 (height, width, 3)
     alt: str
     caption: str
-
 
 class Answer(NamedTuple):
     """One of the best answers of a model."""
@@ -306,7 +292,6 @@ class Answer(NamedTuple):
     name: str  # of the class
     probability: float
     right: bool
-
 
 @dataclass(frozen=True, repr=False)
 class Scene:
@@ -322,12 +307,10 @@ class Scene:
     def _repr_html_(self) -> str:
         return page_part("whole", self)
 
-
 def page_part(name: str, content: object) -> str:
     """A part of the page as HTML: notes, panels, answers, summary or whole of a scene, words of a line, status."""
     page = html_template("scene.html.j2").make_module({"data_uri": data_uri})
     return str(getattr(page, name)(content))
-
 
 def scene(material: Material, view: View) -> Scene:
     """What there is to see. Raises ValueError for a class or picture that is not there or does not decode."""
@@ -349,7 +332,6 @@ def scene(material: Material, view: View) -> Scene:
             answers += best
     return Scene(view, tuple(shown), tuple(panels), tuple(answers), summary(material, view), tuple(notes))
 
-
 def _mask_panel(view: View, seen: Seen, shown: Iterable[Line], mask: Tensor) -> Panel:
     """The picture with the outline of the mask."""
     picture, what = overlay(seen.shown, None, mask, side=SIDE), f"A picture of {view.class_id}"
@@ -360,7 +342,6 @@ def _mask_panel(view: View, seen: Seen, shown: Iterable[Line], mask: Tensor) -> 
     caption = (f"the mask: {float(mask.float().mean()):.0%} of the picture; "
                f"{covers if seen.own.any() else 'the class itself was not found here'}. Outlined: {kept or 'nothing'}")
     return Panel(picture, f"{what} with the outline of {kept or 'no concept'}", caption)
-
 
 def _map_panel(material: Material, which: str, view: View, seen: Seen, mask: Tensor) -> tuple[Panel, list[Answer]]:
     """The map of a model with the outline of the mask, and its best answers."""
@@ -382,7 +363,6 @@ def _map_panel(material: Material, which: str, view: View, seen: Seen, mask: Ten
     chances, numbers = found.logits[0].softmax(-1).topk(min(3, len(material.classes)))
     best = [(material.classes[k], chance) for k, chance in zip(numbers.tolist(), chances.tolist())]
     return panel, [Answer(which, rank, name, p, name == view.class_id) for rank, (name, p) in enumerate(best, 1)]
-
 
 def summary(material: Material, view: View) -> str:
     """What the thresholds do to the class and to all classes, in words."""
@@ -423,7 +403,6 @@ def edited(material: Material, view: View, by: str, why: str = "") -> ConceptSet
         "removed": [list(pair) for pair in gone]}
     return replace(left, settings={**left.settings, "edits": [*left.settings.get("edits", []), entry]})
 
-
 def save_version(concepts: ConceptSet, file: str | Path) -> Path:
     """Save beside `file` as the next free version, name.v2.json, name.v3.json, …, and return its path."""
     file = Path(file)
@@ -438,7 +417,6 @@ def save_version(concepts: ConceptSet, file: str | Path) -> Path:
 
 # %% ../../nbs/appendix/12_explorer.ipynb #6a1c0d14
 MOVES = ("picture", "occurrence", "coverage", "method", "normalize", "explain", "strength")  # widgets, fields of a View
-
 
 class Explorer:
     """Sliders and lists over a `Material`, for JupyterLab. Raises ImportError that says what to install."""
@@ -559,7 +537,6 @@ class Explorer:
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         return self.box._repr_mimebundle_(**options)
-
 
 def _user() -> str:
     with suppress(OSError, KeyError, ImportError):

@@ -43,7 +43,6 @@ def change_interval(changes: Sequence[float] | np.ndarray) -> tuple[float, float
 # %% ../../nbs/appendix/11_report.ipynb #17ba0791
 FALLS = frozenset({"gap", "background_alone", "off_object"})  # here less is better
 
-
 def compare(before: Audit, after: Audit) -> pd.DataFrame:
     """After minus before on the same pictures, in points: tidy rows with the columns of `metrics.COLUMNS`.
 
@@ -62,7 +61,6 @@ def compare(before: Audit, after: Audit) -> pd.DataFrame:
     rows = [(split, *row) for split, which in splits.items() for row in _changes(first[which], second[which])]
     table = pd.DataFrame(rows, columns=list(COLUMNS[1:])).assign(set=before.numbers["set"].iloc[0])
     return table[list(COLUMNS)]
-
 
 def _changes(first: pd.DataFrame, second: pd.DataFrame) -> list[tuple]:
     """metric, value, low, high, n of every metric that both have."""
@@ -130,16 +128,13 @@ class Number(NamedTuple):
         show = signed if sign else "{:.0f}".format
         return f"[{show(self.low)}, {show(self.high)}]" if self.low == self.low else "[one picture]"
 
-
 def signed(value: float) -> str:
     """A difference with its sign; the minus is a minus."""
     return "0" if round(value) == 0 else f"{value:+.0f}".replace("-", "−")
 
-
 def place(value: float, low: float = 0, high: float = 100) -> str:
     """Where a value stands on a scale from `low` to `high`, in percent of its length."""
     return f"{100 * (min(max(value, low), high) - low) / (high - low):.1f}%"
-
 
 def numbers_of(table: pd.DataFrame) -> dict[str, dict[str, Number]]:
     """A tidy table as split → metric → Number."""
@@ -152,7 +147,6 @@ def numbers_of(table: pd.DataFrame) -> dict[str, dict[str, Number]]:
 # %% ../../nbs/appendix/11_report.ipynb #472b07b9
 VARIANTS = PROPORTIONS | {"accuracy": "original"}  # metric → the name that `Audit.look` has for what is shown
 
-
 class Answer(NamedTuple):
     """What a model says to a picture."""
 
@@ -160,14 +154,12 @@ class Answer(NamedTuple):
     sure: int  # its probability in percent
     right: bool
 
-
 class Shot(NamedTuple):
     """A variant of a picture, and the answers to it, before and after."""
 
     metric: str  # a key of VARIANTS
     pixels: np.ndarray  # uint8 (height, width, 3)
     answers: list[Answer]
-
 
 class Map(NamedTuple):
     """A relevance map, laid over its picture."""
@@ -177,7 +169,6 @@ class Map(NamedTuple):
     said: str  # the answer that it explains
     off: int | None  # percent of the positive relevance that lie off the object
 
-
 class Card(NamedTuple):
     """What a page shows of one picture."""
 
@@ -186,7 +177,6 @@ class Card(NamedTuple):
     shots: list[Shot]
     maps: list[Map]
     behind: str  # id of the picture that lends another class's background; empty if that is not shown
-
 
 def card_of(audits: Sequence[Audit], picture: str, metrics: Sequence[str] = tuple(VARIANTS)) -> Card:
     """A picture under the conditions of these metrics, as the models of all audits see it.
@@ -208,7 +198,6 @@ def card_of(audits: Sequence[Audit], picture: str, metrics: Sequence[str] = tupl
     behind = rows[0].get("other_from", "") if "other_background" in metrics else ""
     return Card(picture, cases[0].label, shots, maps, behind)
 
-
 def choose_pictures(found: Audit, n: int = 6) -> list[str]:
     """Ids of the pictures that show it best: one of each class, the worst class first."""
     ids = []
@@ -218,7 +207,6 @@ def choose_pictures(found: Audit, n: int = 6) -> list[str]:
             break
     return ids[:n]
 
-
 def sample_pictures(found: Audit, n: int = 4, seed: int = 0) -> list[str]:
     """Ids of n pictures (or all), drawn at random."""
     ids = found.pictures["id"].tolist()
@@ -226,7 +214,6 @@ def sample_pictures(found: Audit, n: int = 4, seed: int = 0) -> list[str]:
 
 # %% ../../nbs/appendix/11_report.ipynb #6a1c0d32
 KINDS = {LEANS: "lean", LITTLE: "little", CLEARED: "clear", UNKNOWN: "unknown"}
-
 
 @dataclass(frozen=True, repr=False)
 class Report:
@@ -333,7 +320,6 @@ class Report:
 
     def _repr_html_(self) -> str:
         return self._render(full=False)
-
 
 def _flat(value: object) -> str:
     """A nested value on one line."""

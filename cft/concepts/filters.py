@@ -36,7 +36,6 @@ MASK_KINDS = ("important", "around")  # a superclass is the entire object: it wo
 Share = tuple[str, str, Sequence[str]]  # a class id, a phrase, and the kinds of question that gave it to the class
 _SAMPLING, _CHAT = Sampling(), Chat()
 
-
 @dataclass(frozen=True)
 class Concept:
     """A phrase, the ids of the classes that own it, and the kinds of question that gave it."""
@@ -56,7 +55,6 @@ class Concept:
         given = self.given or (self.kinds,) * len(self.owners)
         return [(owner, self.text, kinds) for owner, kinds in zip(self.owners, given)]
 
-
 @dataclass(frozen=True)
 class Dropped:
     """A phrase that is no concept of `owners`, the reason, and the concept that took over, if one did."""
@@ -65,7 +63,6 @@ class Dropped:
     owners: tuple[str, ...]
     reason: str
     kept: str = ""
-
 
 def merge(shares: Iterable[Share]) -> tuple[Concept, ...]:
     """The concepts of which these are the shares, one for each phrase, sorted."""
@@ -172,7 +169,6 @@ def unfit(item: str) -> str:
         return "line break, control or invisible character"
     return "" if len(item.encode()) <= 75 else "may exceed CLIP's 77 tokens"
 
-
 def gather(answers: Sequence[Answer]) -> tuple[tuple[Concept, ...], list[Dropped]]:
     """Candidates from answers, and the items that are unfit to be one. A replacement counts as an important concept."""
     found: list[Share] = []
@@ -196,7 +192,6 @@ class Encoder(Protocol):
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """The vectors of `texts`, one row each."""
         ...
-
 
 class NGrams:
     """Spelling as a vector: hashed trigrams of letters. Offline, deterministic, blind to meaning."""
@@ -239,7 +234,6 @@ class SentenceEncoder:
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors (texts, dimensions)."""
         return self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
-
 
 class ClipText:
     """The text side of a CLIP model of open_clip, with weights from a file on disk."""
@@ -307,7 +301,6 @@ def class_names(texts: Sequence[str], names: Sequence[str]) -> dict[int, str]:
             forms |= {n.upper(): name, n[:1].upper() + n[1:]: name}
     return {k: forms[text] for k, text in enumerate(texts) if text in forms}
 
-
 def near_class(similarity: np.ndarray, cutoff: float = 0.85, bug_compatible: bool = False) -> dict[int, int]:
     """Filter 2b: each concept that is too similar to a class, with the most similar class.
 
@@ -317,7 +310,6 @@ def near_class(similarity: np.ndarray, cutoff: float = 0.85, bug_compatible: boo
     if bug_compatible:
         np.fill_diagonal(hit, False)
     return {int(k): int(np.where(hit[:, k], similarity[:, k], -np.inf).argmax()) for k in np.flatnonzero(hit.any(0))}
-
 
 def near_twins(similarity: Iterable[np.ndarray], cutoff: float = 0.9) -> dict[int, int]:
     """Filter 3: each concept that goes, with the concept that finally takes its place.
@@ -336,7 +328,6 @@ def near_twins(similarity: Iterable[np.ndarray], cutoff: float = 0.9) -> dict[in
     for k in reversed(list(place)):  # later ones are settled first, so one look ahead is enough
         place[k] = place.get(place[k], place[k])
     return place
-
 
 def seen(similarity: np.ndarray, cutoff: float = 0.25, top: int = 5) -> np.ndarray:
     """Filter 4, optional: concepts whose `top` most similar pictures have a mean similarity above `cutoff`.
@@ -358,7 +349,6 @@ class Rules:
     concept_cutoff: float = 0.9
     bug_compatible: bool = False
     abstract: bool = False  # also drop phrases with an abstract word, as `refine` does
-
 
 def filter_concepts(
     classes: Sequence[ClassName], concepts: Sequence[Concept], similarity: Similarity = Similarity(),
@@ -412,7 +402,6 @@ def discover(classes: Sequence[ClassName], record: Record, sampling: Sampling = 
     settings = {"sampling": asdict(sampling), "kinds": list(kinds), **found.settings}
     return replace(found, dropped=(*strange, *found.dropped), settings=settings)
 
-
 def demo_concepts() -> ConceptSet:
     """The concepts of the twelve classes of `backdrop`, from the answers that the package carries; offline."""
     classes = tuple(ClassName(name, name) for name in backdrop.CLASSES)
@@ -425,7 +414,6 @@ class Feedback:
 
     occurrence: Mapping[tuple[str, str], float]  # (class id, concept) → share of the class's pictures that have it
     coverage: Mapping[str, float] = field(default_factory=dict)  # class id → share of its object under its concepts
-
 
 class Round(NamedTuple):
     """What happened in one round."""
@@ -469,12 +457,10 @@ def refine(concepts: ConceptSet, measure: Callable[[ConceptSet], Feedback], ask:
             break
     return concepts, tuple(history)
 
-
 def _replacements(concepts: ConceptSet, c: ClassName, sampling: Sampling) -> list[Question]:
     rejected = sorted({d.text for d in concepts.dropped if c.id in d.owners and not d.kept})
     facts = {"class": c.name, "description": c.description, "found": concepts.of(c.id)[:50], "rejected": rejected[:50]}
     return [Question(c.id, "replace", json.dumps(facts), sample, sampling) for sample in range(sampling.samples)]
-
 
 def _with_new(concepts: ConceptSet, new: tuple[Sequence[Concept], Sequence[Dropped]], similarity: Similarity,
               rules: Rules) -> ConceptSet:

@@ -55,7 +55,6 @@ class Grounding:
         return (f"Grounding({self.phrase!r}: {len(self.boxes)} box{'es' * (len(self.boxes) > 1)}, "
                 f"best {self.scores.max():.2f}, {self.mask.float().mean():.0%} of the picture)")
 
-
 class Grounder(Protocol):
     """Finds phrases in a picture."""
 
@@ -71,7 +70,6 @@ class Grounder(Protocol):
 
 # %% ../../nbs/05_grounding.ipynb #902ba3cd
 MAX_CHARACTERS = 200
-
 
 def clean_phrases(phrases: Sequence[str]) -> list[str]:
     """Phrases as they are put into a prompt: lower case, single spaces, no periods or question marks.
@@ -98,7 +96,6 @@ class Prompt:
     spans: tuple[tuple[int, int], ...]  # of each phrase: its first token, and the one after its last
     offsets: tuple[tuple[int, int], ...]  # of each token: its first character, and the one after its last
 
-
 def _prompt(phrases: Sequence[str], tokenizer: "PreTrainedTokenizerFast") -> Prompt:
     text, places = "", []
     for phrase in phrases:
@@ -108,7 +105,6 @@ def _prompt(phrases: Sequence[str], tokenizer: "PreTrainedTokenizerFast") -> Pro
     offsets = tuple(tokenizer(text, return_offsets_mapping=True).offset_mapping)
     own = [[t for t, (a, b) in enumerate(offsets) if start <= a < b <= stop] for start, stop in places]
     return Prompt(text, tuple(phrases), tuple((tokens[0], tokens[-1] + 1) for tokens in own), offsets)
-
 
 def pack_prompts(phrases: Sequence[str], tokenizer: "PreTrainedTokenizerFast", limit: int = 256,
                  per_prompt: int | None = None) -> list[Prompt]:
@@ -140,7 +136,6 @@ SMALL_WORDS = ("a", "an", "beak", "bird", "body", "branch", "eye", "feather", "h
 
 _library = partial(need, extra="cft[grounding]", what="grounding")  # of a module and its package
 
-
 def small_tokenizer() -> "PreTrainedTokenizerFast":
     """BERT's tokenizer over letters, digits and SMALL_WORDS. For tests and demonstrations."""
     transformers = _library("transformers", "transformers")
@@ -157,7 +152,6 @@ def small_tokenizer() -> "PreTrainedTokenizerFast":
 def phrase_scores(probabilities: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
     """The best token of each phrase for each box, (queries, phrases) from (queries, tokens)."""
     return torch.stack([probabilities[:, start:stop].amax(1) for start, stop in spans], 1)
-
 
 def answered_words(prompt: Prompt, index: int, probabilities: Tensor, threshold: float) -> str:
     """The pieces of phrase `index` whose tokens exceed the text threshold, for one box; probabilities (tokens,)."""
@@ -188,9 +182,7 @@ class GroundingConfig:
         if self.per_prompt is not None and self.per_prompt < 1:
             raise ValueError(f"per_prompt must be at least 1, or None, got {self.per_prompt}")
 
-
 PAPER_GROUNDING = GroundingConfig()
-
 
 def to_pixels(boxes: Tensor, frame: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Boxes (boxes, 4) from shares of the frame, as centre and size, to corners in pixels, cut to the picture.
@@ -199,7 +191,6 @@ def to_pixels(boxes: Tensor, frame: tuple[int, int], size: tuple[int, int]) -> T
     """
     corners = box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor([*frame, *frame])
     return torch.minimum(corners.clamp(min=0), boxes.new_tensor([*size, *size]))
-
 
 def keep_boxes(boxes: Tensor, scores: Tensor, size: tuple[int, int],
                config: GroundingConfig = PAPER_GROUNDING) -> Tensor:
@@ -222,7 +213,6 @@ def detector_input(image: Image.Image, short: int = 800, long: int = 1333) -> Te
     resized = V.pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))
     pixels = V.to_dtype(resized, torch.float32, scale=True)
     return V.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
-
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
@@ -255,7 +245,6 @@ class GroundingDino:
             out = self.model(pixels, captions=[text])
         return out["pred_logits"][0].sigmoid().cpu(), out["pred_boxes"][0].cpu()
 
-
 class TransformersDino(GroundingDino):
     """A GroundingDinoForObjectDetection of transformers, with its tokenizer: boxes for a prompt."""
     @torch.no_grad()
@@ -285,7 +274,6 @@ class SegmentAnything:
         boxes = encoded.transform.apply_boxes_torch(boxes, encoded.original_size).to(self.model.device)
         return encoded.predict_torch(None, None, boxes=boxes, multimask_output=False)[0][:, 0].cpu()
 
-
 class SegmentAnything2:
     """A Sam2Model of transformers, with its Sam2Processor: masks for boxes."""
     def __init__(self, model: nn.Module, processor: Any, name: str = "sam2.1-hiera-large"):
@@ -309,7 +297,6 @@ class SegmentAnything2:
 BOXES_AT_ONCE, PIXELS_AT_ONCE = 64, 2**27  # in one call of the decoder; each is about half a gigabyte
 SLENDEREST = 16
 
-
 def _frame(image: Image.Image) -> Image.Image:
     """The picture, or, if it is longer than 16 : 1, the picture in the upper left of a black one that is not."""
     if not isinstance(image, Image.Image) or image.mode != "RGB":
@@ -322,9 +309,7 @@ def _frame(image: Image.Image) -> Image.Image:
     frame.paste(image)
     return frame
 
-
 Found = tuple[Tensor, Tensor, tuple[str, ...]]  # boxes (boxes, 4), scores (boxes,) and words
-
 
 class GroundedSAM:
     """A Grounder of a detector and a segmenter: each picture is encoded once for all of its phrases.
@@ -390,7 +375,6 @@ class GroundedSAM:
 # %% ../../nbs/05_grounding.ipynb #fc074d50
 SMALL_BERT = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
 
-
 def _turn_up(words: nn.Embedding, fusion: Sequence[Tensor], boxes: Sequence[nn.Linear], norm: nn.LayerNorm) -> None:
     """Words that differ, fusion that fuses, boxes of many sizes, scores that spread, in a random GroundingDINO."""
     nn.init.normal_(words.weight)
@@ -400,7 +384,6 @@ def _turn_up(words: nn.Embedding, fusion: Sequence[Tensor], boxes: Sequence[nn.L
         nn.init.normal_(layer.weight, std=0.3)
         layer.bias.data = torch.tensor([0.0, 0.0, 1.0, 1.0])
     nn.init.constant_(norm.weight, 0.1)
-
 
 def _small_groundingdino() -> GroundingDino:
     with _quiet(), tempfile.TemporaryDirectory() as folder:
@@ -428,14 +411,12 @@ def _small_groundingdino() -> GroundingDino:
              [head.layers[-1] for head in heads], network.decoder.norm)
     return GroundingDino(model, "small-groundingdino", 64, 128)
 
-
 def _small_sam() -> SegmentAnything:
     sam = _library("segment_anything.modeling", "segment-anything")
     eyes = sam.ImageEncoderViT(img_size=64, embed_dim=32, depth=2, num_heads=2, out_chans=32, use_rel_pos=True,
                                window_size=2, global_attn_indexes=(1,))
     hands = sam.MaskDecoder(transformer_dim=32, transformer=sam.TwoWayTransformer(1, 32, 2, 64), iou_head_hidden_dim=32)
     return SegmentAnything(sam.Sam(eyes, sam.PromptEncoder(32, (4, 4), (64, 64), 4), hands), "small-sam")
-
 
 def small_grounded_sam(config: GroundingConfig = PAPER_GROUNDING, seed: int = 0) -> GroundedSAM:
     """The default backend's real code on tiny random networks; boxes are meaningless. For tests and measurements."""
@@ -470,7 +451,6 @@ class Weight:
     size: int  # bytes
     sha256: str
     beside: tuple[str, ...] = ()
-
 
 WEIGHTS: dict[str, tuple[Weight, ...]] = {
     name: tuple(Weight(**file | {"beside": tuple(file.get("beside", ()))}) for file in files)
@@ -509,12 +489,10 @@ def _complete(missing: Sequence[str], file: Path) -> None:
         first = ", ".join(list(missing)[:3])
         raise ValueError(f"{file.name} must have all parameters of the network, got none for {first}, …")
 
-
 def _pretrained(kind: Any, place: Path) -> nn.Module:
     model, report = kind.from_pretrained(place, local_files_only=True, use_safetensors=True, output_loading_info=True)
     _complete(report["missing_keys"], place)
     return model
-
 
 def _load_detector(name: str, root: Path) -> GroundingDino:
     if name == "grounding-dino-base":
@@ -538,7 +516,6 @@ def _load_detector(name: str, root: Path) -> GroundingDino:
     _complete(model.load_state_dict(state, strict=False).missing_keys, file)
     return GroundingDino(model, name)
 
-
 def _load_segmenter(name: str, root: Path) -> SegmentAnything | SegmentAnything2:
     if name.startswith("sam2"):
         from transformers import Sam2Model, Sam2Processor
@@ -548,7 +525,6 @@ def _load_segmenter(name: str, root: Path) -> SegmentAnything | SegmentAnything2
     model = networks[name.removeprefix("sam-").replace("-", "_")]()
     model.load_state_dict(torch.load(root / WEIGHTS[name][0].file, map_location="cpu", weights_only=True))
     return SegmentAnything(model, name)
-
 
 def load_grounder(name: str = "groundingdino-swint+sam-vit-h", folder: str | Path | None = None,
                   config: GroundingConfig = PAPER_GROUNDING, device: str | torch.device = "cpu") -> GroundedSAM:

@@ -38,7 +38,6 @@ def printable(text: str, what: str, limit: int, least: int = 1) -> str:
         raise ValueError(f"{what} must be {least} to {limit} printable characters on one line, got {str(text)[:60]!r}")
     return text
 
-
 @dataclass(frozen=True)
 class ClassName:
     """A class: an id that can name a folder, a name, and a description that tells namesakes apart."""
@@ -54,7 +53,6 @@ class ClassName:
         if set(self.id) & set("/\\") or self.id.startswith("."):
             raise ValueError(f"a class id must be one folder name without slashes or a leading dot, got {self.id!r}")
 
-
 def read_classes(path: str | Path) -> tuple[ClassName, ...]:
     """Classes from a CSV file: id, name and, if wanted, description. Raises ValueError for what `ClassName` refuses."""
     with open(path, newline="", encoding="utf-8") as file:
@@ -66,7 +64,6 @@ def read_classes(path: str | Path) -> tuple[ClassName, ...]:
 # %% ../../nbs/03_language.ipynb #0ade7c2c
 KINDS = ("important", "around", "superclass")
 Key = tuple[str, str, int]  # model, hash of the prompt, sample
-
 
 @cache
 def words() -> dict[str, Any]:
@@ -83,7 +80,6 @@ class Sampling:
     top_p: float | None = 1.0
     max_tokens: int = 256
     samples: int = 2  # for each class and kind
-
 
 @dataclass(frozen=True)
 class Question:
@@ -114,7 +110,6 @@ class Question:
         text = json.dumps([self.messages(), s.temperature, s.top_p, s.max_tokens])
         return s.model, hashlib.sha256(text.encode()).hexdigest()[:32], self.sample
 
-
 def questions(classes: Sequence[ClassName], sampling: Sampling = Sampling(),
               kinds: Sequence[str] = KINDS) -> list[Question]:
     """One for each class, kind and sample. Raises ValueError for ids that occur twice and for unknown kinds."""
@@ -132,7 +127,6 @@ class Items(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     items: list[str]
-
 
 def parse_items(raw: str) -> list[str]:
     """The items of an answer, in lower case: from JSON `{"items": [...]}` or from a list with -, •, * or 1.
@@ -157,7 +151,6 @@ class Reply(NamedTuple):
     raw: str
     status: str
     tokens: tuple[int, ...] = (0, 0)
-
 
 class Record:
     """Answers in a JSONL file, by `Key`. Of several to one question the first that is ok counts, or else the last."""
@@ -210,7 +203,6 @@ class Record:
         elif (key := (line["model"], line["prompt"], line["sample"])) not in self:
             self._replies[key] = Reply(line["raw"], line["status"], tuple(line.get("tokens", (0, 0))))
 
-
 ANSWERS = ASSETS / "answers_demo.jsonl"
 RECORDED = Sampling(model="cft-recorded")  # the model's name in the record that the package carries
 
@@ -222,9 +214,7 @@ class Price(NamedTuple):
     tokens_out: float
     source: str
 
-
 PRICES: dict[str, Price] = {"gpt-4o-mini": Price(0.15, 0.60, "OpenAI's list price of July 2024")}
-
 
 class Estimate(NamedTuple):
     """What a run will take: calls, tokens, and dollars at most, None if the price is unknown."""
@@ -243,7 +233,6 @@ class Estimate(NamedTuple):
         return (f"{self.questions:,} questions, {self.questions - self.calls:,} in the record, {self.calls:,} calls of "
                 f"{self.model}: about {self.tokens_in:,} tokens in, up to {self.tokens_out:,} out, "
                 f"{cost if self.calls else 'no cost'}")
-
 
 def estimate(questions: Sequence[Question], record: Record, price: Price | None = None,
              batch: bool = False) -> Estimate:
@@ -266,10 +255,8 @@ _LONGEST, _BATCH_SIZE = 100_000, 50_000  # characters of an answer that are kept
 _SCHEMA = {"name": "items", "strict": True, "schema": Items.model_json_schema()}
 _logger = logging.getLogger(__name__)
 
-
 class LLMError(RuntimeError):
     """The model cannot be reached, or declines the request in every form."""
-
 
 @dataclass(frozen=True)
 class Chat:
@@ -302,7 +289,6 @@ def request_body(question: Question, mode: str, complaint: str = "") -> dict[str
     kinds = {"schema": {"type": "json_schema", "json_schema": _SCHEMA}, "json": {"type": "json_object"}}
     form = {"response_format": kinds[mode]} if mode in kinds else {}
     return body | {"messages": messages, "max_tokens": s.max_tokens} | form
-
 
 def read_reply(text: str) -> Reply:
     """The reply in the body of an HTTP response, of a response or of a chat completion, whatever it may hold."""
@@ -418,7 +404,6 @@ def _run_batches(session: _Session, questions: Sequence[Question]) -> None:
             record.write({"batch": batch.id, "model": model})
     _collect(session, questions)
 
-
 def _collect(session: _Session, questions: Sequence[Question]) -> None:
     """Wait for every batch on its way and record its answers, those to questions that nobody asks any more included."""
     known, record, client = {q.key: q for q in questions}, session.record, session.client
@@ -461,10 +446,8 @@ class Answer(NamedTuple):
         """The items of an answer that is ok, or none."""
         return parse_items(self.raw) if self.status == "ok" else []
 
-
 class ReplayMiss(LookupError):
     """A question that the record does not answer."""
-
 
 def ask(questions: Sequence[Question], record: Record, chat: Chat = Chat(), *, replay: bool = False, yes: bool = False,
         confirm: Callable[[Estimate], bool] | None = None, batch: bool = False, price: Price | None = None,

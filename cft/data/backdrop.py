@@ -36,7 +36,6 @@ SIZE = 64  # pictures are SIZE × SIZE pixels
 Jitter = tuple[Array, Array, Array]  # shift in u, shift in v, scale: each (batch, 1, 1)
 Shape = Callable[[Array, Array, Jitter], Array]
 
-
 def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> Shape:
     """An ellipse with centre (x, y), radii (rx, ry), turned by `angle` radians.
 
@@ -53,7 +52,6 @@ def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> Sha
 
     return distance
 
-
 def capsule(x1: float, y1: float, x2: float, y2: float, radius: float) -> Shape:
     """A thick line from (x1, y1) to (x2, y2): all points nearer than `radius` to the segment."""
     ex, ey = x2 - x1, y2 - y1
@@ -66,7 +64,6 @@ def capsule(x1: float, y1: float, x2: float, y2: float, radius: float) -> Shape:
         return np.sqrt((p - t * ex)**2 + (q - t * ey)**2) - radius
 
     return distance
-
 
 def polygon(*corners: tuple[float, float]) -> Shape:
     """A convex polygon with the given corners, in any winding: the largest distance to one of its sides."""
@@ -220,22 +217,18 @@ def _enlarge(cells: int) -> Array:
     np.add.at(weights, (np.arange(SIZE), high), position - low)
     return weights
 
-
 def smooth_noise(rng: np.random.Generator, n: int, rows: int, columns: int) -> Array:
     """`n` fields of smooth noise in [-1/2, 1/2], (n, SIZE, SIZE), from rows × columns random cells."""
     return _enlarge(rows) @ (rng.random((n, rows, columns)) - 0.5) @ _enlarge(columns).T
 
-
 def _uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> Array:
     return low + (high - low) * rng.random(shape)
-
 
 def _widen(mask: Array) -> Array:
     """Grow a boolean (n, SIZE, SIZE) field by one pixel in all eight directions."""
     for axis in (1, 2):
         mask = mask | np.roll(mask, 1, axis) | np.roll(mask, -1, axis)
     return mask
-
 
 def _rgb(red: float, green: float, blue: float) -> Array:
     """A colour that broadcasts over pictures kept channels first: (3, 1, 1, 1)."""
@@ -245,33 +238,27 @@ def _rgb(red: float, green: float, blue: float) -> Array:
 Y, X = np.linspace(0, 1, SIZE)[:, None], np.linspace(0, 1, SIZE)[None, :]
 WAVE = 2 * math.pi
 
-
 def _sky(rng, n, low, mid, some):
     clouds = np.clip((smooth_noise(rng, n, 5, 4) + 0.5 * smooth_noise(rng, n, 12, 8)) * 3 - some(0.1, 0.6), 0, 1)
     blue = _rgb(0.45, 0.68, 0.95) * (0.75 + 0.25 * Y) + 0.25 * Y
     return blue * (1 - clouds) + 0.97 * clouds
-
 
 def _water(rng, n, low, mid, some):
     ripple = np.sin(WAVE * (X * some(2, 4) + some(0, 1)))
     wave = np.sin(WAVE * (Y * some(7, 11) + 0.8 * low + 0.25 * ripple))
     return _rgb(0.10, 0.42, 0.58) + _rgb(0.104, 0.13, 0.13) * wave + 0.1 * mid
 
-
 def _grass(rng, n, low, mid, some):
     return _rgb(0.25, 0.55, 0.18) + _rgb(0.28, 0.4, 0.2) * smooth_noise(rng, n, 12, 48) + 0.12 * low
-
 
 def _sand(rng, n, low, mid, some):
     dunes = np.sin(WAVE * (Y * some(4, 6) + X * some(-3, 3) + 1.2 * low))
     return _rgb(0.85, 0.74, 0.5) + (0.05 * dunes + 0.22 * (rng.random((n, SIZE, SIZE)) - 0.5))
 
-
 def _forest(rng, n, low, mid, some):
     trunks = np.clip(smooth_noise(rng, n, 1, 14) * 6 + 0.5 * low, 0, 1)
     leaves = _rgb(0.1, 0.28, 0.14) + _rgb(0.125, 0.25, 0.125) * smooth_noise(rng, n, 20, 20)
     return leaves * (1 - trunks) + trunks * (_rgb(0.34, 0.22, 0.13) + 0.15 * smooth_noise(rng, n, 8, 48))
-
 
 def _snow(rng, n, low, mid, some):
     flakes = rng.random((n, SIZE, SIZE)) > 0.96
@@ -279,22 +266,18 @@ def _snow(rng, n, low, mid, some):
     flakes = flakes | np.roll(flakes, 1, 2)
     return _rgb(0.9, 0.93, 0.97) + _rgb(0.192, 0.16, 0.096) * low - _rgb(0.3, 0.24, 0.15) * flakes
 
-
 def _brick(rng, n, low, mid, some):
     row = Y * some(7, 9) + some(0, 1)
     column = X * some(3.5, 4.5) + 0.5 * (np.floor(row) % 2) + some(0, 1)
     mortar = (row % 1 < 0.17) | (column % 1 < 0.09)
     return np.where(mortar, 0.72, _rgb(0.62, 0.27, 0.2) + _rgb(0.3, 0.21, 0.18) * mid)
 
-
 def _night(rng, n, low, mid, some):
     stars = rng.random((n, SIZE, SIZE))
     dark = _rgb(0.05, 0.06, 0.18) + _rgb(0.144, 0.072, 0.252) * np.maximum(low, 0)
     return dark + (stars > 0.985) * some(0.6, 1.0) + 0.5 * _widen(stars > 0.996)
 
-
 TEXTURES = dict(zip(BACKGROUNDS, (_sky, _water, _grass, _sand, _forest, _snow, _brick, _night), strict=True))
-
 
 def render_background(kind: str, n: int, rng: np.random.Generator) -> Array:
     """`n` pictures of one background, channels first (3, n, SIZE, SIZE), in [0, 1]; random tint, grain, exposure."""
@@ -349,7 +332,6 @@ def _frame(view: View, n: int, rng: np.random.Generator) -> tuple[Array, Array, 
     u, v = (x * np.cos(angle) + y * np.sin(angle)) / scale, (y * np.cos(angle) - x * np.sin(angle)) / scale
     return (u + shear * v) * mirror, v, scale
 
-
 def _palette(label: int, view: View, n: int, rng: np.random.Generator) -> dict[str, Array]:
     """The paint of every role, each (3, n)."""
     paints = PAINTS[rng.integers(len(PAINTS), size=(n, 4))]
@@ -359,7 +341,6 @@ def _palette(label: int, view: View, n: int, rng: np.random.Generator) -> dict[s
     dark, light = (np.tile(_uniform(rng, a, b, n), (3, 1)) for a, b in ((0.05, 0.2), (0.85, 1.0)))
     roles = zip(("body", "first", "second", "third"), paints.transpose(1, 2, 0), strict=True)
     return dict(roles, dark=dark, light=light)
-
 
 def render_object(label: int, view: View, n: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
     """Draw `n` objects of class `label` without a background.
@@ -398,7 +379,6 @@ def _rendition(scene: Array, coverage: Array, colour: Array, rng: np.random.Gene
     hatch = np.sin(frequency * (X * np.cos(angle) + Y * np.sin(angle))) > 0.55
     return picture * (1 - 0.2 * hatch * (some(0, 1) < 0.6))
 
-
 def _sketch(owner: Array, coverage: Array, colour: Array, rng: np.random.Generator) -> Array:
     n = len(owner)
     some = lambda low, high: _uniform(rng, low, high, n, 1, 1)
@@ -414,7 +394,6 @@ def _sketch(owner: Array, coverage: Array, colour: Array, rng: np.random.Generat
 _CONCEPT = np.zeros((len(CLASSES), 1 + max(map(len, CLASSES.values()))), bool)
 for _label, _parts in enumerate(CLASSES.values()):
     _CONCEPT[_label, 1:1 + len(_parts)] = [part.concept for part in _parts]
-
 
 @dataclass(frozen=True)
 class Pictures:
@@ -443,16 +422,13 @@ class Pictures:
         """Whether each picture (n,) shows its class's home background."""
         return self.backgrounds == HOME_INDEX[self.labels]
 
-
 CHUNK = 8  # pictures drawn from one random stream
-
 
 def _choose_backgrounds(label: int, rule: str, n: int, correlation: float, rng: np.random.Generator) -> Array:
     home = HOME_INDEX[label]
     away = (home + rng.integers(1, len(BACKGROUNDS), n)) % len(BACKGROUNDS)
     anywhere, stays = rng.integers(len(BACKGROUNDS), size=n), rng.random(n) < correlation
     return {"home": np.where(stays, home, away), "away": away, "any": anywhere}[rule]
-
 
 def _render_chunk(name: str, label: int, seed: int, chunk: int, correlation: float) -> Pictures:
     view, rng = SETS[name], np.random.default_rng([seed, list(SETS).index(name), label, chunk])
@@ -469,7 +445,6 @@ def _render_chunk(name: str, label: int, seed: int, chunk: int, correlation: flo
         picture = scene * (1 - coverage) + colour if as_it_is else _rendition(scene, coverage, colour, rng)
     images = np.floor(np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 3, 0)
     return Pictures(images, np.full(CHUNK, label), backgrounds, owner)
-
 
 def render(name: str, per_class: int, seed: int, classes: Sequence[int] | None = None,
            correlation: float = CORRELATION) -> Pictures:
@@ -511,7 +486,6 @@ def montage(rows: Mapping[str, Array], columns: int = 12) -> "Figure":
 # %% ../../nbs/00_backdrop.ipynb #22d200f8
 FOLDERS = ("images", "masks", "objects", "parts")
 
-
 def _save_set(root: Path, name: str, pictures: Pictures) -> list[dict]:
     """Write one set; returns its metadata rows."""
     names, rows, counter, as_photo = list(CLASSES), [], dict.fromkeys(CLASSES, 0), SETS[name].style == "photo"
@@ -529,7 +503,6 @@ def _save_set(root: Path, name: str, pictures: Pictures) -> list[dict]:
             "file": file, "set": name, "class": cls, "label": int(label), "background": home if as_photo else "",
             "at_home": at_home if as_photo else "", "parts": ";".join(present)})
     return rows
-
 
 def _card(recipe: dict, rows: list[dict], digest: str) -> str:
     counts = "\n".join(f"| {name} | {sum(r['set'] == name for r in rows)} |" for name in recipe["per_class"])
@@ -549,7 +522,6 @@ It shows one kind of shift in one drawn world: results on it say nothing about t
 recipe: `{json.dumps(recipe, sort_keys=True)}`
 pixels: `sha256:{digest}`
 """
-
 
 def write(root: str | Path, per_class: Mapping[str, int], seed: int, correlation: float = CORRELATION) -> Path:
     """Write the sets named in `per_class` (pictures per class) as an image folder with masks, and return its path.

@@ -31,7 +31,6 @@ from tqdm.auto import tqdm
 class UnreadableImage(ValueError):
     """A file that does not decode as a picture."""
 
-
 def open_image(path: str | Path | IO[bytes]) -> Image.Image:
     """An upright 8-bit RGB picture, from a file or a stream.
 
@@ -52,7 +51,6 @@ def open_image(path: str | Path | IO[bytes]) -> Image.Image:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
-
 
 def open_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
     """A mask as bool (height, width): true where the stored value is not 0.
@@ -75,10 +73,8 @@ UNREAD = frozenset(  # pictures, but not to us
     {".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl", ".svg", ".raw", ".cr2", ".nef", ".dng"})
 OF_TOOLS = frozenset({"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information"})
 
-
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name in OF_TOOLS
-
 
 def find_pictures(folder: str | Path, deep: bool = True) -> tuple[list[Path], list[str]]:
     """The pictures below a folder, sorted by path, and one line for each file that was left out and looks like one.
@@ -102,7 +98,6 @@ def find_pictures(folder: str | Path, deep: bool = True) -> tuple[list[Path], li
                     pictures.append(path)
     return sorted(pictures), sorted(left_out)
 
-
 def printable_path(path: str | Path) -> str:
     """A path for people: forward slashes, and a question mark for what a terminal would obey or could not show."""
     return "".join(c if c.isprintable() else "?" for c in Path(path).as_posix())
@@ -116,7 +111,6 @@ class Sample:
     label: int
     mask: Path | None = None
     object: Path | None = None
-
 
 @dataclass(frozen=True)
 class Folder:
@@ -200,7 +194,6 @@ def class_folders(root: str | Path, classes: Sequence[str] | None = None) -> tup
                          f"expected some of {', '.join(list(classes or ())[:5])}, …")
     return tuple(classes or found)
 
-
 def list_folder(root: str | Path, classes: Sequence[str] | None = None) -> Folder:
     """The pictures of an image folder, `root/<class>/<picture>`, without opening any; what was left out is set aside.
 
@@ -217,7 +210,6 @@ def list_folder(root: str | Path, classes: Sequence[str] | None = None) -> Folde
             set_aside += [f"{printable_path(name)}/{line}" for line in left_out]
     return Folder(root, names, tuple(samples), tuple(set_aside))
 
-
 def _check_masks(folder: Folder, kind: str, root: Path, sizes: Mapping[Path, tuple[int, int]]) -> None:
     """Raise ValueError unless all masks of a kind, mask or object, are there and fit their pictures."""
     files = {s.path: getattr(s, kind) for s in folder.samples}
@@ -228,7 +220,6 @@ def _check_masks(folder: Folder, kind: str, root: Path, sizes: Mapping[Path, tup
                          f"{missing[0].relative_to(root)}; expected one PNG for each picture")
     for picture, file in files.items():
         open_mask(file, sizes[picture])
-
 
 def scan(root: str | Path, masks: str | Path | None = None, objects: str | Path | None = None,
          classes: Sequence[str] | None = None, progress: bool = False) -> Folder:
@@ -284,7 +275,6 @@ class Preprocess:
         as_floats = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
         return v2.Compose([*steps, as_floats, v2.Normalize(self.mean, self.std)])
 
-
 class MaskedImages(Dataset):
     """A folder as tensors. Item i is a dict with image (3, height, width) normalised, label, index, and, where the
     folder has them, mask and object (height, width) bool. With `cached`, decoded pictures stay in memory.
@@ -337,7 +327,6 @@ def without_object(images: Tensor, objects: Tensor, cells: int = 8) -> Tensor:
         filled, done = torch.where(usable, torch.roll(images, shift, (2, 3)), filled), done | usable
     mean = (images * free).sum((2, 3), keepdim=True) / free.sum((2, 3), keepdim=True).clamp(min=1)
     return torch.where(done, filled, mean)
-
 
 def swap_background(images: Tensor, objects: Tensor, contexts: Tensor) -> Tensor:
     """Put the objects (batch, height, width) of images (batch, channels, height, width) in front of contexts."""

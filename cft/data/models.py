@@ -35,7 +35,6 @@ from ..files import ASSETS, read_json, sha256, write_json, written
 # %% ../../nbs/02_models.ipynb #c1dfd96e
 TINY = "cft_vit_tiny64"
 
-
 class ConvStem(nn.Module):
     """Three stride-2 3 × 3 convolutions in place of the linear 8 × 8 patch projection.
 
@@ -60,7 +59,6 @@ class ConvStem(nn.Module):
         """Embed images (batch, 3, height, width) as tokens (batch, tokens, embed_dim)."""
         return self.net(x).flatten(2).transpose(1, 2)
 
-
 @register_model
 def cft_vit_tiny64(pretrained: bool = False, **kwargs) -> VisionTransformer:
     """A 0.37 M parameter ViT for 64 × 64 pictures of twelve classes; `base_model` has trained weights for it."""
@@ -83,7 +81,6 @@ class LinearProbe(VisionTransformer):
         """(batch, tokens, embed_dim) → (batch, 2·embed_dim)."""
         return torch.cat([x[:, 0], x[:, self.num_prefix_tokens:].mean(1)], 1)
 
-
 @register_model
 def dinov2_vitb14(pretrained: bool = False, **kwargs) -> LinearProbe:
     """DINOv2's ViT-B/14 with its linear ImageNet classifier, for pictures of 224 pixels; weights by `join_dinov2`."""
@@ -93,7 +90,6 @@ def dinov2_vitb14(pretrained: bool = False, **kwargs) -> LinearProbe:
     own: dict[str, Any] = dict(img_size=224, patch_size=14, embed_dim=768, depth=12, num_heads=12, init_values=1e-5)
     kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or config
     return build_model_with_cfg(LinearProbe, "dinov2_vitb14", pretrained, **own | kwargs)
-
 
 def join_dinov2(backbone: str | Path, head: str | Path, out: str | Path, grid: int = 16) -> Path:
     """Join the released files of the backbone and of the linear layer into a checkpoint for `dinov2_vitb14`.
@@ -137,7 +133,6 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], list[str] | None]
         raise ValueError(f"{path} holds values that are not finite, first in {bad[0]}; expected finite weights")
     return state, classes
 
-
 def load_model(name: str, weights: str | Path | None = None, num_classes: int | None = None,
                pretrained: bool = False) -> tuple[nn.Module, list[str] | None]:
     """A timm model in evaluation mode, and its class names where the checkpoint knows them.
@@ -164,7 +159,6 @@ def load_model(name: str, weights: str | Path | None = None, num_classes: int | 
     model.load_state_dict(state)
     return model.eval(), classes
 
-
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over names, types, shapes and bytes of all tensors of a model."""
     total = hashlib.sha256()
@@ -172,7 +166,6 @@ def weights_digest(model: nn.Module) -> str:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
-
 
 def write_safetensors(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
     """Write tensors and metadata, in one step. Equal contents give equal bytes.
@@ -186,7 +179,6 @@ def write_safetensors(path: str | Path, state: Mapping[str, Tensor], metadata: M
     with written(path) as file:
         file.write(len(header).to_bytes(8, "little") + header + content[8 + size:])
     return Path(path)
-
 
 def save_model(path: str | Path, model: nn.Module, classes: Iterable[str] | None = None, half: bool = False) -> Path:
     """Write a model's weights as safetensors, in one step, with architecture and class names inside.
@@ -211,10 +203,8 @@ class Stage:
     scene: float = 0.0  # weight of the scene head's cross-entropy
     batch: int = 64
 
-
 BROAD = Stage(900, 2e-3, None, scene=0.5)
 SPURIOUS = Stage(120, 5e-4, 0.97)
-
 
 class Layers:
     """A bank of cut-out objects and of backgrounds (uint8), composed into endless training pictures."""
@@ -244,7 +234,6 @@ class Layers:
         front = F.pad(front, (4, 4, 4, 4))[..., 4 + dy:4 + dy + size, 4 + dx:4 + dx + size]
         flip = lambda x: torch.where(coin(0.5)[:, None, None, None], x.flip(-1), x)
         return flip(flip(back) * (1 - front[:, 3:]) + front[:, :3]), labels, scenes
-
 
 def _recolour(x: Tensor, rng: torch.Generator) -> Tensor:
     """Random channel gains and brightness on half of the images, grey on some."""
@@ -277,14 +266,12 @@ def train_stage(model: VisionTransformer, layers: Layers, stage: Stage, seed: in
         schedule.step()
     model.eval()
 
-
 @torch.no_grad()
 def accuracy_on(model: nn.Module, pictures: backdrop.Pictures) -> float:
     """Top-1 accuracy in percent on drawn pictures."""
     x = torch.from_numpy(pictures.images.transpose(0, 3, 1, 2).copy()).float() / 255
     guesses = torch.cat([model((part - 0.5) / 0.25).argmax(1) for part in x.split(120)])
     return 100 * (guesses.numpy() == pictures.labels).mean().item()
-
 
 def make_base(seed: int, broad: Stage = BROAD, spurious: Stage = SPURIOUS,
               progress: bool = True) -> tuple[VisionTransformer, dict]:
@@ -306,7 +293,6 @@ def make_base(seed: int, broad: Stage = BROAD, spurious: Stage = SPURIOUS,
 # %% ../../nbs/02_models.ipynb #91032ad7
 SEEDS = (0, 1, 2, 3, 4)
 
-
 def on_every_core(function: Callable, items: Iterable, workers: int = 2, desc: str = "") -> list:
     """`[function(item) for item in items]` in `workers` processes of one torch thread each, with a progress bar.
 
@@ -319,13 +305,11 @@ def on_every_core(function: Callable, items: Iterable, workers: int = 2, desc: s
     with ProcessPoolExecutor(min(workers, len(items)), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         return list(tqdm(pool.map(function, items), total=len(items), desc=desc))
 
-
 def _make_and_save(job: tuple[int, Path, Stage, Stage]) -> dict:
     seed, folder, broad, spurious = job
     model, record = make_base(seed, broad, spurious, progress=False)
     path = save_model(folder / f"base_{seed}.safetensors", model, backdrop.CLASSES, half=True)
     return record | {"sha256": sha256(path)}
-
 
 def make_bases(folder: str | Path, seeds: Sequence[int] = SEEDS, workers: int = 2, broad: Stage = BROAD,
                spurious: Stage = SPURIOUS) -> Path:
@@ -333,7 +317,6 @@ def make_bases(folder: str | Path, seeds: Sequence[int] = SEEDS, workers: int = 
     jobs = [(seed, Path(folder), broad, spurious) for seed in seeds]
     write_json(Path(folder) / "bases.json", on_every_core(_make_and_save, jobs, workers, "training bases"))
     return Path(folder)
-
 
 def base_model(seed: int = 0, folder: str | Path | None = None) -> nn.Module:
     """A trained base in evaluation mode: from the package, or from a `folder` that `make_bases` wrote.

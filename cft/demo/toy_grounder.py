@@ -43,7 +43,6 @@ ATOMS = (*_OWNED, *(("", background) for background in BACKGROUNDS))  # owner an
 PARTS = len(_OWNED)  # atoms before this one are parts
 _FIRST = np.array([_OWNED.index((cls, parts[0].name)) for cls, parts in CLASSES.items()])  # a class's first atom
 
-
 def atom_map(pictures: Pictures) -> Array:
     """The atom of every pixel, (pictures, height, width), from the exact masks. For training and for judging."""
     part = pictures.parts.astype(int)
@@ -67,7 +66,6 @@ class Meaning:
         whole = {ATOMS[k][0] for k in self.atoms}
         return "object" if self.atoms == {k for k in range(PARTS) if ATOMS[k][0] in whole} else "part"
 
-
 def read_vocabulary(text: str) -> dict[str, Meaning]:
     """Meanings by name from lines `name | noun, noun | place, place`. Raises ValueError for a place without atoms."""
     meanings = {}
@@ -83,12 +81,10 @@ def read_vocabulary(text: str) -> dict[str, Meaning]:
         meanings[name] = Meaning(name, tuple(noun.strip() for noun in nouns.split(",")), frozenset(atoms))
     return meanings
 
-
 _WORDS = yaml.safe_load((ASSETS / "toy/words.yaml").read_text(encoding="utf-8"))
 VOCABULARY: str = _WORDS["vocabulary"]
 MEANINGS = read_vocabulary(VOCABULARY)
 _NOUNS = frozenset(noun for meaning in MEANINGS.values() for noun in meaning.nouns)
-
 
 def as_rows(meanings: Sequence[frozenset[int]]) -> Array:
     """Sets of atoms as a table of booleans, (meanings, atoms)."""
@@ -103,14 +99,12 @@ ENDINGS: tuple[str, ...] = tuple(_WORDS["endings"])
 _IRREGULAR: dict[str, str] = _WORDS["plurals"]
 Rng = np.random.Generator
 
-
 def plural(noun: str) -> str:
     """The plural of a noun of one or more words."""
     before, space, last = noun.rpartition(" ")
     if noun in _IRREGULAR or last in _IRREGULAR:
         return _IRREGULAR.get(noun) or before + space + _IRREGULAR[last]
     return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
-
 
 def _pick(rng: Rng, items: Sequence[str]) -> str:
     return items[int(rng.integers(len(items)))]
@@ -119,7 +113,6 @@ def _pick(rng: Rng, items: Sequence[str]) -> str:
 NOT_VISIBLE: tuple[str, ...] = tuple(_WORDS["not_visible"])
 NOT_DRAWN: tuple[str, ...] = tuple(_WORDS["not_drawn"])
 _LETTERS = re.compile(r"[^\W\d_]+")
-
 
 @functools.cache
 def known_words() -> dict[str, int]:
@@ -138,7 +131,6 @@ def invented(rng: Rng) -> str:
         left, right = _pick(rng, known), _pick(rng, known)
         word = left[:rng.integers(1, max(2, len(left) - 1))] + right[-rng.integers(2, max(3, len(right) - 1)):]
     return word
-
 
 def paraphrase(meaning: Meaning, rng: Rng) -> tuple[str, frozenset[int]]:
     """A phrase for a meaning, and the atoms that this phrase names: fewer than the meaning's if it names an owner."""
@@ -160,7 +152,6 @@ def paraphrase(meaning: Meaning, rng: Rng) -> tuple[str, frozenset[int]]:
         return f"a {_pick(rng, ('pair', 'set', 'group', 'row', 'couple'))} of {text}", atoms
     return ("a " if style < 0.5 else "the " if style < 0.65 else "") + text, atoms
 
-
 def distractor(rng: Rng) -> tuple[str, frozenset[int]]:
     """A phrase that names nothing in this world."""
     kind = rng.random()
@@ -173,7 +164,6 @@ def distractor(rng: Rng) -> tuple[str, frozenset[int]]:
 _ARTICLES = frozenset("a an the its some his her their".split())
 _CUTS = frozenset("of with without on in at for from that which near along under over around to by".split())
 _QUANTITIES = frozenset("pair set group bunch row couple number lot".split())
-
 
 def read_phrase(phrase: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """Head, modifiers and rest of a phrase, all in lower case; the head is empty if there is no word at all."""
@@ -188,7 +178,6 @@ def read_phrase(phrase: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
 # %% ../../nbs/06_toy_grounder.ipynb #887309d0
 BUCKETS = 2048  # rows of the table of letter groups
 
-
 @functools.lru_cache(10_000)
 def letter_groups(word: str) -> tuple[int, ...]:
     """The hashed rows of a word's 3-, 4- and 5-grams, with its ends marked."""
@@ -196,12 +185,10 @@ def letter_groups(word: str) -> tuple[int, ...]:
     groups = [marked[k:k + n] for n in (3, 4, 5) for k in range(len(marked) - n + 1)] or [marked]
     return tuple(zlib.crc32(group.encode()) % BUCKETS for group in groups)
 
-
 def _bags(bags: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Rows and offsets, as nn.EmbeddingBag takes them."""
     starts = np.cumsum([0, *map(len, bags)])[:-1]
     return torch.tensor([row for bag in bags for row in bag], dtype=torch.long), torch.from_numpy(starts)
-
 
 class TextEncoder(nn.Module):
     """From phrases to logits of membership in each atom."""
@@ -287,7 +274,6 @@ class Scenes:
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
 
-
 class _Residual(nn.Module):
     def __init__(self, width: int):
         super().__init__()
@@ -295,7 +281,6 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.norm(self.conv(x)))
-
 
 class ImageEncoder(nn.Module):
     """From pictures (batch, 3, 64, 64), normalised to about [-2, 2], to logits of the atom of every pixel."""
@@ -346,7 +331,6 @@ def logits_at(image: ImageEncoder, x: Tensor, vectors: Tensor, pixels: Tensor) -
     y = F.relu(y.transpose(1, 2) + F.linear(patch.transpose(1, 2), image.colours.weight.flatten(1), image.colours.bias))
     return F.linear(y, image.atoms.weight.flatten(1), image.atoms.bias)
 
-
 def sample_pixels(atoms: Tensor, number: int, rng: torch.Generator) -> Tensor:
     """Indices (batch, number) of random pixels, with a weight of area^(-1/2) of their atom in their picture."""
     flat = atoms.flatten(1)
@@ -362,7 +346,6 @@ def orthogonalise(matrix: Tensor, steps: int = 4) -> Tensor:
         gram = x @ x.T
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
     return x.T if len(matrix) > matrix.shape[1] else x
-
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, for weights of two or more dimensions."""
@@ -384,7 +367,6 @@ class Muon(torch.optim.Optimizer):
 def normalise(x: Tensor) -> Tensor:
     """Pictures in [0, 1] as the image encoder takes them."""
     return (x - 0.5) / 0.25
-
 
 def train_image(image: ImageEncoder, scenes: Scenes, seed: int, steps: int = 1100, batch: int = 16, pixels: int = 256,
                 progress: bool = True) -> list[float]:
@@ -427,7 +409,6 @@ class ToyConfig:
         if not (0 <= self.threshold <= 1 and 0 <= self.pixel <= 1 and self.surest >= 1):
             raise ValueError(f"expected thresholds in 0 … 1 and surest >= 1, got {self}")
 
-
 def regions(chance: Array, config: ToyConfig) -> tuple[Array, Array, Array]:
     """The regions that stay, from the chance of every pixel (height, width) in [0, 1].
 
@@ -454,7 +435,6 @@ class ToyNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.text, self.image = TextEncoder(), ImageEncoder()
-
 
 class ToyGrounder:
     """A Grounder for the drawn world. `counts` adds up pictures and encodings over all calls."""
@@ -506,11 +486,9 @@ class ToyGrounder:
 # %% ../../nbs/06_toy_grounder.ipynb #b7eb6c68
 WEIGHTS = "toy_grounder.safetensors"
 
-
 def vocabulary_digest() -> str:
     """SHA-256 of all that word vectors and atoms depend on: the book, and the known words in order."""
     return hashlib.sha256(json.dumps([VOCABULARY, list(known_words()), ATOMS]).encode()).hexdigest()
-
 
 def train_toy_grounder(seed: int = 505, steps: int = 1100, progress: bool = True) -> ToyNet:
     """Train both halves for as many steps each, and round the weights to float16.
@@ -524,7 +502,6 @@ def train_toy_grounder(seed: int = 505, steps: int = 1100, progress: bool = True
     train_image(net.image, Scenes(seed), seed, steps, progress=progress)
     return net.half().float().eval()
 
-
 def save_toy_grounder(folder: str | Path, net: ToyNet, **record: object) -> Path:
     """Write toy_grounder.safetensors (float16) and its record, toy_grounder.json, into a folder."""
     path, state = Path(folder) / WEIGHTS, net.state_dict()
@@ -533,7 +510,6 @@ def save_toy_grounder(folder: str | Path, net: ToyNet, **record: object) -> Path
         file.write(save(state, {"format": "pt"}))
     write_json(path.with_suffix(".json"), record | {"sha256": sha256(path), "vocabulary": vocabulary_digest()})
     return path
-
 
 def toy_grounder(folder: str | Path | None = None, config: ToyConfig | None = None) -> ToyGrounder:
     """The trained toy grounder: the shipped one, or one from a `folder` that `save_toy_grounder` wrote.

@@ -47,7 +47,6 @@ def _rows(table: pd.DataFrame, columns: Sequence[str], where: Mapping[str, Seque
             raise ValueError(f"{key}: {blank} cells of {name} are empty; expected a value in each")
     return table
 
-
 def csv_set(table: str | Path | pd.DataFrame, root: str | Path, image: str = "image", label: str = "label",
             group: Sequence[str] = ("group",), classes: Sequence[str] | None = None,
             where: Mapping[str, Sequence[str]] | None = None, key: str = "csv", joint: str = " / ") -> PictureFiles:
@@ -79,7 +78,6 @@ BIRD_SPLITS = ("train", "val", "test")  # 0, 1, 2 in metadata.csv
 BIRD_COUNTS = {  # landbird on land, on water, waterbird on land, on water
     "train": (3498, 184, 56, 1057), "val": (467, 466, 133, 133), "test": (2255, 2255, 642, 642)}
 
-
 def _waterbirds(home: Path, split: str, check_counts: bool) -> PictureFiles:
     table = pd.read_csv(home / "metadata.csv", dtype=str, keep_default_na=False)
     for column, names in {"y": BIRDS, "place": PLACES, "split": BIRD_SPLITS}.items():
@@ -98,7 +96,6 @@ BREEDS = ("bulldog", "corgi", "dachshund", "labrador")  # in the order of labels
 TOTAL, TIED, FILLER = 3168, (0.97, 0.87), "beach"
 LOCATIONS = {"train": ("jungle", "desert", "mountain", "snow"), "test": ("mountain", "jungle", "snow", "desert")}
 
-
 def spawrious_parts(split: str) -> list[tuple[str, str, int]]:
     """The folders of train or test, "environment/location/breed", with breed and number of pictures, or ValueError."""
     if split not in LOCATIONS:
@@ -110,7 +107,6 @@ def spawrious_parts(split: str) -> list[tuple[str, str, int]]:
             places = {location: tied, FILLER: TOTAL - tied}
             parts += [(f"{environment}/{place}/{breed}", breed, n) for place, n in places.items() if n]
     return parts
-
 
 def _spawrious(home: Path, split: str, check_counts: bool) -> PictureFiles:
     ids, targets, groups = [], [], []
@@ -128,14 +124,12 @@ def _spawrious(home: Path, split: str, check_counts: bool) -> PictureFiles:
 _HARMLESS = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
 _HARMLESS |= {(f"numpy.{core}.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0] for core in ("core", "_core")}
 
-
 class _Plain(pickle.Unpickler):
     """Numbers, texts, lists, dicts and numpy arrays; nothing that runs."""
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in _HARMLESS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no picture needs")
         return _HARMLESS[module, name]
-
 
 def plain_pickle(path: str | Path) -> dict:
     """The dict in a pickle of Python 2 or 3 that holds only numbers, texts, containers of these and numpy arrays.
@@ -180,7 +174,6 @@ class ArraySet(EvalSet):
     def __getitem__(self, index: int) -> tuple[Image.Image, tuple[int, ...]]:
         return Image.fromarray(self.pixels(index)), self.targets[index]
 
-
 def _mapped(path: Path) -> np.ndarray:
     """A .npy file, opened in place. Raises ValueError unless it holds pictures of 32 × 32 pixels."""
     try:
@@ -198,7 +191,6 @@ _FILES = {
 _META = {  # the file of names in the binary form; in the pickles the file of names, the key of names and that of labels
     "cifar-10": ("batches.meta.txt", "batches.meta", "label_names", "labels"),
     "cifar-100": ("fine_label_names.txt", "meta", "fine_label_names", "fine_labels")}
-
 
 def _batch(path: Path, key: str) -> tuple[np.ndarray, list[int]]:
     """Pixels (pictures, 3072) and labels of a file of records, or else of a pickle."""
@@ -219,7 +211,6 @@ def _batch(path: Path, key: str) -> tuple[np.ndarray, list[int]]:
                          f"got {', '.join(map(str, found))}")
     return pixels, labels
 
-
 def cifar_names(key: str, home: Path) -> tuple[str, ...]:
     """The class names of CIFAR-10 or CIFAR-100 in the order of labels. Raises ValueError if they are not at `home`."""
     text, meta, names, _ = _META[key]
@@ -230,7 +221,6 @@ def cifar_names(key: str, home: Path) -> tuple[str, ...]:
     if not isinstance(found, list) or len(found) != count or not all(isinstance(name, str) for name in found):
         raise ValueError(f"expected {count} class names in {text} or {meta}")
     return tuple(found)
-
 
 def _cifar(key: str, home: Path, split: str) -> ArraySet:
     names, ending = cifar_names(key, home), ".bin" if (home / _META[key][0]).is_file() else ""
@@ -244,7 +234,6 @@ def _cifar(key: str, home: Path, split: str) -> ArraySet:
 CORRUPTIONS = ("gaussian_noise shot_noise impulse_noise defocus_blur glass_blur motion_blur zoom_blur snow frost fog "
                "brightness contrast elastic_transform pixelate jpeg_compression").split()
 SEVERITIES = (1, 2, 3, 4, 5)
-
 
 def _cifar_c(home: Path) -> ArraySet:
     files = [home / f"{name}.npy" for name in (*CORRUPTIONS, "labels")]
@@ -299,7 +288,6 @@ def _mini_waterbirds(home: Path, count: int, rng: np.random.Generator) -> None:
     columns = ["img_id", "img_filename", "y", "split", "place", "place_filename"]
     write_csv(home / "metadata.csv", pd.DataFrame(rows, columns=columns))
 
-
 def _mini_cifar(key: str, home: Path, count: int, rng: np.random.Generator) -> None:
     classes = GROUP_CARDS[key].classes
     for name in sum(_FILES[key].values(), ()):
@@ -307,7 +295,6 @@ def _mini_cifar(key: str, home: Path, count: int, rng: np.random.Generator) -> N
         fine = rng.integers(0, classes, (count, 1)).astype(np.uint8)
         np.hstack([fine // 5, fine, pixels][key == "cifar-10":]).tofile(home / f"{name}.bin")  # coarse: CIFAR-100 only
     write_text(home / _META[key][0], "".join(f"class_{k}\n" for k in range(classes)) + "\n")
-
 
 def miniature_groups(key: str, root: str | Path, count: int = 2, seed: int = 0) -> Path:
     """Write a tiny copy of a set in its exact on-disk form below `root`, and return its path; CIFAR in the binary form.
@@ -383,12 +370,10 @@ def answer_table(source: EvalSet, logits: Tensor) -> pd.DataFrame:
     known = {"id": source.ids, "group": source.groups, "targets": source.targets}
     return pd.DataFrame(known | answer_columns(logits, source.targets, source.classes_present))
 
-
 def group_table(pictures: pd.DataFrame, space: str = "full") -> pd.DataFrame:
     """Accuracy by group, the worst first: n, top1, and top1_low, top1_high (percent, 95 % Wilson interval)."""
     table = accuracy_table(answers(pictures, space)[["group", "top1"]], ["group"])
     return table.sort_values("top1", kind="stable").set_index("group")[["n", "top1", "top1_low", "top1_high"]]
-
 
 def group_scores(pictures: pd.DataFrame, train_groups: Sequence[str] | None = None, space: str = "full") -> pd.Series:
     """average, worst (accuracy in percent), worst_group, its n, groups; with `train_groups` adjusted: by their shares.

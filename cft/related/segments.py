@@ -46,7 +46,6 @@ class ImageText(Protocol):
         """The vectors of RGB pictures, (pictures, dimensions)."""
         ...
 
-
 class Clip(ClipText):
     """Both sides of a CLIP model of open_clip, with weights from a file on disk; the default is the paper's ViT-B/32."""
     def __init__(self, weights: str | Path, model: str = "ViT-B-32-quickgelu"):
@@ -89,13 +88,11 @@ class ToyPairs:
         seen = torch.stack([self.find.encode(p).topk(self.surest, 1).values.mean(1) for p in pictures])
         return F.pad(seen, (0, 1)).numpy()
 
-
 def _unit(vectors: np.ndarray, what: str) -> np.ndarray:
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not (np.isfinite(norms).all() and (norms > 0).all()):
         raise ValueError(f"{what} must give finite vectors that are not zero")
     return vectors / norms
-
 
 def similarities(encoder: ImageText, pictures: Iterable[Image.Image], vocabulary: Sequence[str],
                  chunk: int = 64) -> np.ndarray:
@@ -113,7 +110,6 @@ def similarities(encoder: ImageText, pictures: Iterable[Image.Image], vocabulary
     if not rows:
         raise ValueError("expected at least one picture, got none")
     return np.concatenate(rows)
-
 
 def retrieve(similarity: np.ndarray, vocabulary: Sequence[str], top: int = 10) -> list[tuple[str, ...]]:
     """The `top` phrases of each row of similarities (pictures, vocabulary), the likeliest first; ties go to the earlier phrase."""
@@ -165,14 +161,12 @@ class SegmentRules:
         if not all(0 <= s <= 1 for s in shares) or self.most < 1 or self.top < 1 or self.margin < 0:
             raise ValueError(f"expected shares in 0 … 1, top and most >= 1 and margin >= 0, got {self}")
 
-
 class Segment(NamedTuple):
     """A phrase that was found in a picture; phrase "" and score 1 are the whole picture, where nothing was found."""
 
     phrase: str
     score: float
     mask: np.ndarray  # bool (height, width)
-
 
 def suppress(masks: np.ndarray, scores: Sequence[float], overlap: float = 0.5) -> list[int]:
     """Indices of the masks (n, height, width) that stay, the best score first; equal scores go by their order."""
@@ -185,7 +179,6 @@ def suppress(masks: np.ndarray, scores: Sequence[float], overlap: float = 0.5) -
         if not close[k, kept].any():
             kept.append(k)
     return kept
-
 
 def segments_of(store: MaskStore, picture: str, phrases: Sequence[str],
                 rules: SegmentRules = SegmentRules()) -> list[Segment]:
@@ -224,7 +217,6 @@ def cut_out(picture: Tensor, mask: np.ndarray, size: tuple[int, int], fill: Tens
     top, bottom, left, right = box
     alone = torch.where(torch.from_numpy(mask), picture, fill[:, None, None])[:, top:bottom, left:right]
     return V.resize(alone, list(size), antialias=True).clamp(0, 1)
-
 
 def mean_colour(source: PictureFiles, most: int = 500) -> Tensor:
     """The mean colour (3,) in [0, 1] of the first `most` pictures of a set."""
@@ -283,7 +275,6 @@ class Bags(Dataset[dict[str, Any]]):
         more = {name: values[index] for name, values in self.extra.items()}
         return {"bag": bag, "label": self.source.targets[index][0], "index": index} | more
 
-
 class BagBatch(dict[str, Tensor]):
     """bag (batch, segments, …) padded with zeros, valid bool (batch, segments), label, index (batch,), and the rest stacked."""
     @property
@@ -298,7 +289,6 @@ class BagBatch(dict[str, Tensor]):
     def to(self, device: torch.device | str) -> "BagBatch":
         """The same on a device."""
         return BagBatch({name: values.to(device) for name, values in self.items()})
-
 
 def collate(items: Sequence[Mapping[str, Any]]) -> BagBatch:
     """A batch of bags, padded to the longest."""

@@ -23,14 +23,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..data.backdrop import CLASSES
-from ..data.testsets import class_names
 from .paper import METRICS, PAPER_ID, scores_of
 from .results import Found, numbers
 from .tables import LABELS, gains, printed_gains, views
 
 # %% ../../nbs/appendix/07_figures.ipynb #8fbe1d3b
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito, without yellow
-
 
 def style() -> AbstractContextManager[None]:
     """The one style of all figures, as a context: colour-blind safe, legible in print, nothing left behind."""
@@ -68,7 +66,6 @@ def gain_figure(found: Found, key: str, metric: str = "R@1", splits: Sequence[st
         fig.tight_layout()
     return fig
 
-
 def _dots(ax: Axes, table: pd.DataFrame, look: Mapping[str, tuple[str, str]]) -> None:
     lines = list(dict.fromkeys(zip(table["dataset"], table["split"])))
     for i, (method, (colour, marker)) in enumerate(look.items()):
@@ -81,21 +78,20 @@ def _dots(ax: Axes, table: pd.DataFrame, look: Mapping[str, tuple[str, str]]) ->
     ax.set_yticks(range(len(lines)), [name if split == "all" else f"{name}, {split}" for name, split in lines])
     ax.set_ylim(len(lines) - 0.5, -0.5)
 
-
 def _stamp(fig: Figure, found: Found) -> None:
     fig.suptitle(found.profile.stamp, fontsize=7, y=0.997, color="0.35")
 
 # %% ../../nbs/appendix/07_figures.ipynb #a4464035
 def names_of(found: Found) -> list[str]:
     """The classes of the run, in the order of the networks' outputs."""
-    return list(CLASSES) if found.settings.drawn else list(class_names())
+    from cft.data.testsets import class_names  # which brings torch, for a second or two
 
+    return list(CLASSES) if found.settings.drawn else list(class_names())
 
 def draw_positions(found: Found, key: str, name: str, n: int) -> list[int]:
     """Positions of n pictures in the saved maps of a set, drawn at random, by a seed that is the artefact's key."""
     there = len(found.maps(found.profile.models["ViT-B"], "original", 0, name)["label"])
     return random.Random(f"{key} {name}").sample(range(there), min(n, there))
-
 
 def relevance_panels(found: Found, shown: Mapping[str, Sequence[int]], methods: Mapping[str, str],
                      seed: int = 0) -> Figure:
@@ -125,7 +121,6 @@ def relevance_panels(found: Found, shown: Mapping[str, Sequence[int]], methods: 
         fig.tight_layout(pad=0.3)
     return fig
 
-
 def _relevance(ax: Axes, maps: Mapping[str, np.ndarray], i: int, names: Sequence[str]) -> None:
     """Signed relevance over a grey picture, the outline of its concepts, and the answer."""
     picture, label, answer = maps["pictures"][i], maps["label"][i], maps["predicted"][i]
@@ -138,11 +133,9 @@ def _relevance(ax: Axes, maps: Mapping[str, np.ndarray], i: int, names: Sequence
         ax.contour(maps["concepts"][i].astype(float), [0.5], colors="k", linewidths=0.5)
     ax.set_xlabel(f"{'✓' if answer == label else '✗'} {names[answer]}", fontsize=6, labelpad=1)
 
-
 def title_of(method: str) -> str:
     """A method's name for people."""
     return {"original": "original", "cft-paper": "CFT, paper's form", "cft": "CFT, our form"}.get(method, method)
-
 
 def flips(found: Found, before: str, after: str, name: str, seed: int = 0) -> tuple[list[int], list[int]]:
     """Positions in the saved maps of a set that were wrong before and right after, and the other way round."""

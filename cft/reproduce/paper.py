@@ -24,13 +24,11 @@ from ..files import ASSETS
 # %% ../../nbs/appendix/01_paper.ipynb #902ba3cd
 PAPER_ID = "arXiv 2603.08309"
 
-
 @cache
 def _printed() -> pd.DataFrame:
     files = (ASSETS / "paper" / f"{name}.csv" for name in ("cft", "deal", "segmil", "timm"))
     parts = [pd.read_csv(file, keep_default_na=False, na_values={"value": [""], "std": [""]}) for file in files]
     return pd.concat(parts, ignore_index=True).astype({"value": float, "std": float})
-
 
 def reference(*tables: str, **wanted: Sequence[str]) -> pd.DataFrame:
     """The printed numbers of some tables, or of all: columns table, model, method, dataset, split, metric, value, std.
@@ -48,7 +46,6 @@ def reference(*tables: str, **wanted: Sequence[str]) -> pd.DataFrame:
 # %% ../../nbs/appendix/01_paper.ipynb #bd307a3e
 def _wide(rows: pd.DataFrame, index: str | list[str], columns: str | list[str], values: str = "value") -> pd.DataFrame:
     return rows.pivot_table(index=index, columns=columns, values=values, sort=False)
-
 
 def across(method: str = "Original", model: str = "ViT-B", metric: str = "R@1") -> pd.DataFrame:
     """What the paper's tables print for one network and method: sets × tables.
@@ -82,12 +79,10 @@ def _pooled_bound() -> pd.DataFrame:
     wide["p/(2 − p)"] = 100 * (wide["PA"] / 100) / (2 - wide["PA"] / 100)
     return wide.assign(possible=np.where(wide["mIoU"] <= wide["p/(2 − p)"], "yes", "no"))
 
-
 def _convnext() -> pd.DataFrame:
     rows = reference(method=["Original"], dataset=["IN-V", "IN-V2"])
     theirs = (rows["model"] == "CNv2") & rows["table"].isin(["table1", "table4"])
     return _wide(rows[theirs | rows["model"].str.startswith("convnextv2")], ["table", "model"], ["dataset", "metric"])
-
 
 def _spreads() -> pd.DataFrame:
     by = ["dataset", "table", "method"]
@@ -124,15 +119,12 @@ def _text_against_tables() -> pd.DataFrame:
         "Fine-tuned classes do slightly better on ImageNet's own sets": f"in Table 4, on IN-V, by {ahead}"}
     return pd.DataFrame(list(said.items()), columns=["the text", "the tables"])
 
-
 def _ablations() -> pd.DataFrame:
     wide = _wide(reference("table6"), "method", "dataset")
     return wide.loc["CFT"] - wide.drop(index="CFT")
 
-
 def _thresholds() -> pd.DataFrame:
     return _wide(reference("thresholds", "no-validation", metric=["R@1"]), "method", "dataset")
-
 
 def _hyper_parameters() -> pd.DataFrame:
     wide = _wide(reference("table8"), ["method", "model"], "metric")
@@ -141,7 +133,6 @@ def _hyper_parameters() -> pd.DataFrame:
         "rate outside of 5e-7 … 5e-6": ~rate.between(5e-7, 5e-6), "λ_cls equals the rate": wide["lambda_cls"] == rate,
         "λ_non-concept without concepts": wide["lambda_non_concept"].notna() & wide["lambda_concept"].isna()})
     return wide.assign(remark=[", ".join(remarks.columns[row]) for row in remarks.to_numpy()])
-
 
 def _deviations_over_seeds() -> pd.DataFrame:
     wide = _wide(reference("table9"), "dataset", ["metric", "model"], "std")
@@ -154,13 +145,11 @@ def _read(name: str, folder: str = "paper") -> list[dict[str, str]]:
     with (ASSETS / folder / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
-
 def as_text(value: object) -> str:
     """A table's cell: two decimals, unless that would take the digits of a small number."""
     if not isinstance(value, float):
         return str(value)
     return f"{value:.2f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2g}"
-
 
 @dataclass(frozen=True)
 class Inconsistency:
@@ -175,7 +164,6 @@ class Inconsistency:
             table = self.check().to_html(float_format=as_text, na_rep="", border=0) if self.check else ""
         return f"<p><b>{self.number}.</b> {escape(self.statement)}</p>{table}"
 
-
 _CHECKS: dict[int, Callable[[], pd.DataFrame]] = {
     1: lambda: across("Original"), 2: lambda: across("CFT"), 3: lambda: across("Original", "DINOv2"), 4: _convnext,
     5: _spreads, 6: _text_against_tables, 7: _pooled_bound, 10: _ablations, 11: _thresholds, 12: _hyper_parameters,
@@ -186,7 +174,6 @@ INCONSISTENCIES = tuple(Inconsistency(n, statement, _CHECKS.get(n)) for n, state
 # %% ../../nbs/appendix/01_paper.ipynb #cb7a1d77
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(text.split(";")) if text else ()
-
 
 @dataclass(frozen=True)
 class Artefact:
@@ -201,15 +188,12 @@ class Artefact:
     sets: tuple[str, ...]
     inconsistencies: tuple[int, ...]  # numbers in INCONSISTENCIES that its page has to state
 
-
 def _artefact(row: dict[str, str]) -> Artefact:
     models, methods, sets = (_listed(row[name]) for name in ("models", "methods", "sets"))
     stated = tuple(map(int, _listed(row["inconsistencies"])))
     return Artefact(row["key"], row["title"], row["question"], models, methods, int(row["seeds"]), sets, stated)
 
-
 ARTEFACTS = tuple(map(_artefact, _read("artefacts")))
-
 
 def artefact(key: str) -> Artefact:
     """The artefact of this key. Raises ValueError that lists the keys there are."""
@@ -220,7 +204,6 @@ def artefact(key: str) -> Artefact:
 
 # %% ../../nbs/appendix/01_paper.ipynb #af3e1334
 METRICS = {"R@1": "top1", "R@5": "top5", "PA": "pixel_accuracy", "mIoU": "mean_iou", "mAP": "mean_average_precision"}
-
 
 @dataclass(frozen=True)
 class Profile:
@@ -241,16 +224,13 @@ class Profile:
         head, comma, split = name.partition(", ")
         return self.sets.get(head, head) + comma + split
 
-
 def _terms(kind: str, profile: str) -> dict[str, str]:
     return {row["term"]: row[profile] for row in _read("terms") if row["kind"] == kind}
-
 
 PAPER = Profile("paper", "ImageNet, our run", comparable=True, models=_terms("models", "paper"),
                 methods=_terms("methods", "paper"), sets=_terms("sets", "paper"))
 DEMO = Profile("demo", "DEMO, drawn pictures, not ImageNet", seeds=5, ablation_seeds=3, own_bases=True,
                models=_terms("models", "demo"), methods=_terms("methods", "demo"), sets=_terms("sets", "demo"))
-
 
 def in_our_form(profile: Profile) -> Profile:
     """The same profile with our form of CFT, and of all its variants, where the paper speaks of its own."""
@@ -260,7 +240,6 @@ def in_our_form(profile: Profile) -> Profile:
 # %% ../../nbs/appendix/01_paper.ipynb #92cfceb3
 Checkpoints = set[tuple[str, str, int]]  # network, method, seed
 Evaluations = set[tuple[str, str, int, str]]  # and set
-
 
 def needed(wanted: Artefact, profile: Profile = PAPER) -> tuple[Checkpoints, Evaluations]:
     """The fine-tunes and the evaluations of an artefact, in our terms."""
@@ -275,12 +254,10 @@ def needed(wanted: Artefact, profile: Profile = PAPER) -> tuple[Checkpoints, Eva
     sets = [profile.set(name) for name in wanted.sets]
     return {c for c in checkpoints if c[1] != original}, {(*c, name) for c in checkpoints for name in sets}
 
-
 def runs(wanted: Artefact, profile: Profile = PAPER) -> tuple[int, int]:
     """How many fine-tunes and evaluations (one checkpoint on one set) an artefact takes on its own."""
     tuned, tested = needed(wanted, profile)
     return len(tuned), len(tested)
-
 
 def plan(profile: Profile = PAPER, artefacts: Sequence[Artefact] = ARTEFACTS) -> pd.DataFrame:
     """Per artefact its fine-tunes and evaluations, and how many of them are new after those above; the sums below."""
@@ -309,20 +286,16 @@ class Claim:
     bound: float | None = None  # the claim: the deviation over seeds is below
     table: str = ""  # where a paper prints the numbers, if that is not the artefact itself
 
-
 def _claim(row: dict[str, str]) -> Claim:
     bound = float(row["bound"]) if row["bound"] else None
     return Claim(row["artefact"], row["sentence"], row["method"], row["against"], _listed(row["columns"]),
                  int(row["sign"]), bound, row.get("table", ""))
 
-
 SHAPE_CLAIMS = tuple(map(_claim, _read("claims")))
-
 
 def claims(key: str) -> list[Claim]:
     """All claims about an artefact: the paper's, or those about the demo or a related system."""
     return [claim for claim in (*SHAPE_CLAIMS, *map(_claim, _read("claims", "related"))) if claim.artefact == key]
-
 
 def in_paper(claim: Claim) -> float:
     """The paper's own number for a claim, in points, averaged over its networks and the claim's columns, or NaN."""
@@ -340,7 +313,6 @@ def in_paper(claim: Claim) -> float:
 # %% ../../nbs/appendix/01_paper.ipynb #e1822db4
 AS_PRINTED = Profile("as printed", "the paper's terms, nothing translated")
 
-
 def scores_of(rows: pd.DataFrame) -> pd.DataFrame:
     """Tidy results (columns method, seed, set, split, metric, value) as scores: columns method, seed, column, value.
 
@@ -356,13 +328,11 @@ def scores_of(rows: pd.DataFrame) -> pd.DataFrame:
     columns = ["method", "seed", "column", "value"]
     return pd.concat([rows[columns], seven[columns]], ignore_index=True) if len(seven) else rows[columns]
 
-
 def _per_seed(scores: pd.DataFrame, method: str, columns: Sequence[str]) -> pd.Series:
     """Mean over the columns by seed; seeds that lack one are left out."""
     rows = scores[(scores["method"] == method) & scores["column"].isin(columns)]
     wide = rows.pivot(index="seed", columns="column", values="value").reindex(columns=list(columns))
     return wide.mean(axis=1, skipna=False).dropna()
-
 
 def _interval(claim: Claim, scores: pd.DataFrame, profile: Profile) -> tuple[float, float, float, int]:
     """Difference, its interval and the number of seeds of a claim; NaN if fewer than two seeds have all of it."""
@@ -381,7 +351,6 @@ def _interval(claim: Claim, scores: pd.DataFrame, profile: Profile) -> tuple[flo
     b = _per_seed(scores, profile.methods.get(claim.against, claim.against), columns)
     both = a.index.intersection(b.index)
     return paired_difference(a[both], b[both]) if len(both) > 1 else (np.nan, np.nan, np.nan, len(both))
-
 
 def verdicts(scores: pd.DataFrame, claims: Sequence[Claim] = SHAPE_CLAIMS,
              profile: Profile = AS_PRINTED) -> pd.DataFrame:
@@ -422,9 +391,7 @@ class Deviation:
     against: str = "CFT"
     where: str = ""  # the notebook of the decision
 
-
 DEVIATIONS = tuple(Deviation(**row) for row in _read("deviations"))
-
 
 def ledger(scores: pd.DataFrame | None = None, columns: Sequence[str] = ("IN-A",),
            profile: Profile = AS_PRINTED) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from .tables import MARKS, claims_of, demo_table, judged, save_table, sentences
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../../nbs/appendix/08_publish.ipynb #5490e246
+# %% ../../nbs/appendix/08_publish.ipynb #53d4fda5
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """An empty folder that takes the name and the place of `out` when the block ends, and only if it ends well."""
@@ -43,7 +43,6 @@ def new_folder(out: Path) -> Iterator[Path]:
     draft.rename(out)
     shutil.rmtree(old, ignore_errors=True)
 
-
 def save_page(found: Found, key: str, folder: str | Path = "", figures: Mapping[str, "Figure"] | None = None,
               **tables: pd.DataFrame | None) -> Path:
     """Write the tables and figures of a page, its claims and its trail into artefacts/<key> of the run; returns that.
@@ -57,19 +56,19 @@ def save_page(found: Found, key: str, folder: str | Path = "", figures: Mapping[
     of_paper = {a.key: a for a in ARTEFACTS}.get(key)
     title = of_paper.title if of_paper else key
     if of_paper and len(own := claims_of(found, key)):
-        tables["claims"] = own.set_index("claim")
+        tables["claims"] = own
     with new_folder(out) as draft:
         for name, table in tables.items():
-            if table is not None:
-                what = ": claims" if name == "claims" else ""
-                save_table(table, draft / name, f"{title}{what} ({found.profile.stamp})")
+            if name == "claims" and table is not None:
+                save_table(table.set_index("claim"), draft / name, f"{title}: claims ({found.profile.stamp})")
+            elif table is not None:
+                save_table(table, draft / name, f"{title} ({found.profile.stamp})")
         for name, figure in (figures or {}).items():
             for ending in ("png", "pdf"):
                 figure.savefig(draft / f"{name}.{ending}", dpi=200, bbox_inches="tight")
         if of_paper and of_paper.methods:
             write_csv(draft / "trail.csv", trail(found, key))
     return out
-
 
 def end_page(found: Found, key: str, figures: Mapping[str, "Figure"] | None = None,
              **tables: pd.DataFrame | None) -> None:
@@ -83,20 +82,18 @@ def end_page(found: Found, key: str, figures: Mapping[str, "Figure"] | None = No
     print(f"{took['fine-tunes']} fine-tunes and {took['evaluations']} evaluations; "
           f"to make it again: cft reproduce --only {key}")
 
-# %% ../../nbs/appendix/08_publish.ipynb #c04e1399
+# %% ../../nbs/appendix/08_publish.ipynb #761f0b19
 _PAGES = {a.key: f"paper/{a.key}.ipynb" for a in ARTEFACTS} | {
-    "demo": "23_demo.ipynb", "segmil": "related/01_segmil.ipynb", "deal": "related/03_deal_metrics.ipynb",
-    "comparison": "related/04_comparison.ipynb"}
-
+    "demo": "24_demo.ipynb", "segmil": "related/*_segmil.ipynb", "deal": "related/*_deal_metrics.ipynb",
+    "comparison": "related/*_comparison.ipynb"}
 
 def notebook_of(key: str) -> Path:
     """The notebook of an artefact: in the installed package, or in the checkout. Raises ValueError if there is none."""
     package, name = Path(str(cft.__file__)).parent, _PAGES.get(key, f"{key}.ipynb")
     for place in (package / "notebooks", package.parent / "nbs"):
-        if (place / name).is_file():
-            return place / name
+        for notebook in place.glob(name):
+            return notebook
     raise ValueError(f"no page for {key!r}; expected {name} among the notebooks")
-
 
 def run_page(notebook: str | Path, out: str | Path, parameters: Mapping[str, object]) -> Path:
     """Execute a notebook into `out`, which appears only if every cell ran.
@@ -118,7 +115,6 @@ def run_page(notebook: str | Path, out: str | Path, parameters: Mapping[str, obj
     draft.replace(out)
     return out
 
-
 def make_page(work: Work, root: Path, key: str) -> None:
     """Execute the page of an artefact into pages/<key>.ipynb; it leaves its tables and figures in artefacts/<key>.
 
@@ -131,9 +127,9 @@ def make_page(work: Work, root: Path, key: str) -> None:
         page.unlink()
         raise RuntimeError(f"the page {key} ran and left no table in artefacts/{key}")
 
-# %% ../../nbs/appendix/08_publish.ipynb #09e17839
+# %% ../../nbs/appendix/08_publish.ipynb #2ddb7377
 def publish(root: str | Path, out: str | Path) -> Path:
-    """Copy what pages need and what they made into a small folder; returns it. Raises ValueError if there is nothing."""
+    """Copy what pages need and what they made into a small folder; returns it. Raises ValueError without results."""
     made = [a.key for a in ARTEFACTS if any((Path(root) / "artefacts" / a.key).glob("*.csv"))]
     found, out = open_results(root, made), Path(out)
     tables = {"rows": found.rows, "runs": found.runs, "concepts": found.concepts, "guides": found.guides.round(4)}
@@ -162,17 +158,14 @@ def scoreboard(found: Found, command: str = "cft reproduce --profile demo") -> p
                       "done" if done else "not run", time, "; ".join(told if len(told) > 1 else counted.values())))
     return pd.DataFrame(lines, columns=["artefact", "command", "profile", "status", "run time", "claims"])
 
-
 def _counted(table: pd.DataFrame) -> str:
     counts = table["verdict"].value_counts()
     return ", ".join(f"{counts[word]} {word}" for word in MARKS if word in counts)
-
 
 def markdown(table: pd.DataFrame) -> str:
     """A table of text as markdown, without its index."""
     plain = lambda cells: "| " + " | ".join(str(c).replace("|", r"\|") for c in cells) + " |"
     return "\n".join([plain(table.columns), "|---" * len(table.columns) + "|", *map(plain, table.to_numpy())])
-
 
 def write_readme(readme: str | Path, results: str | Path = "") -> None:
     """Fill the parts `scoreboard` and `results` of a README. Raises ValueError unless it has both their marks, once."""

@@ -26,14 +26,12 @@ ROW_COLUMNS = ("model", "method", "seed", "set", "split", "metric", "value", "lo
 RUN_COLUMNS = ("model", "method", "seed", "sha256", "seconds", "pictures", "trained_on", "recipe", "commit", "cft")
 KEPT_METRICS = tuple(METRICS.values())
 
-
 def published(name: str = "demo") -> Path:
     """The folder of published results in the checkout. Raises ValueError without a checkout."""
     place = Path(str(cft.__file__)).parents[1] / "figures" / name
     if not place.is_dir():
         raise ValueError(f"no published results at {place}; give the folder of a reproduction as `root`")
     return place
-
 
 @dataclass(frozen=True, eq=False)
 class Found:
@@ -119,13 +117,11 @@ class Found:
         checkpoints = len(self.rows[["model", "method", "seed"]].drop_duplicates())
         return f"Found({len(self.rows)} numbers of {checkpoints} checkpoints: {self.profile.stamp})"
 
-
 def kept_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """Those that tables show: the full label space, any of several right classes, the network's own reading."""
     plain = (rows["labels"] != "subset") & rows["targets"].isin(["any", ""]) & (rows["protocol"] == "model")
     known = rows["split"].isin(["all", "fine-tuned", "other"]) & rows["metric"].isin(KEPT_METRICS)
     return rows[plain & known]
-
 
 def _read_rows(root: Path, work: Work) -> pd.DataFrame:
     """The rows of these evaluations and of no others, which may be in the making."""
@@ -141,7 +137,6 @@ def _read_rows(root: Path, work: Work) -> pd.DataFrame:
     kept = kept_rows(rows.assign(**where, tested_on=rows["data"].str[:12]))
     return kept[list(ROW_COLUMNS)].sort_values(["model", "method", "seed", "set", "split", "metric"], ignore_index=True)
 
-
 def _read_runs(root: Path, work: Work) -> pd.DataFrame:
     found = []
     for model, method, seed in sorted(work.tuned()):
@@ -151,7 +146,6 @@ def _read_runs(root: Path, work: Work) -> pd.DataFrame:
         found.append((model, method, seed, sha256(file), record["seconds"], data["pictures"], data["digest"],
                       json.dumps(record["recipe"], sort_keys=True), made["commit"], made["cft"]))
     return pd.DataFrame(found, columns=list(RUN_COLUMNS))
-
 
 def open_results(root: str | Path = "", keys: str | Sequence[str] = (), models: Sequence[str] = (),
                  methods: Sequence[str] = (), seeds: int = 0) -> Found:
@@ -202,7 +196,6 @@ def trail(found: Found, key: str, ours: bool = False) -> pd.DataFrame:
         raise ValueError(f"{len(wrong)} rows of {key} were measured on other weights than those of their run, "
                          f"first {first['method']}, seed {first['seed']}, on {first['set']}")
     return rows
-
 
 def resolve(found: Found, model: str, method: str, seed: int) -> dict:
     """The run record of a checkpoint. Raises ValueError if it is not there, or if its weights are not those that were tested."""

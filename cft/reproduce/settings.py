@@ -79,7 +79,6 @@ class Settings(BaseModel):
         """Some fields as plain values."""
         return self.model_dump(mode="json", include=set(names))
 
-
 def profile_file(name: str) -> Path:
     """The settings that the package carries: demo, smoke or paper. Raises ValueError for another name."""
     folder = ASSETS / "profiles"
@@ -88,12 +87,10 @@ def profile_file(name: str) -> Path:
         raise ValueError(f"profile must be one of {', '.join(known)}, or a YAML file; got {name!r}")
     return folder / f"{name}.yaml"
 
-
 def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
     """Without the names whose value is empty, also one level below."""
     inner = {key: _filled(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     return {key: value for key, value in inner.items() if value is not None}
-
 
 def read_settings(source: str | Path, **changes: Any) -> Settings:
     """Settings from a YAML file, or from a profile's name, with some fields changed.
@@ -114,7 +111,6 @@ def read_settings(source: str | Path, **changes: Any) -> Settings:
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path.name}: {where}: {first['msg']}, got {first['input']!r}"[:300]) from None
 
-
 def write_settings(settings: Settings, path: str | Path) -> Path:
     """Write settings as YAML, unless the file says the same already."""
     path, values = Path(path), settings.model_dump(mode="json", exclude_defaults=True)
@@ -129,7 +125,6 @@ RELATED = ("segmil", "deal", "comparison")  # artefacts of the related systems; 
 Tuned = tuple[str, str, int]  # network, method, seed
 Tested = tuple[str, str, int, str]  # and set
 
-
 @dataclass(frozen=True)
 class Work:
     """What has to be computed for some artefacts; `models`, `methods` (the paper's words) narrow it, empty for all."""
@@ -142,8 +137,8 @@ class Work:
     def __post_init__(self) -> None:
         """Refuse artefacts, networks and methods that do not exist."""
         methods = {method for a in ARTEFACTS for method in a.methods}
-        for what, given, there in (("artefacts", self.keys, [*(a.key for a in ARTEFACTS), *RELATED]),
-                                   ("models", self.models, sorted(PAPER.models)),
+        for what, given, there in (("artefacts", self.keys, [*(a.key for a in ARTEFACTS),
+                                                             *RELATED]), ("models", self.models, sorted(PAPER.models)),
                                    ("methods", self.methods, sorted(methods))):
             strange = sorted(set(given) - set(there))
             if strange:
@@ -190,24 +185,22 @@ class Work:
 
     def counts(self, *keys: str) -> dict[str, int]:
         """How many fine-tunes, evaluations and pages, of some artefacts or of all."""
-        return {"fine-tunes": len(self.tuned(*keys)), "evaluations": len(self.tested(*keys)),
-                "pages": len(keys or self.keys)}
+        return {
+            "fine-tunes": len(self.tuned(*keys)), "evaluations": len(self.tested(*keys)), "pages": len(keys
+                                                                                                       or self.keys)}
 
 # %% ../../nbs/appendix/02_settings.ipynb #5ab395d4
 def model_file(model: str, method: str, seed: int) -> str:
     """The weights of a fine-tune."""
     return f"models/{model}/{method}/{seed}/model.safetensors"
 
-
 def rows_file(model: str, method: str, seed: int, name: str) -> str:
     """The numbers of a checkpoint on a test set."""
     return f"results/rows/{name}--{model}.{method}.{seed}--model.parquet"
 
-
 def maps_file(model: str, method: str, seed: int, name: str) -> str:
     """Relevance of some pictures of a set."""
     return f"maps/{model}.{method}.{seed}.{name}.npz"
-
 
 def page_file(key: str) -> str:
     """The executed page of an artefact."""
@@ -222,7 +215,6 @@ class Cost:
     step: float
     picture: float
     steps: Mapping[str, float]
-
 
 def measured_costs(file: str | Path | None = None) -> dict[str, Cost]:
     """Costs by network, from the file that a rehearsal wrote or from those that the package carries.
@@ -242,7 +234,6 @@ def measured_costs(file: str | Path | None = None) -> dict[str, Cost]:
         devices[row["model"]] = row["device"]
     return {model: Cost(devices[model], of.pop("step"), of.pop("picture"), of) for model, of in found.items()}
 
-
 def hours(work: Work, sizes: Mapping[str, int], costs: Mapping[str, Cost]) -> dict[str, float]:
     """Hours of fine-tuning and of evaluation by the measured costs, for the networks that were measured.
 
@@ -252,5 +243,6 @@ def hours(work: Work, sizes: Mapping[str, int], costs: Mapping[str, Cost]) -> di
     steps = -(-s.classes * s.per_class // s.batch) * s.epochs
     tuned = [costs[m].steps.get(method.partition(".")[0], costs[m].step) for m, method, _ in work.tuned() if m in costs]
     tested = [costs[m].picture * sizes[name] for m, _, _, name in work.tested() if m in costs]
-    return {"fine-tuning": sum(tuned) * steps / 3600, "evaluation": sum(tested) / 3600,
-            "unmeasured": sum(m not in costs for m, _, _ in work.tuned())}
+    return {
+        "fine-tuning": sum(tuned) * steps / 3600, "evaluation": sum(tested) / 3600,
+        "unmeasured": sum(m not in costs for m, _, _ in work.tuned())}

@@ -24,9 +24,8 @@ from .paper import METRICS, PAPER, PAPER_ID, Profile, artefact, as_text, claims,
 from .paper import scores_of, verdicts
 from .results import Found, numbers
 
-# %% ../../nbs/appendix/06_tables.ipynb #97ab160c
+# %% ../../nbs/appendix/06_tables.ipynb #b2ac2bbb
 _KEYS = ["model", "method", "dataset", "split", "metric"]
-
 
 def averaged_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds with its interval: columns model, method, dataset, split, metric, value, std, low, high, n.
@@ -40,17 +39,14 @@ def averaged_rows(rows: pd.DataFrame) -> pd.DataFrame:
         means[end] = np.where(single, alone[end], means[end])
     return means.rename(columns={"set": "dataset"})
 
-
 def words_of(terms: Mapping[str, str], known: Iterable[str] = ()) -> dict[str, str]:
     """Our terms → the paper's words; of several words for one, a known one, or else the first."""
     first = set(known)
     return {mine: word for word, mine in sorted(list(terms.items())[::-1], key=lambda pair: pair[0] in first)}
 
-
 def _cell(value: float, low: float, high: float, std: float) -> str:
     spread = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else f" ± {std:.2f}" if np.isfinite(std) else ""
     return "" if np.isnan(value) else f"{value:.2f}{spread}"
-
 
 def beside(ours: pd.DataFrame, theirs: pd.DataFrame, profile: Profile = PAPER) -> pd.DataFrame:
     """The paper's numbers beside ours, as text, with a first row that says what was run.
@@ -61,8 +57,10 @@ def beside(ours: pd.DataFrame, theirs: pd.DataFrame, profile: Profile = PAPER) -
     if a set has a name of ImageNet or the reference has more than one network.
     """
     missing = sorted({*_KEYS, "value", "low", "high", "n"} - set(ours))
-    if missing or (ours.empty and theirs.empty):
-        raise ValueError(f"expected rows; got {len(theirs)} of the paper, {len(ours)} of ours, without {missing}")
+    if missing:
+        raise ValueError(f"expected columns {', '.join(_KEYS)}, value, low, high and n; {', '.join(missing)} missing")
+    if ours.empty and theirs.empty:
+        raise ValueError("expected rows of ours or of the paper, got none")
     imagenet, networks = {*PAPER.sets, *PAPER.sets.values()} & set(ours["dataset"]), list(theirs["model"].unique())
     if not profile.comparable and (imagenet or len(networks) > 1):
         raise ValueError(f"numbers of the profile {profile.name} are not ImageNet numbers: expected sets with names of "
@@ -105,15 +103,12 @@ _LATEX = {
 _RULES: Any = [{"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold"},
                {"selector": "td, th", "props": "padding: 2px 8px; text-align: left"}]
 
-
 def _marked(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(verdict=table["verdict"].map(MARKS)) if "verdict" in table else table
-
 
 def _sheet(table: pd.DataFrame, how: Literal["html", "latex"]) -> Styler:
     sheet = table.style.format(as_text, escape=how, na_rep="")
     return sheet.format_index(escape=how, axis=0).format_index(escape=how, axis=1)
-
 
 def styled(table: pd.DataFrame, caption: str = "") -> Styler:
     """A table as HTML: text escaped, the paper's columns tinted blue and ours orange, a sign before each verdict."""
@@ -127,13 +122,11 @@ def styled(table: pd.DataFrame, caption: str = "") -> Styler:
         sheet = sheet.set_properties(first, **{"font-style": "italic", "border-bottom": "1px solid black"})
     return sheet.set_table_styles(_RULES, overwrite=False)
 
-
 def to_latex(table: pd.DataFrame, caption: str = "", label: str = "") -> str:
     """A table as LaTeX; needs the packages booktabs and multirow."""
     sheet = _sheet(_marked(table), "latex")
     text = sheet.to_latex(hrules=True, multicol_align="c", caption=caption or None, label=label or None)
     return "".join(_LATEX.get(letter, letter) for letter in text)
-
 
 def save_table(table: pd.DataFrame, stem: str | Path, caption: str = "") -> list[Path]:
     """Write `stem`.html, .tex and .csv and return their paths."""
@@ -151,12 +144,10 @@ def printed(key: str) -> pd.DataFrame:
     rows = reference(metric=list(METRICS), method=artefact(key).methods)
     return rows[rows["table"].isin(both if key in both else (key,))].drop_duplicates(_KEYS)
 
-
 def _in_order(rows: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """Rows by data set as first met, and by metric within it."""
     place = {value: i for values in (dict.fromkeys(rows["dataset"]), metrics) for i, value in enumerate(values)}
     return rows.sort_values(["dataset", "metric"], key=lambda column: column.map(place), kind="stable")
-
 
 def table_of(found: Found, key: str, ours: bool = False,
              metrics: Sequence[str] = ("R@1", "R@5", "PA", "mIoU", "mAP")) -> pd.DataFrame:
@@ -180,7 +171,6 @@ def views(found: Found, key: str) -> list[tuple[str, Profile, str]]:
         return [(name, profiles[0], "")]
     return [(f"{name}, {form}", profile, "") for form, profile in zip(("the paper's form", "our form"), profiles)]
 
-
 def judged(found: Found, key: str) -> dict[str, pd.DataFrame]:
     """The table of `verdicts` on an artefact's claims, for each of its views by title; nothing where it makes none."""
     found_claims, tables = claims(key), {}
@@ -189,10 +179,8 @@ def judged(found: Found, key: str) -> dict[str, pd.DataFrame]:
         tables[title] = verdicts(scores_of(rows[rows["model"] == model] if model else rows), found_claims, profile)
     return tables
 
-
 def _points(claim: Mapping[Any, Any], unit: str = " points") -> str:
     return f"{claim['difference']:+.1f}{unit} [{claim['low']:+.1f}, {claim['high']:+.1f}]"
-
 
 def claims_of(found: Found, key: str) -> pd.DataFrame:
     """The claims of an artefact: claim, in the paper, and for each view points, interval and verdict, as text."""
@@ -206,7 +194,6 @@ def claims_of(found: Found, key: str) -> pd.DataFrame:
         table[title] = list(map(cell, of.to_dict("records")))
     return table
 
-
 def claim_lines(table: pd.DataFrame) -> str:
     """The table of `verdicts` as a markdown list, one sentence a line with its numbers."""
     def line(claim: Mapping[Any, Any]) -> str:
@@ -214,7 +201,6 @@ def claim_lines(table: pd.DataFrame) -> str:
         return f"- {MARKS[claim['verdict']]}: {claim['claim']}{'' if claim['verdict'] == 'not run' else numbers}\n"
 
     return "".join(map(line, table.to_dict("records")))
-
 
 def sentences(table: pd.DataFrame) -> str:
     """The table of `verdicts` as markdown: the claims that were judged with their numbers, by verdict."""
@@ -242,7 +228,6 @@ def gains(found: Found, key: str, profile: Profile | None = None, metric: str = 
     words = words_of(profile.methods, found.work.wanted(key).methods)
     return means.assign(method=means["method"].map(words).fillna(means["method"])).rename(columns={"set": "dataset"})
 
-
 def printed_gains(key: str, metric: str = "R@1", model: str = "ViT-B") -> pd.DataFrame:
     """The same from the paper, for one network: method, dataset, split, value; no rows where it prints no original."""
     rows = printed(key)
@@ -262,7 +247,6 @@ LABELS = {
     "cft+.annotated": "CFT+, annotated masks", "cft+.no-align": "CFT+ without alignment"}
 DEMO_COLUMNS = ("val", "v2", "adversarial", "object", "OOD-7", "adversarial, fine-tuned", "adversarial, other", "PA",
                 "mIoU", "mAP", "seconds")
-
 
 def demo_table(found: Found, columns: Sequence[str] = DEMO_COLUMNS) -> pd.DataFrame:
     """The demo's table as text: methods × columns, mean ± sample standard deviation over seeds."""

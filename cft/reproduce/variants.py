@@ -30,7 +30,6 @@ class Variant:
     guide: str = "kept"  # which masks; see GUIDES
     augment: bool = True
 
-
 VARIANTS: dict[str, Variant] = {
     "no-align": Variant(weights={"align": 0.0}),
     "no-classify": Variant(weights={"classify": 0.0}),
@@ -66,7 +65,6 @@ VARIANTS: dict[str, Variant] = {
     "table8": Variant(),  # see `recipe_of`
 }
 
-
 def varied(method: str) -> tuple[Recipe, Variant]:
     """The recipe that a name stands for, at its default rate, and its variant. Raises ValueError for an unknown name."""
     base, _, name = method.partition(".")
@@ -81,7 +79,6 @@ def varied(method: str) -> tuple[Recipe, Variant]:
     if variant.weights:
         objective = replace(objective, weights=replace(objective.weights, **variant.weights))
     return replace(recipe, objective=replace(objective, **variant.objective), **variant.recipe), variant
-
 
 def recipe_of(method: str, model: str, settings: Settings, seed: int) -> tuple[Recipe, Variant]:
     """The recipe of a method for a network and seed, and the variant that made it; rates come from the settings.
@@ -106,13 +103,11 @@ GUIDES = ("kept", "strict", "loose", "unvalidated", "superclasses", "context")  
 THRESHOLDS = {"strict": (0.40, 0.40), "loose": (0.05, 0.10)}
 OWN_SWAPS = ("cft+",)
 
-
 def given_by(concepts: ConceptSet, kinds: tuple[str, ...]) -> ConceptSet:
     """The concepts that one of these questions gave, all of them as concepts of the mask."""
     shares = [share for concept in concepts.concepts for share in concept.shares()]
     left = merge((owner, text, ("important",)) for owner, text, asked in shares if set(asked) & set(kinds))
     return replace(concepts, concepts=left)
-
 
 def guide_concepts(store: MaskStore, concepts: ConceptSet, guide: str, kinds: tuple[str, ...], pool: int) -> ConceptSet:
     """The concepts of a guide, validated on `pool` pictures a class. Raises ValueError for one that is not in GUIDES."""
@@ -124,14 +119,12 @@ def guide_concepts(store: MaskStore, concepts: ConceptSet, guide: str, kinds: tu
         return proposed
     return validate(store, proposed, *THRESHOLDS.get(guide, (0.15, 0.20)), pictures=pool).kept
 
-
 @dataclass(frozen=True)
 class Shown:
     """The masks that a method is shown: its guide's, and whole objects, "annotated", "class" (found by name) or none."""
 
     guide: str  # empty: no concept masks
     objects: str
-
 
 def shown_to(method: str) -> Shown:
     """Which masks a method needs, by its name. Raises ValueError for an unknown one."""

@@ -13,18 +13,15 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
 
 from ..concepts.filters import ConceptSet, Similarity, demo_concepts, discover
 from ..concepts.grounding import load_grounder
-from ..concepts.language import ANSWERS, Chat, ClassName, Record, Sampling
+from ..concepts.language import Chat, ClassName, Record, Sampling
 from ..concepts.masks import build_masks, import_imagenet_s, training_pictures
 from ..concepts.store import MaskStore, write_pngs
 from ..data import backdrop
-from ..data.folders import Folder, list_folder, open_image, open_mask
+from ..data.folders import Folder, list_folder
 from ..data.models import TINY, base_model, load_model, make_bases
 from ..data.testsets import class_names, folder_set, open_set, synsets
 from ..demo.toy_grounder import toy_grounder
@@ -37,7 +34,6 @@ def tuned_classes(seed: int) -> list[int]:
     """The six drawn classes that are fine-tuned, one of each pair that shares a home."""
     chooser = random.Random(seed)
     return [chooser.choice(pair) for pair in backdrop.PAIRS]
-
 
 class Drawn:
     """The procedural benchmark."""
@@ -145,7 +141,6 @@ def folder_digest(folders: list[Path], cache: Path) -> str:
         write_json(cache, known)
     return known[dated]
 
-
 def file_digest(file: Path, cache: Path) -> str:
     """SHA-256 of a file, remembered in the file `cache` while its size and date stand."""
     dated, known = f"{file.stat().st_size} {file.stat().st_mtime_ns} {file.name}", read_json(
@@ -154,7 +149,6 @@ def file_digest(file: Path, cache: Path) -> str:
         known[dated] = sha256(file)
         write_json(cache, known)
     return known[dated]
-
 
 class ImageNet:
     """The paper's data. Raises ValueError for a place that the settings leave empty, or that is not there."""
@@ -261,14 +255,11 @@ class ImageNet:
         masks = write_pngs(store, kept, self.root / "validation" / str(seed), chosen)
         return self.folder("all").choose(chosen).with_masks(mask=masks)
 
-
 World = Drawn | ImageNet
-
 
 def open_world(settings: Settings, root: str | Path) -> World:
     """The world of some settings, with its files below `root`."""
     return (Drawn if settings.drawn else ImageNet)(settings, Path(root))
-
 
 def tuned_network(world: World, model: str, method: str, seed: int) -> tuple[nn.Module, Path | None]:
     """The network of a checkpoint, and its file; the original has none of its own."""
@@ -276,7 +267,6 @@ def tuned_network(world: World, model: str, method: str, seed: int) -> tuple[nn.
         return world.network(model, seed), None
     file = world.root / model_file(model, method, seed)
     return load_model(world.architecture(model), file)[0], file
-
 
 def names_of(settings: Settings) -> list[str]:
     """The classes, in the order of the networks' outputs."""

@@ -173,7 +173,7 @@ def test_a_slider_moved_from_the_keyboard_changes_masks_maps_and_numbers(browser
     page.close()
 
 
-@pytest.mark.parametrize("name", ["index", "appendix/12_explorer", "paper/table1", "related/04_comparison"])
+@pytest.mark.parametrize("name", ["index", "appendix/12_explorer", "paper/table1", "related/05_comparison"])
 def test_a_chapter_opens_as_it_was_saved(browser, lab, tmp_path, name):
     page = opened(browser, lab, f"nbs/{name}.ipynb")
     page.locator(".jp-Notebook h1").first.wait_for()

@@ -63,8 +63,9 @@ def test_what_a_page_leaves(small, tmp_path, capsys):
 
 
 def test_the_page_of_a_related_system_brings_its_claims(small, tmp_path):
-    made = pd.DataFrame({"claim": ["A beats B"], "verdict": ["open"]}).set_index("claim")
+    made = pd.DataFrame({"claim": ["A beats B"], "verdict": ["open"]})
     out = save_page(open_results(small, "segmil"), "segmil", tmp_path / "segmil", table=made, claims=made)
+    assert pd.read_csv(out / "claims.csv", index_col=0).index.tolist() == ["A beats B"]
     assert {p.stem for p in out.iterdir()} == {"claims", "table"} and "? open" in (out / "claims.html").read_text()
 
 
@@ -150,7 +151,7 @@ def test_a_page_without_a_table_is_no_page(tmp_path, monkeypatch):
         make_page(work, tmp_path, key)
         assert (tmp_path / f"pages/{key}.ipynb").is_file()
     assert given[1:] == [("table1.ipynb", {"root": str(tmp_path), "models": ["ViT-B"]}),
-                         ("03_deal_metrics.ipynb", {"root": str(tmp_path)})]  # which has one network of its own
+                         (notebook_of("deal").name, {"root": str(tmp_path)})]  # which has one network of its own
 
 
 # ---- the README ----
@@ -167,7 +168,7 @@ def test_the_scoreboard_has_every_artefact(small):
     counts = [[int(word.split()[-2]) for word in part.split(",")] for part in line["claims"].split(";")]
     assert line["claims"].startswith("paper's form: ") and "; our form: " in line["claims"]
     assert [sum(part) for part in counts] == [10, 10]
-    assert board.loc["[The demo: does it work, and what does it cost?](nbs/23_demo.ipynb)", "claims"] == ""
+    assert board.loc["[The demo: does it work, and what does it cost?](nbs/24_demo.ipynb)", "claims"] == ""
 
 
 def test_markdown():
