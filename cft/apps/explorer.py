@@ -284,6 +284,11 @@ class Panel(NamedTuple):
     alt: str
     caption: str
 
+    @property
+    def source(self) -> str:
+        """The picture inside a URI."""
+        return data_uri(self.picture)
+
 class Answer(NamedTuple):
     """One of the best answers of a model."""
 
@@ -309,8 +314,7 @@ class Scene:
 
 def page_part(name: str, content: object) -> str:
     """A part of the page as HTML: notes, panels, answers, summary or whole of a scene, words of a line, status."""
-    page = html_template("scene.html.j2").make_module({"data_uri": data_uri})
-    return str(getattr(page, name)(content))
+    return str(getattr(html_template("scene.html.j2").module, name)(content))
 
 def scene(material: Material, view: View) -> Scene:
     """What there is to see. Raises ValueError for a class or picture that is not there or does not decode."""
