@@ -231,9 +231,10 @@ class Case(NamedTuple):
 
 @cache
 def html_template(name: str) -> Template:
-    """A template of the report's assets. What is put into it is escaped, and a value that it misses is an error."""
-    return Environment(loader=FileSystemLoader(ASSETS / "report"), autoescape=True, undefined=StrictUndefined,
-                       trim_blocks=True, lstrip_blocks=True).get_template(name)
+    """A template of the package's assets. What is put into it is escaped, and a value that it misses is an error."""
+    places = FileSystemLoader([ASSETS / "report", ASSETS / "explorer"])
+    return Environment(loader=places, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                       lstrip_blocks=True).get_template(name)
 
 def _png(picture: Tensor) -> bytes:
     """A picture (3, height, width) in [0, 1] as a file."""

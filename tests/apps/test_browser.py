@@ -26,8 +26,8 @@ from cft.files import ASSETS
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+UNUSED = ("gpu", "quic", "background-networking", "component-update", "sync", "dev-shm-usage")
+ARGUMENTS = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in UNUSED)]
 PATIENCE = 120_000  # milliseconds: a busy machine is slow, not wrong
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
@@ -54,9 +54,11 @@ def lab(tmp_path_factory):
     (root / "run").mkdir()
     for seed, file in ((0, "base.safetensors"), (1, "run/model.safetensors")):
         shutil.copy(ASSETS / f"base_{seed}.safetensors", root / file)
-    cells = ["from cft.apps.explorer import Explorer, Material, first_view",
-             f"material = Material.open('world/images/train', '{TINY}', 'base.safetensors', store='store', concepts='concepts.json', run='run')\n"
-             "explorer = Explorer(material, first_view(material, 'bird'), by='Ada')\nexplorer"]
+    given = {"store": "store", "concepts": "concepts.json", "run": "run"}
+    cells = [
+        "from cft.apps.explorer import Explorer, Material, first_view",
+        f"material = Material.open('world/images/train', '{TINY}', 'base.safetensors', **{given})\n"
+        "explorer = Explorer(material, first_view(material, 'bird'), by='Ada')\nexplorer"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, root / "explorer.ipynb")
@@ -70,11 +72,15 @@ def lab(tmp_path_factory):
     settings = home / "settings/@jupyterlab/apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    environment = {**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1", "JUPYTER_PREFER_ENV_PATH": "1", "IPYTHONDIR": str(home / "ipython"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
-                   **{f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
-               f"--ServerApp.root_dir={root}", f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly",
-               "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    places = {"IPYTHONDIR": "ipython", "JUPYTERLAB_SETTINGS_DIR": "settings"}
+    places |= {f"JUPYTER_{kind}_DIR": kind.lower() for kind in ("CONFIG", "DATA", "RUNTIME")}
+    environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+    environment |= {name: str(home / place) for name, place in places.items()}
+    command = [
+        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={root}",
+        f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True",
+        "--LabApp.extension_manager=readonly", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     with open(root / "server.log", "w") as log:
         server = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -146,7 +152,8 @@ def test_a_slider_moved_from_the_keyboard_changes_masks_maps_and_numbers(browser
     for number, concept in enumerate(("the sky", "clouds"), 1):
         page.get_by_label(concept, exact=True).focus()
         page.keyboard.press("Space")
-        page.wait_for_function("n => document.querySelector('.cft-explorer').innerText.includes(`${n} pair${n > 1 ? 's are' : ' is'} switched off`)", arg=number)
+        words = f"{number} pair{'s are' if number > 1 else ' is'} switched off"
+        page.wait_for_function("words => document.querySelector('.cft-explorer').innerText.includes(words)", arg=words)
     page.wait_for_function("source => document.querySelector('.cft-explorer img').src !== source", arg=source)
     assert page.locator(".cft-explorer figcaption").first.inner_text() != caption
 
