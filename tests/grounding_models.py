@@ -6,7 +6,7 @@ import torch
 
 from cft.concepts.grounding import (
     PAPER_GROUNDING,
-    SMALL_BERT,
+    SMALL,
     GroundedSAM,
     Grounding,
     SegmentAnything2,
@@ -70,7 +70,7 @@ def small_dino():
         SwinConfig(image_size=64, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
                    drop_path_rate=0.0,
                    out_indices=[2, 3, 4]),
-        text_config=BertConfig(vocab_size=len(tokenizer), **SMALL_BERT).to_dict(), num_queries=20, encoder_layers=1,
+        text_config=BertConfig(vocab_size=len(tokenizer), **SMALL["bert"]).to_dict(), num_queries=20, encoder_layers=1,
         decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64, encoder_attention_heads=4, decoder_attention_heads=4,
         dropout=0.0, fusion_droppath=0.0, disable_custom_kernels=True))
     fusion = model.model.encoder.layers[0].fusion_layer

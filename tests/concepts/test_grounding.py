@@ -7,12 +7,12 @@ import pickle
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from grounding import per_concept_loop
 from grounding_models import BACKENDS, check_grounder, check_grounding, same, small_dino, small_sam2, small_transformers
 from PIL import Image
 
@@ -21,7 +21,6 @@ from cft.concepts.grounding import (
     WEIGHTS,
     GroundedSAM,
     GroundingConfig,
-    Weight,
     answered_words,
     check_weights,
     clean_phrases,
@@ -29,7 +28,6 @@ from cft.concepts.grounding import (
     keep_boxes,
     load_grounder,
     pack_prompts,
-    per_concept_loop,
     phrase_scores,
     small_grounded_sam,
     small_tokenizer,
@@ -490,8 +488,8 @@ def cable(monkeypatch):
 def publish(monkeypatch, folder, name):
     """Pretend that the files in the folder are the published ones."""
     def fact(w):
-        data = (folder / w.file).read_bytes()
-        return Weight(w.file, w.url, len(data), hashlib.sha256(data).hexdigest(), w.beside)
+        data = (folder / w.files[0]).read_bytes()
+        return w._replace(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
     monkeypatch.setitem(WEIGHTS, name, tuple(fact(w) for w in WEIGHTS[name]))
 
@@ -505,7 +503,7 @@ def folder(tmp_path, monkeypatch):
 
     text = tmp_path / "bert-base-uncased"
     small_tokenizer().save_pretrained(text)
-    BertModel(BertConfig(vocab_size=len(small_tokenizer()), **grounding.SMALL_BERT)).save_pretrained(text)
+    BertModel(BertConfig(vocab_size=len(small_tokenizer()), **grounding.SMALL["bert"])).save_pretrained(text)
     recipes = []
     monkeypatch.setattr(groundingdino.models, "build_model",
                         lambda recipe: recipes.append(recipe) or small_grounded_sam(seed=9).detector.model)
@@ -537,7 +535,7 @@ def test_loading_from_a_folder(folder, cable, picture, monkeypatch, capfd):
         for model, loaded in zip(models, (grounder.detector.model, grounder.segmenter.model), strict=True):
             for key, value in model.state_dict().items():
                 assert torch.equal(loaded.state_dict()[key], value), key
-        files = [w.file for part in name.split("+") for w in WEIGHTS[part]]
+        files = [w.files[0] for part in name.split("+") for w in WEIGHTS[part]]
         assert all(len(grounder.settings()["weights"][file]) == 64 for file in files)
         grounder.detector.short, grounder.detector.long = 64, 128
         assert len(grounder(picture, TEN)) == 10
@@ -622,8 +620,8 @@ def test_the_table_of_weights():
     files = {w for weights in WEIGHTS.values() for w in weights}
     assert all(w.url.startswith("https://") and w.size > 3e8 for w in files)
     assert all(set(w.sha256) <= set("0123456789abcdef") for w in files)
-    assert len({w.sha256 for w in files}) == len({w.file for w in files}) == len(files) == 8
-    assert all(len(w.sha256) == 64 and w == replace(w) for w in files)
+    assert len({w.sha256 for w in files}) == len({w.files[0] for w in files}) == len(files) == 8
+    assert all(len(w.sha256) == 64 for w in files)
 
 
 def test_the_module_needs_no_extra(monkeypatch):
