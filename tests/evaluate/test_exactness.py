@@ -77,7 +77,7 @@ def check(model, found, loss, names=None):
 # --- each way is the derivative of what it says ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way,map_of", [("exact", e.exact_map), ("true rollout", e.true_rollout_map)])
+@pytest.mark.parametrize("way,map_of", [("exact", e.WAYS["exact"]), ("true rollout", e.WAYS["true rollout"])])
 def test_true_ways_are_the_derivative_of_the_loss(batch, way, map_of):
     model = make()
     found = e.gradient(model, batch, way, SMOOTH)
@@ -136,7 +136,7 @@ def test_naive_on_a_single_neuron_by_hand():
 def test_naive_applies_the_rules_to_the_backward_pass_of_the_loss():
     """The value q of a product is passed a quarter of the gradient by rule, and once more when the loss comes back."""
     w, x = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (2.0, 3.0))
-    q = e._Scaled.apply(w * x, 0.25)
+    q = e._scaled(w * x, 0.25)
     (g,) = torch.autograd.grad(q * q, x, create_graph=True)  # 2q·¼·w
     assert g.item() == pytest.approx(2 * 6 * 0.25 * 2)
     (naive,) = torch.autograd.grad(g, w)  # by product rule 2q·¼ + (2·¼·w)·(¼ x): the last ¼ should be 1
@@ -161,7 +161,7 @@ def test_exchanged_modules_have_the_forward_of_the_original_and_the_backward_of_
 @pytest.mark.parametrize("family", FAMILIES)
 def test_three_ways_give_one_map_and_three_gradients(batch, family):
     model = make(family)
-    exact = e.exact_map(model, batch.images, batch.labels)
+    exact = e.WAYS["exact"](model, batch.images, batch.labels)
     truth = e.gradient(model, batch, "exact", SMOOTH)
     for way in ("detached", "naive"):
         other = e.WAYS[way](model, batch.images, batch.labels)
@@ -193,7 +193,7 @@ def test_nothing_is_left_behind(batch):
 def test_frozen_inputs_of_the_naive_way(batch):
     model = make().requires_grad_(False)
     tokens = e.naive_map(model, batch.images, batch.labels).tokens
-    assert torch.allclose(tokens, e.exact_map(model, batch.images, batch.labels).tokens)
+    assert torch.allclose(tokens, e.WAYS["exact"](model, batch.images, batch.labels).tokens)
 
 
 # --- who is reached -------------------------------------------------------------------------------------------------
