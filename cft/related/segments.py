@@ -9,7 +9,7 @@ __all__ = ['ImageText', 'Clip', 'ToyPairs', 'similarities', 'retrieve', 'ground'
 # %% ../../nbs/related/01_segments.ipynb #4018cfa0
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ from ..files import need
 
 # %% ../../nbs/related/01_segments.ipynb #a56da841
 class ImageText(Protocol):
-    """Puts texts and pictures into one space. Called with texts it is an `Encoder` of chapter 3."""
+    """Puts texts and pictures into one space. Called with texts it is an `Encoder` of `filters`."""
 
     name: str
 
@@ -101,9 +101,8 @@ def similarities(encoder: ImageText, pictures: Iterable[Image.Image], vocabulary
     Raises ValueError for no pictures, an empty vocabulary, repeated phrases and vectors that are zero or not finite.
     """
     if not vocabulary or len(set(vocabulary)) < len(vocabulary):
-        raise ValueError(
-            f"expected a vocabulary of different phrases, got {len(vocabulary)} with {len(set(vocabulary))} different ones"
-        )
+        raise ValueError("expected a vocabulary of different phrases, got "
+                         f"{len(vocabulary)} with {len(set(vocabulary))} different ones")
     texts, rows, waiting = _unit(encoder(vocabulary), f"the texts of {encoder.name}"), [], iter(pictures)
     while some := list(islice(waiting, chunk)):
         rows.append(_unit(encoder.images(some), f"the pictures of {encoder.name}") @ texts.T)
@@ -112,7 +111,7 @@ def similarities(encoder: ImageText, pictures: Iterable[Image.Image], vocabulary
     return np.concatenate(rows)
 
 def retrieve(similarity: np.ndarray, vocabulary: Sequence[str], top: int = 10) -> list[tuple[str, ...]]:
-    """The `top` phrases of each row of similarities (pictures, vocabulary), the likeliest first; ties go to the earlier phrase."""
+    """The `top` phrases of each row of similarities (pictures, vocabulary), the likeliest first, ties in their order."""
     order = np.argsort(-similarity, axis=1, kind="stable")[:, :top]
     return [tuple(str(vocabulary[m]) for m in row) for row in order]
 
@@ -128,16 +127,14 @@ def ground(source: PictureFiles, phrases: Sequence[Sequence[str]], grounder: Gro
     if len(phrases) != len(source):
         raise ValueError(f"expected phrases for each of {len(source)} pictures, got {len(phrases)} lists")
     work = []
-    for name, some in sorted(zip(source.ids, phrases)):
+    for name, some in zip(source.ids, phrases):
         there = known.phrases(name) if known else ()
-        missing = tuple(p for p in dict.fromkeys(some) if p not in there)
-        if missing:
+        if missing := tuple(p for p in dict.fromkeys(some) if p not in there):
             work.append(Work(name, Path(name).parent.name, 0, "", missing))
     if known and not work:
         return known
-    made_by = {"grounder": grounder.name, "settings": grounder.settings()}
-    ground_pictures(work, source.root, lambda item, image: grounder(image, item.phrases), root, made_by, shards=shards,
-                    progress=progress)
+    ground_pictures(work, source.root, lambda item, image: grounder(image, item.phrases), root,
+                    {"grounder": grounder.name, "settings": grounder.settings()}, shards=shards, progress=progress)
     return MaskStore(*(known.roots if known else ()), root)
 
 # %% ../../nbs/related/01_segments.ipynb #ffc67c20
@@ -168,6 +165,11 @@ class Segment(NamedTuple):
     score: float
     mask: np.ndarray  # bool (height, width)
 
+    @classmethod
+    def whole(cls, height: int, width: int) -> "Segment":
+        """A picture as a segment of its own."""
+        return cls("", 1.0, np.ones((height, width), bool))
+
 def suppress(masks: np.ndarray, scores: Sequence[float], overlap: float = 0.5) -> list[int]:
     """Indices of the masks (n, height, width) that stay, the best score first; equal scores go by their order."""
     flat = np.asarray(masks, np.float32).reshape(len(scores), -1)
@@ -186,17 +188,12 @@ def segments_of(store: MaskStore, picture: str, phrases: Sequence[str],
 
     Raises ValueError for a picture that the store does not have, and phrases that were not looked for.
     """
-    records = store.records(picture)
-    strangers = [phrase for phrase in phrases if phrase not in records]
-    if strangers:
-        known = ", ".join(map(repr, records))
-        raise ValueError(f"{strangers[0]!r} was not looked for in {picture}; expected some of {known}")
-    chosen = [records[p] for p in phrases]
+    masks, records = store.masks(picture, phrases), store.records(picture)
     found = [
-        Segment(r.phrase, r.score, r.mask()) for r in chosen
-        if r.score is not None and rules.least <= r.area <= rules.largest]
+        Segment(r.phrase, r.score, mask) for r, mask in zip(map(records.get, phrases), masks)
+        if r and r.score is not None and rules.least <= r.area <= rules.largest]
     if not found:
-        return [Segment("", 1.0, np.ones(next(iter(records.values())).size, bool))]
+        return [Segment.whole(*masks.shape[1:])]
     kept = suppress(np.stack([s.mask for s in found]), [s.score for s in found], rules.overlap)
     return [found[k] for k in kept[:rules.most]]
 
@@ -224,26 +221,29 @@ def mean_colour(source: PictureFiles, most: int = 500) -> Tensor:
     return torch.from_numpy(np.mean(pictures, 0))
 
 # %% ../../nbs/related/01_segments.ipynb #df990a2c
+@dataclass(eq=False)
 class Bags(Dataset[dict[str, Any]]):
     """A set as bags. Item k is a dict: bag (segments, 3, height, width) normalised, label, index, and what `extra` adds.
 
-    phrases: those of each picture that were looked for; without a `store` every bag is the whole picture alone.
-    fill: colour (3,) outside of a segment. extra: name → values of each picture. cached: hold finished bags in memory.
+    Raises ValueError for a list that is not as long as the set.
     """
-    def __init__(self, source: PictureFiles, preprocess: Preprocess, store: MaskStore | None = None,
-                 phrases: Sequence[Sequence[str]] = (), rules: SegmentRules = SegmentRules(),
-                 fill: Tensor | None = None, extra: Mapping[str, Sequence[Tensor] | Tensor] | None = None,
-                 cached: bool = False):
-        lengths = {"phrases": len(phrases)} if store else {}
-        wrong = {
-            name: n for name, n in (lengths | {k: len(v) for k, v in (extra or {}).items()}).items()
-            if n != len(source)}
+
+    source: PictureFiles
+    preprocess: Preprocess
+    store: MaskStore | None = None  # without one, every bag is the whole picture alone
+    phrases: Sequence[Sequence[str]] = ()  # those of each picture that were looked for
+    rules: SegmentRules = SegmentRules()
+    fill: Tensor = field(default_factory=lambda: torch.full((3,), 0.5))  # colour (3,) outside of a segment
+    extra: dict[str, Any] = field(default_factory=dict)  # name → values of each picture
+    kept: Sequence[Tensor] = ()  # finished bags, (segments, …) each, in place of pixels that are cut when asked for
+
+    def __post_init__(self) -> None:
+        """Refuse lists of other lengths."""
+        self.extra = dict(self.extra)
+        given = self.extra | {"phrases": self.phrases} if self.store else self.extra
+        wrong = {name: len(values) for name, values in given.items() if len(values) != len(self)}
         if wrong:
-            raise ValueError(f"expected one entry for each of {len(source)} pictures, got {wrong}")
-        self.source, self.preprocess, self.store, self.phrases = source, preprocess, store, list(phrases)
-        self.rules, self.fill = rules, torch.full((3,), 0.5) if fill is None else fill
-        self.extra: dict[str, Any] = dict(extra or {})
-        self._cached, self._kept = cached, dict[int, Tensor]()
+            raise ValueError(f"expected one entry for each of {len(self)} pictures, got {wrong}")
 
     def __len__(self) -> int:
         return len(self.source)
@@ -251,8 +251,8 @@ class Bags(Dataset[dict[str, Any]]):
     def segments(self, index: int) -> list[Segment]:
         """The segments of a picture, in the order of its bag."""
         if self.store is None:
-            image = self.source[index][0]
-            return [Segment("", 1.0, np.ones((image.height, image.width), bool))]
+            width, height = self.source[index][0].size
+            return [Segment.whole(height, width)]
         return segments_of(self.store, self.source.ids[index], self.phrases[index], self.rules)
 
     def cuts(self, index: int) -> Tensor:
@@ -263,20 +263,16 @@ class Bags(Dataset[dict[str, Any]]):
 
     def under(self, rules: SegmentRules | None) -> "Bags":
         """The same pictures and masks under other rules; None: every bag is the whole picture."""
-        if rules is None:
-            return Bags(self.source, self.preprocess, fill=self.fill, extra=self.extra)
-        return Bags(self.source, self.preprocess, self.store, self.phrases, rules, self.fill, self.extra)
+        return replace(self, store=self.store if rules else None, rules=rules or self.rules, kept=())
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if (bag := self._kept.get(index)) is None:
-            bag = V.normalize(self.cuts(index), list(self.preprocess.mean), list(self.preprocess.std))
-            if self._cached:
-                self._kept[index] = bag
+        mean, std = list(self.preprocess.mean), list(self.preprocess.std)
+        bag = self.kept[index] if self.kept else V.normalize(self.cuts(index), mean, std)
         more = {name: values[index] for name, values in self.extra.items()}
         return {"bag": bag, "label": self.source.targets[index][0], "index": index} | more
 
 class BagBatch(dict[str, Tensor]):
-    """bag (batch, segments, …) padded with zeros, valid bool (batch, segments), label, index (batch,), and the rest stacked."""
+    """bag (batch, segments, …) padded with zeros, valid bool (batch, segments), label, index (batch,), the rest stacked."""
     @property
     def size(self) -> int:
         """How many bags."""

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['RULES', 'RATE', 'VARIANTS', 'LABELS', 'Like', 'BagAnswer', 'SegMil', 'backbone_of', 'Standard', 'segment_targets',
-           'alignment', 'segmil_loss', 'ConceptAlignment', 'segmil_recipe', 'BagBatches', 'predict_bags', 'worst_group',
-           'Featured', 'featured', 'Explanation', 'explain', 'Variant', 'demo_vocabulary', 'drawn_bags', 'new_heads',
-           'attention_on', 'group_rows', 'few_of', 'run_segmil', 'segmil_steps', 'segmil_table']
+           'alignment', 'ConceptAlignment', 'segmil_recipe', 'BagBatches', 'predict_bags', 'worst_group', 'featured',
+           'Explanation', 'explain', 'Variant', 'demo_vocabulary', 'drawn_bags', 'new_heads', 'attention_on',
+           'group_rows', 'metric_rows', 'few_of', 'seed_step', 'run_segmil', 'segmil_steps', 'segmil_table']
 
 # %% ../../nbs/related/02_segmil.ipynb #325fa44c
 import copy
 import hashlib
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as V
 
 from ..concepts.filters import MASK_KINDS, demo_concepts
@@ -35,14 +35,13 @@ from ..data.folders import MaskedImages, Preprocess, list_folder
 from ..data.testsets import PictureFiles, folder_set
 from ..demo.toy_grounder import toy_grounder
 from ..evaluate.intervals import table_of_means
-from ..evaluate.metrics import COLUMNS
+from ..evaluate.metrics import COLUMNS, evaluating
 from ..evaluate.passes import accuracy_rows, checkpoint, reading_of, run_pass, times_slower
 from ..files import write_csv
 from .groups import answer_table, backdrop_set, group_scores
 from .segments import (BagBatch, Bags, ImageText, Segment, SegmentRules, ToyPairs, collate, ground,
                                   mean_colour, retrieve, similarities)
 from ..reproduce.paper import scores_of
-from ..reproduce.results import open_results
 from ..reproduce.steps import PaperSteps, Step
 from ..reproduce.variants import recipe_of
 from ..train.loop import fine_tune, shuffled
@@ -136,40 +135,39 @@ def alignment(vectors: Tensor, targets: Tensor, valid: Tensor | None = None) -> 
         return -cosine.mean()
     return -((cosine * valid).sum(1) / valid.sum(1)).mean()
 
-def segmil_loss(answer: BagAnswer, batch: Mapping[str, Tensor], weight: float = 0.1,
-                level: Literal["bag", "segment"] = "bag") -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and its parts.
-
-    batch: label, and target (batch, concepts), or segment_target (batch, segments, concepts) with valid.
-    """
-    classify = F.cross_entropy(answer.logits, batch["label"])
-    if not weight:
-        return classify, {"classify": classify.detach()}
-    if level == "segment":
-        align = alignment(answer.concepts, batch["segment_target"], batch["valid"])
-    else:
-        align = alignment(answer.pooled, batch["target"])
-    return classify + weight * align, {"classify": classify.detach(), "align": align.detach()}
-
-# %% ../../nbs/related/02_segmil.ipynb #7c724287
 @dataclass(frozen=True)
 class ConceptAlignment:
-    """The loss of SEG-MIL-CBM as an objective of the loop. Raises ValueError for a negative weight and another level."""
+    """The loss as an objective of the loop. Raises ValueError for a negative weight and another level.
+
+    Batches have bag, valid and label, and target (batch, concepts) or segment_target (batch, segments, concepts).
+    """
 
     weight: float = 0.1  # λ
     level: Literal["bag", "segment"] = "bag"
-
-    needs = frozenset[str]()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
         if self.weight < 0 or self.level not in ("bag", "segment"):
             raise ValueError(f"expected weight >= 0 and level bag or segment, got {self.weight}, {self.level!r}")
 
-    def __call__(self, model: nn.Module, original: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a `BagBatch` and its parts."""
-        return segmil_loss(model(batch["bag"], batch["valid"]), batch, self.weight, self.level)
+    @property
+    def needs(self) -> frozenset[str]:
+        """The targets that bags must have."""
+        return frozenset({"segment_target" if self.level == "segment" else "target"} if self.weight else ())
 
+    def __call__(self, model: nn.Module, original: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and its parts: classify and, with a weight, align."""
+        answer = model(batch["bag"], batch["valid"])
+        classify = F.cross_entropy(answer.logits, batch["label"])
+        if not self.weight:
+            return classify, {"classify": classify.detach()}
+        if self.level == "segment":
+            align = alignment(answer.concepts, batch["segment_target"], batch["valid"])
+        else:
+            align = alignment(answer.pooled, batch["target"])
+        return classify + self.weight * align, {"classify": classify.detach(), "align": align.detach()}
+
+# %% ../../nbs/related/02_segmil.ipynb #7c724287
 def segmil_recipe(rate: float = 1e-4, backbone_rate: float = 1e-5, weight: float = 0.1,
                   level: Literal["bag", "segment"] = "bag", epochs: int = 50, batch: int = 32, **more: Any) -> Recipe:
     """How a model is trained. rate: of the heads; backbone_rate: 0 leaves the backbone as it is."""
@@ -178,16 +176,15 @@ def segmil_recipe(rate: float = 1e-4, backbone_rate: float = 1e-5, weight: float
 
 class BagBatches:
     """Bags for the loop. Raises ValueError for targets that are missing."""
-    def __init__(self, bags: "Bags | Featured", recipe: Recipe):
-        objective: Any = recipe.objective
-        needed = "segment_target" if objective.level == "segment" else "target"
-        if objective.weight and needed not in bags.extra:
-            raise ValueError(f"alignment needs {needed} for each picture; the bags have {', '.join(bags[0])}")
+    def __init__(self, bags: Bags, recipe: Recipe):
+        if missing := recipe.objective.needs - set(bags.extra):
+            has = ", ".join(bags[0])
+            raise ValueError(f"alignment needs {', '.join(missing)} for each picture; the bags have {has}")
         self.bags, self.recipe = bags, recipe
         self.per_epoch, self.classes = -(-len(bags) // recipe.batch), ()
 
     def batch(self, step: int, device: torch.device | str = "cpu") -> BagBatch:
-        """The bags of a step, in the order of chapter 15."""
+        """The bags of a step, in the order that pictures would have."""
         return collate([self.bags[k] for k in shuffled(step, len(self.bags), self.recipe)]).to(device)
 
     def names(self, step: int) -> list[str]:
@@ -196,53 +193,32 @@ class BagBatches:
 
     def identity(self) -> dict[str, Any]:
         """The pictures, and the first and the last bag with their targets."""
-        ends = hashlib.sha256()
-        for item in (self.bags[0], self.bags[-1 % len(self.bags)]):
-            for values in (v for v in item.values() if isinstance(v, Tensor)):
-                ends.update(values.numpy().tobytes())
+        ends = [v for k in (0, len(self.bags) - 1) for v in self.bags[k].values() if isinstance(v, Tensor)]
+        known = hashlib.sha256(b"".join(values.numpy().tobytes() for values in ends)).hexdigest()
         data = {"pictures": len(self.bags), "digest": self.bags.source.digest(), "set_aside": []}
-        return {"data": data, "bags": ends.hexdigest()}
+        return {"data": data, "bags": known}
 
-def predict_bags(model: nn.Module, bags: "Bags | Featured", batch: int = 64) -> Tensor:
-    """Logits (pictures, classes) of all bags in order, by a copy in evaluation mode."""
-    model, device = copy.deepcopy(model).eval(), next(model.parameters()).device
-    with torch.inference_mode():
+def predict_bags(model: nn.Module, bags: Bags, batch: int = 64) -> Tensor:
+    """Logits (pictures, classes) of all bags in order, in evaluation mode; the model's mode is restored."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), evaluating(model):
         parts = [
             model(b["bag"].to(device), b["valid"].to(device)).logits.cpu()
             for b in DataLoader(bags, batch, collate_fn=collate)]
-    return torch.cat(parts).clone()
+    return torch.cat(parts)
 
-def worst_group(bags: "Bags | Featured") -> Callable[[nn.Module], float]:
+def worst_group(bags: Bags) -> Callable[[nn.Module], float]:
     """For the loop's `validation`: minus the accuracy of the worst group of some bags, in percent."""
     return lambda model: -float(group_scores(answer_table(bags.source, predict_bags(model, bags)))["worst"])
 
-# %% ../../nbs/related/02_segmil.ipynb #cb137948
-class Featured(Dataset[dict[str, Any]]):
-    """Bags of features. Item k is as in `Bags`, with bag (segments, features). most: segments of a bag that are used."""
-    def __init__(self, source: PictureFiles, features: Sequence[Tensor], extra: Mapping[str, Any],
-                 most: int | None = None):
-        self.source, self.features, self.extra, self.most = source, list(features), dict(extra), most
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        known = {name: values[index] for name, values in self.extra.items()}
-        return {"bag": self.features[index][:self.most], "label": self.source.targets[index][0], "index": index} | known
-
-    def first(self, most: int) -> "Featured":
-        """The same with the first segments only."""
-        return Featured(self.source, self.features, self.extra, most)
-
-def featured(bags: Bags, backbone: nn.Module, batch: int = 32) -> Featured:
-    """The same bags through a backbone in evaluation mode."""
-    backbone, features = backbone.eval(), []
-    device = next(backbone.parameters()).device
-    with torch.no_grad():
+def featured(bags: Bags, backbone: nn.Module, batch: int = 32) -> Bags:
+    """The same bags through a backbone in evaluation mode, (segments, features) each."""
+    features, device = [], next(backbone.parameters()).device
+    with torch.no_grad(), evaluating(backbone):
         for part in DataLoader(bags, batch, collate_fn=collate):
             found = backbone(part["bag"][part["valid"]].to(device)).cpu()
             features += found.split(part["valid"].sum(1).tolist())
-    return Featured(bags.source, features, bags.extra)
+    return replace(bags, kept=features)
 
 # %% ../../nbs/related/02_segmil.ipynb #b57e24e6
 @dataclass(frozen=True, eq=False, repr=False)
@@ -261,10 +237,10 @@ class Explanation:
     def table(self, top: int = 8) -> pd.DataFrame:
         """The `top` largest contributions by size: columns segment, attention, concept, contribution."""
         order = self.parts.abs().flatten().argsort(descending=True, stable=True)[:top].tolist()
-        rows = [(self.segments[i].phrase
-                 or "whole picture", float(self.attention[i]), self.vocabulary[m], float(self.parts[i, m]))
-                for i, m in (divmod(k, self.parts.shape[1]) for k in order)]
-        return pd.DataFrame(rows, columns=["segment", "attention", "concept", "contribution"])
+        i, m = np.divmod(order, self.parts.shape[1])
+        return pd.DataFrame({
+            "segment": [self.segments[k].phrase or "whole picture" for k in i], "attention": self.attention[i],
+            "concept": [self.vocabulary[k] for k in m], "contribution": self.parts[i, m]})
 
     def figure(self, top: int = 8) -> Any:
         """A matplotlib figure: the picture with its segments, what each of them adds, and the largest contributions."""
@@ -283,8 +259,8 @@ class Explanation:
         axes[0].set_title(f"{self.name}: logit {self.logit:+.2f}, bias {self.bias:+.2f}", fontsize=8)
         axes[1].set_title("what each segment adds", fontsize=8)
         rows = self.table(top)[::-1]
-        axes[2].barh(range(len(rows)), rows["contribution"], color=np.where(rows["contribution"] > 0, "#B2182B",
-                                                                            "#2166AC"))
+        colours = np.where(rows["contribution"] > 0, "#B2182B", "#2166AC")
+        axes[2].barh(range(len(rows)), rows["contribution"], color=colours)
         short = lambda text: text if len(text) <= 20 else text[:19] + "…"
         labels = rows["segment"].map(short) + " → " + rows["concept"].map(short)
         axes[2].set(yticks=range(len(rows)), yticklabels=labels)
@@ -328,24 +304,23 @@ RATE = 3e-3
 class Variant:
     """One row of the experiment: how bags are made and the model is trained."""
 
-    label: str
     context: bool = False  # also concepts that are seen around a class
     rules: SegmentRules | None = RULES  # None: a bag is the whole picture
     most: int = 15
     weight: float = 0.1
     level: Literal["bag", "segment"] = "bag"
 
-VARIANTS: dict[str, Variant] = {
-    "cbm": Variant("CBM, whole picture", rules=None), "segmil": Variant("SEG-MIL-CBM"),
-    "segmil.lambda-0": Variant("SEG-MIL-CBM, λ = 0",
-                               weight=0.0), "segmil.lambda-0.5": Variant("SEG-MIL-CBM, λ = 0.5", weight=0.5),
-    "segmil.segments-aligned": Variant("SEG-MIL-CBM, segments aligned",
-                                       level="segment"), "segmil.bag-5": Variant("SEG-MIL-CBM, bags of 5", most=5),
-    "segmil.bag-1": Variant("SEG-MIL-CBM, bags of 1", most=1),
-    "segmil.large": Variant("SEG-MIL-CBM, segments above 2 %",
-                            rules=SegmentRules(top=15)), "segmil.context": Variant("SEG-MIL-CBM, context concepts kept",
-                                                                                   context=True),}
-LABELS = {"original": "Original", "plain": "plain fine-tuning", **{name: v.label for name, v in VARIANTS.items()}}
+VARIANTS = {
+    "cbm": Variant(rules=None), "segmil": Variant(), "segmil.lambda-0": Variant(weight=0.0),
+    "segmil.lambda-0.5": Variant(weight=0.5), "segmil.segments-aligned": Variant(level="segment"),
+    "segmil.bag-5": Variant(most=5), "segmil.bag-1": Variant(most=1),
+    "segmil.large": Variant(rules=SegmentRules(top=15)), "segmil.context": Variant(context=True)}
+LABELS = {
+    "original": "Original", "plain": "plain fine-tuning", "cbm": "CBM, whole picture", "segmil": "SEG-MIL-CBM",
+    "segmil.lambda-0": "SEG-MIL-CBM, λ = 0", "segmil.lambda-0.5": "SEG-MIL-CBM, λ = 0.5",
+    "segmil.segments-aligned": "SEG-MIL-CBM, segments aligned", "segmil.bag-5": "SEG-MIL-CBM, bags of 5",
+    "segmil.bag-1": "SEG-MIL-CBM, bags of 1", "segmil.large": "SEG-MIL-CBM, segments above 2 %",
+    "segmil.context": "SEG-MIL-CBM, context concepts kept"}
 
 def demo_vocabulary(context: bool = False) -> tuple[str, ...]:
     """The concepts of all twelve classes in one list: what classes show, with `context` also what is around them."""
@@ -355,44 +330,49 @@ Like = tuple[Standard, Tensor]  # how concepts are standardised, and the colour 
 
 def drawn_bags(source: PictureFiles, base: nn.Module, root: str | Path, context: bool = False,
                rules: SegmentRules = RULES, like: Like | None = None) -> tuple[Bags, Like]:
-    """Bags of drawn pictures: retrieved, grounded (masks go into `root`), cut; and what test pictures are treated `like`."""
-    vocabulary, encoder = demo_vocabulary(context), ToyPairs(toy_grounder())
-    similarity = similarities(encoder, (image for image, _ in source), vocabulary)
+    """Bags of drawn pictures: retrieved, grounded (masks go into `root`), cut; and what test pictures are read `like`."""
+    vocabulary, find = demo_vocabulary(context), toy_grounder()
+    similarity = similarities(ToyPairs(find), (image for image, _ in source), vocabulary)
     standard, fill = like or (Standard.of(similarity), mean_colour(source))
     phrases = retrieve(similarity, vocabulary, rules.top)
-    store = ground(source, phrases, toy_grounder(), root, progress=False)
+    store = ground(source, phrases, find, root, progress=False)
     targets = {"target": standard.targets(similarity)}
     return Bags(source, Preprocess.of(base), store, phrases, rules, fill, targets), (standard, fill)
 
-def new_heads(train: Featured | Bags, base: nn.Module, seed: int) -> SegMil:
+def new_heads(train: Bags, base: nn.Module, seed: int) -> SegMil:
     """A fresh model for bags that went through the base's backbone, or with a copy of it for bags of pixels."""
-    ready, features = isinstance(train, Featured), getattr(base, "num_features")  # noqa: B009
+    features = train.kept[0].shape[-1] if train.kept else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return SegMil(nn.Identity() if ready else backbone_of(base), train.extra["target"].shape[1], len(CLASSES),
+        return SegMil(nn.Identity() if features else backbone_of(base), train.extra["target"].shape[1], len(CLASSES),
                       features)
 
 # %% ../../nbs/related/02_segmil.ipynb #e287c417
-def attention_on(model: nn.Module, ready: Featured, bags: Bags, objects: Path) -> float:
-    """The mean share of attention, in percent, that lies on the objects; `objects` has their masks under the pictures' names."""
+def attention_on(model: nn.Module, bags: Bags, objects: Path) -> float:
+    """The mean share of attention, in percent, that lies on the objects.
+
+    objects: a folder that has their masks under the pictures' names.
+    """
     total = 0.0
-    for index in range(len(ready)):
-        item = ready[index]
+    for index, name in enumerate(bags.source.ids):
+        bag, mask = bags[index]["bag"][None], np.asarray(Image.open(objects / name)) > 0
         with torch.no_grad():
-            valid = torch.ones(1, len(item["bag"]), dtype=torch.bool)
-            attention = model(item["bag"][None], valid).attention[0].tolist()
-        mask = np.asarray(Image.open(objects / bags.source.ids[index])) > 0
+            attention = model(bag, torch.ones(bag.shape[:2], dtype=torch.bool)).attention[0].tolist()
         total += sum(a * (s.mask & mask).sum() / s.mask.sum() for a, s in zip(attention, bags.segments(index)))
-    return 100 * total / len(ready)
+    return 100 * total / len(bags)
 
 def group_rows(pictures: pd.DataFrame) -> pd.DataFrame:
     """Tidy top-1 rows of a test in groups (set groups: all and worst group) and of each of its sets: `metrics.COLUMNS`."""
     classes, which = len(CLASSES), pictures["id"].str.split("/").str[0]
     tables = []
-    for name, part in {"groups": pictures, **{n: pictures[which == n] for n in which.unique()}}.items():
+    for name, part in {"groups": pictures, **dict(list(pictures.groupby(which, sort=False)))}.items():
         rows = accuracy_rows(part, classes).query(f"metric == 'top1' and labels == 'full{classes}'").assign(set=name)
         tables.append(rows if name == "groups" else rows[rows["split"] == "all"])
     return pd.concat(tables, ignore_index=True)[list(COLUMNS)]
+
+def metric_rows(values: Mapping[str, float], name: str, n: int) -> pd.DataFrame:
+    """Values by metric as rows: columns set (`name`), split, metric, value, n."""
+    return pd.DataFrame(dict(set=name, split="all", metric=list(values), value=list(values.values()), n=n))
 
 # %% ../../nbs/related/02_segmil.ipynb #293c6ed4
 def few_of(source: PictureFiles, stride: int = 3) -> PictureFiles:
@@ -400,86 +380,86 @@ def few_of(source: PictureFiles, stride: int = 3) -> PictureFiles:
     return PictureFiles(source.root, source.key, source.ids[::stride], source.targets[::stride],
                         source.groups[::stride])
 
+def seed_step(steps: PaperSteps, key: str, seed: int, run: Callable[[PaperSteps, int], pd.DataFrame],
+              **more: Any) -> Step:
+    """The step of a related system and a seed: it writes the rows that `run` finds into related/<key>/<seed>.csv."""
+    file = f"related/{key}/{seed}.csv"
+
+    def make(number: str) -> None:
+        rows = run(steps, int(number)).assign(seed=int(number))
+        write_csv(steps.root / file, rows[["method", "seed", *COLUMNS]])
+
+    return Step(key, (str(seed),), (file,), make, job=f"{key}-{seed}", **more)
+
 def run_segmil(steps: PaperSteps, seed: int) -> pd.DataFrame:
     """All rows of a seed: columns method and `metrics.COLUMNS`; its masks go below segmil/<seed>."""
     world, base, place = steps.drawn.place(seed), steps.world.network("demo", seed), steps.root / "segmil" / str(seed)
     pool, tests = folder_set(world / "images/train", list(CLASSES), "train"), backdrop_set(world)
-    clock = {}
-
-    def timed(name: str, make: Callable[[], Any]) -> Any:
-        began = time.perf_counter()
-        made = make()
-        clock[name] = time.perf_counter() - began
-        return made
 
     @cache
-    def bags(context: bool) -> tuple[Bags, Bags, Like]:
-        train, like = timed(f"preparing {context}", lambda: drawn_bags(pool, base, place / f"train-{context}", context))
-        return train, drawn_bags(tests, base, place / f"test-{context}", context, like=like)[0], like
+    def bags(context: bool) -> tuple[Bags, Bags, Like, float]:
+        """Of training and test pictures; the seconds that it took to prepare training."""
+        began = time.perf_counter()
+        train, like = drawn_bags(pool, base, place / f"train-{context}", context)
+        took = time.perf_counter() - began
+        return train, drawn_bags(tests, base, place / f"test-{context}", context, like=like)[0], like, took
 
-    def of_variant(name: str, variant: Variant) -> pd.DataFrame:
-        train_bags, test_bags, like = bags(variant.context)
-        train_bags, test_bags = (b if variant.rules == RULES else b.under(variant.rules)
-                                 for b in (train_bags, test_bags))
-        recipe = segmil_recipe(RATE, 0, variant.weight, variant.level, seed=seed)
-        train = timed("features", lambda: featured(train_bags, backbone_of(base))).first(variant.most)
-        test = featured(test_bags, backbone_of(base)).first(variant.most)
-        if variant.level == "segment":
-            encoder, vocabulary = ToyPairs(toy_grounder()), demo_vocabulary(variant.context)
-            train.extra["segment_target"] = segment_targets(train_bags, encoder, vocabulary, like[0])
-        tune = lambda: fine_tune(new_heads(train, base, seed), BagBatches(train, recipe), recipe, progress=False).model
-        model: Any = timed("training", tune)
-        more = {"attention": attention_on(model, test, test_bags, world / "objects")}
-        rows = group_rows(answer_table(test.source, predict_bags(model, test)))
+    @cache
+    def ready(context: bool, rules: SegmentRules | None) -> tuple[Bags, Bags, float]:
+        """The same through the backbone; the seconds for the training pictures."""
+        began, (train, test, _, _) = time.perf_counter(), bags(context)
+        train = featured(train.under(rules), backbone_of(base))
+        took = time.perf_counter() - began
+        return train, featured(test.under(rules), backbone_of(base)), took
+
+    def of_variant(name: str, v: Variant) -> pd.DataFrame:
+        (*both, took), (_, _, like, prepared) = ready(v.context, v.rules), bags(v.context)
+        train, test = (replace(b, kept=[bag[:v.most] for bag in b.kept]) for b in both)
+        if v.level == "segment":
+            encoder, vocabulary = ToyPairs(toy_grounder()), demo_vocabulary(v.context)
+            train.extra["segment_target"] = segment_targets(train, encoder, vocabulary, like[0])
+        recipe = segmil_recipe(RATE, 0, v.weight, v.level, seed=seed)
+        tuned = fine_tune(new_heads(train, base, seed), BagBatches(train, recipe), recipe, progress=False)
+        rows = group_rows(answer_table(tests, predict_bags(tuned.model, test)))
+        more = {"attention": attention_on(tuned.model, test, world / "objects")}
         if name == "segmil":
-            more |= {
-                "preparing": clock[f"preparing {variant.context}"], "training": clock["features"] + clock["training"]}
-            model.backbone = backbone_of(base)
-            more["answering"] = _times_slower(model, base, few_of(backdrop_set(world, ("val",))), like, place / "few")
-        lines = [{"set": "groups", "split": "all", "metric": metric, "value": value, "n": len(test)}
-                 for metric, value in more.items()]
-        return pd.concat([rows, pd.DataFrame(lines)], ignore_index=True)
+            more |= {"preparing": prepared, "training": took + tuned.record["seconds"]}
+            more["answering"] = _times_slower(tuned.model, base, few_of(backdrop_set(world, ("val",))), like)
+        return pd.concat([rows, metric_rows(more, "groups", len(tests))])
 
-    tables = []
-    for name in LABELS:
-        if name in VARIANTS:
-            table = of_variant(name, VARIANTS[name])
-        else:
-            model = base if name == "original" else _plain(steps, base, world, seed)
-            table = group_rows(run_pass(tests, [checkpoint(model, name)], reading_of(model))[0])
-        tables.append(table.assign(method=name))
-    return pd.concat(tables, ignore_index=True)[["method", *COLUMNS]]
+    def of_classifier(name: str) -> pd.DataFrame:
+        model = base if name == "original" else _plain(steps, base, world, seed)
+        return group_rows(run_pass(tests, [checkpoint(model, name)], reading_of(model))[0])
+
+    tables = [of_variant(name, VARIANTS[name]) if name in VARIANTS else of_classifier(name) for name in LABELS]
+    return pd.concat(tables, keys=list(LABELS), names=["method"]).reset_index("method")
 
 def _plain(steps: PaperSteps, base: nn.Module, world: Path, seed: int) -> nn.Module:
     """Plain fine-tuning on the pictures that the heads are trained on."""
-    images = MaskedImages(list_folder(world / "images/train", list(CLASSES)), Preprocess.of(base, margin=1.0),
-                          train=True, cached=True)
-    return fine_tune(base, images, recipe_of("plain", "demo", steps.settings, seed)[0], progress=False).model
+    folder, how = list_folder(world / "images/train", list(CLASSES)), Preprocess.of(base, margin=1.0)
+    images, recipe = MaskedImages(folder, how, train=True, cached=True), recipe_of("plain", "demo", steps.settings, seed)[0]
+    return fine_tune(base, images, recipe, progress=False).model
 
-def _times_slower(model: SegMil, base: nn.Module, few: PictureFiles, like: Like, place: Path) -> float:
+def _times_slower(heads: Any, base: nn.Module, few: PictureFiles, like: Like) -> float:
     """How many times the base's time it takes to ground, cut and answer some pictures."""
+    heads.backbone = backbone_of(base)
+
     def whole() -> Tensor:
-        shutil.rmtree(place, ignore_errors=True)
-        return predict_bags(model, drawn_bags(few, base, place, like=like)[0])
+        with tempfile.TemporaryDirectory() as place:
+            return predict_bags(heads, drawn_bags(few, base, f"{place}/masks", like=like)[0])
 
     return times_slower(whole, lambda: run_pass(few, [checkpoint(base, "base")], reading_of(base)), 1)
 
 def segmil_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
-    """The steps of the experiment: one a seed, which writes related/segmil/<seed>.csv."""
+    """The steps of the experiment: one a seed."""
+    recipes = {"recipe": segmil_recipe(RATE, 0), "plain": recipe_of("plain", "demo", steps.settings, 0)[0]}
     depends = {
-        "variants": {name: repr(variant) for name, variant in VARIANTS.items()},
-        "recipe": segmil_recipe(RATE, 0).as_dict(), "plain": recipe_of("plain", "demo", steps.settings,
-                                                                       0)[0].as_dict(), "grounder": toy_grounder().name}
-
-    def make(seed: str) -> None:
-        write_csv(steps.root / f"related/segmil/{seed}.csv", run_segmil(steps, int(seed)).assign(seed=int(seed)))
-
-    def step(seed: int) -> Step:
-        return Step("segmil", (str(seed),), (f"related/segmil/{seed}.csv",), make, job=f"segmil-{seed}",
-                    needs=(*steps.pictures(seed), *steps.base(seed)), folder=f"segmil/{seed}",
-                    depends=depends | {"start": steps.start_digest("demo", seed)})
-
-    return [step(seed) for seed in seeds]
+        "variants": {name: repr(variant) for name, variant in VARIANTS.items()}, "grounder": toy_grounder().name,
+        **{name: recipe.as_dict() for name, recipe in recipes.items()}}
+    return [
+        seed_step(steps, "segmil", seed, run_segmil, needs=(*steps.pictures(seed), *steps.base(seed)),
+                  folder=f"segmil/{seed}", depends=depends | {"start": steps.start_digest("demo", seed)})
+        for seed in seeds]
 
 # %% ../../nbs/related/02_segmil.ipynb #fdb7906a
 def segmil_table(scores: pd.DataFrame) -> pd.DataFrame:
@@ -489,6 +469,5 @@ def segmil_table(scores: pd.DataFrame) -> pd.DataFrame:
     """
     attention = scores[scores["metric"] == "attention"].assign(column="attention on object")
     shown = pd.concat([scores_of(scores), attention[["method", "seed", "column", "value"]]])
-    known = ("val", "adversarial", "groups", "groups, worst group", "attention on object")
-    columns = [name for name in known if name in set(shown["column"])]
+    columns = ("val", "adversarial", "groups", "groups, worst group", "attention on object")
     return table_of_means(shown, columns).rename(index=LABELS).rename_axis("top-1 %, demo")

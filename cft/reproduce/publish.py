@@ -130,13 +130,17 @@ def make_page(work: Work, root: Path, key: str) -> None:
 # %% ../../nbs/appendix/08_publish.ipynb #2ddb7377
 def publish(root: str | Path, out: str | Path) -> Path:
     """Copy what pages need and what they made into a small folder; returns it. Raises ValueError without results."""
-    made = [a.key for a in ARTEFACTS if any((Path(root) / "artefacts" / a.key).glob("*.csv"))]
+    keys = (*(a.key for a in ARTEFACTS), *RELATED)
+    made = [key for key in keys if any((Path(root) / "artefacts" / key).glob("*.csv"))]
     found, out = open_results(root, made), Path(out)
     tables = {"rows": found.rows, "runs": found.runs, "concepts": found.concepts, "guides": found.guides.round(4)}
+    if of := found.work.related:
+        related = pd.concat([found.related(key) for key in of], keys=of, names=["artefact", ""])
+        tables["related"] = related.reset_index("artefact")
     with new_folder(out) as draft:
         shutil.copy(found.root / "settings.yaml", draft)
         for name, table in tables.items():
-            write_csv(draft / f"{name}.csv", table, digits=4 if name == "rows" else None)
+            write_csv(draft / f"{name}.csv", table, digits=4 if name in ("rows", "related") else None)
         for name in ("maps", "artefacts"):
             if (found.root / name).is_dir():
                 ignored = shutil.ignore_patterns("*.pdf", ".*", "trail.csv")
