@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from table import Row, device, place, row
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -126,7 +127,7 @@ def checkpointed_objective(model: nn.Module, original: nn.Module, batch: Batch) 
     return cft_loss(phi, patch_mask(masks, result.grid), result.logits, weights=align.weights, norm=align.norm)
 
 
-def official_objective(model: nn.Module, original: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def official_objective(model: VisionTransformer, original: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The algorithm of the paper's official code, in our words: a rollout with constant gradients, aligned at pixels.
 
     One forward pass keeps the attention maps A; for each block a backward pass of its own finds ∂z/∂A, a constant in

@@ -69,8 +69,8 @@ def _version(wanted: bool) -> None:
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 
-Version = Annotated[
-    bool, typer.Option("--version", help="Say the version and leave.", is_eager=True, callback=_version)]
+Version = Annotated[bool,
+                    typer.Option("--version", help="Say the version and leave.", is_eager=True, callback=_version)]
 
 @app.callback(help=ORDER)
 def _options(version: Version = False) -> None:
@@ -177,7 +177,7 @@ def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Pat
     if dry_run:
         return say(str(estimate(questions(names, sampling), kept, batch=batch)))
     similarity = Similarity.paper(mpnet, clip) if mpnet and clip else Similarity()
-    found = cft.discover(names, kept, sampling, Chat(base_url=base_url), similarity, replay=replay, yes=yes,
+    found = cft.discover(names, kept, sampling, Chat(base_url=base_url), similarity=similarity, replay=replay, yes=yes,
                          batch=batch, confirm=lambda price: typer.confirm(f"{price}. Go on?"))
     found.save(out)
     counts = found.counts()
@@ -408,7 +408,7 @@ def evaluate(data: list[Path], model: str, weights: list[Path] | None = None, pr
     if out is not None:
         write_csv(out, table)
 
-def _evaluate_sets(data: list[Path], keys: Sequence[str], model: str, weights: list[Path | None], pretrained: bool,
+def _evaluate_sets(data: list[Path], keys: Sequence[str], model: str, weights: Sequence[Path | None], pretrained: bool,
                    protocol: str, out: Path | None, loop: "Loop", dry_run: bool) -> None:
     from cft.data.testsets import open_set
     from cft.evaluate.passes import checkpoint, evaluate_sets, headline
