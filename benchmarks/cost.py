@@ -127,13 +127,14 @@ def checkpointed_objective(model: nn.Module, original: nn.Module, batch: Batch) 
     return cft_loss(phi, patch_mask(masks, result.grid), result.logits, weights=align.weights, norm=align.norm)
 
 
-def official_objective(model: VisionTransformer, original: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def official_objective(model: nn.Module, original: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The algorithm of the paper's official code, in our words: a rollout with constant gradients, aligned at pixels.
 
     One forward pass keeps the attention maps A; for each block a backward pass of its own finds ∂z/∂A, a constant in
     what follows, and R ← R + mean_h ReLU(∂z/∂A ⊙ A) R. The row of the class token is enlarged to pixels, min–max scaled
     and compared with the mask there. Cross-entropy takes a second forward pass, the log one of the original model.
     """
+    assert isinstance(model, VisionTransformer)
     parts, maps = split(model, batch.images, 0), list[Tensor]()
     masks: Any = batch.masks
     chosen = run(parts.steps, parts.x, Tape(maps=maps))[0].gather(1, batch.labels[:, None]).sum()
