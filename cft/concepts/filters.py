@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MASK_KINDS', 'Share', 'Concept', 'Dropped', 'merge', 'ConceptSet', 'unfit', 'gather', 'Encoder', 'NGrams',
-           'SentenceEncoder', 'ClipText', 'Similarity', 'class_names', 'near_class', 'near_twins', 'seen', 'Rules',
+           'SentenceEncoder', 'ClipText', 'Similarity', 'class_names', 'near_class', 'near_twins', 'Rules',
            'filter_concepts', 'discover', 'demo_concepts', 'Feedback', 'Round', 'refine']
 
 # %% ../../nbs/04_filters.ipynb #0f11a403
@@ -328,16 +328,6 @@ def near_twins(similarity: Iterable[np.ndarray], cutoff: float = 0.9) -> dict[in
     for k in reversed(list(place)):  # later ones are settled first, so one look ahead is enough
         place[k] = place.get(place[k], place[k])
     return place
-
-def seen(similarity: np.ndarray, cutoff: float = 0.25, top: int = 5) -> np.ndarray:
-    """Filter 4, optional: concepts whose `top` most similar pictures have a mean similarity above `cutoff`.
-
-    similarity: (pictures, concepts), of CLIP's image and text vectors. Returns bool (concepts,). Label-free CBM uses a
-    cutoff of 0.25, and 0.28 for ImageNet. Raises ValueError for fewer than `top` pictures.
-    """
-    if len(similarity) < top:
-        raise ValueError(f"expected at least {top} pictures, got {len(similarity)}")
-    return np.sort(similarity, axis=0)[-top:].mean(0) > cutoff
 
 # %% ../../nbs/04_filters.ipynb #511a418e
 @dataclass(frozen=True)

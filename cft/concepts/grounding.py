@@ -417,8 +417,7 @@ def check_weights(networks: Sequence[str], folder: str | Path | None = None) -> 
         raise FileNotFoundError("\n".join(lines))
     for (large, *_), url, expected, _ in weights:
         if (size := (root / large).stat().st_size) != expected:
-            got = f"{size}: an unfinished download? It comes from {url}"
-            raise ValueError(f"{large} must have {expected} bytes, got {got}")
+            raise ValueError(f"{large} must have {expected} bytes, got {size}: an unfinished download? It is at {url}")
     hashes = {name: sha256(root / name) for w in weights for name in w.files}
     for (large, *_), url, _, expected in weights:
         if hashes[large] != expected:

@@ -392,22 +392,20 @@ def read_imagenet_s(path: str | Path, size: tuple[int, int]) -> Array:
     ids = channels[..., 0] + 256 * channels[..., 1]
     return (ids != 0) & (ids != IGNORED)
 
-def import_imagenet_s(folder: Folder, masks: str | Path, concepts: ConceptSet, root: str | Path, *,
-                      per_class: int | None = None, seed: int = 0, shards: int | None = None, shard: int | None = None,
-                      max_pixels: int = MAX_PIXELS, patience: int = 10, progress: bool = True) -> MaskStore:
+def import_imagenet_s(folder: Folder, masks: str | Path, concepts: ConceptSet, root: str | Path,
+                      progress: bool = True) -> MaskStore:
     """Read the ImageNet-S masks `masks/<class>/<picture>.png` into a store of class masks, built like any other.
 
-    The phrase of each mask is the class's name in `concepts`. Options, result and errors as in `build_masks`.
+    The phrase of each mask is the class's name in `concepts`. Result and errors as in `build_masks`.
     """
-    work = [replace(item, phrases=(item.name,)) for item in work_list(folder, concepts, per_class, seed)]
+    work = [replace(item, phrases=(item.name,)) for item in work_list(folder, concepts)]
     made_by = {
-        "grounder": "imagenet-s", "settings": {"ignored": IGNORED}, "concepts": concepts.digest(),
-        "per_class": per_class, "seed": seed}
+        "grounder": "imagenet-s", "settings": {"ignored": IGNORED}, "concepts": concepts.digest(), "per_class": None,
+        "seed": 0}
 
     def segment(item: Work, image: Image.Image) -> list[Grounding]:
         file = (Path(masks) / item.picture).with_suffix(".png")
         mask = torch.from_numpy(read_imagenet_s(file, (image.height, image.width)))
         return [Grounding(item.name, torch.zeros(0, 4), torch.zeros(0), mask)]  # drawn by people: no boxes, no scores
 
-    return ground_pictures(work, folder.root, segment, root, made_by, shards=shards, shard=shard, max_pixels=max_pixels,
-                           patience=patience, progress=progress)
+    return ground_pictures(work, folder.root, segment, root, made_by, progress=progress)

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['Array', 'AREA', 'FORMAT', 'GROUP', 'SHARD', 'ASIDE', 'SCHEMA', 'encode_mask', 'decode_mask', 'status_of', 'unite',
-           'write_shard', 'Record', 'MaskStore', 'changed_pictures', 'write_pngs', 'read_back']
+           'write_shard', 'Record', 'MaskStore', 'write_pngs', 'read_back']
 
 # %% ../../nbs/07_store.ipynb #da4b9237
 import contextlib
 import functools
 import hashlib
 import json
-import random
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,21 +56,12 @@ def status_of(area: float, limits: tuple[float, float] = AREA) -> str:
     return "too_small" if area < limits[0] else "too_large" if area > limits[1] else "ok"
 
 # %% ../../nbs/07_store.ipynb #f1abd670
-def unite(masks: Array, weights: Sequence[float] | None = None) -> Array:
-    """The maximum over concepts of masks (concepts, height, width): bool, or with `weights` float32 in [0, 1].
-
-    Weights (concepts,) are divided by the largest. Raises ValueError for another rank, another number of weights,
-    weights below 0 or not finite, and weights that are all 0.
-    """
+def unite(masks: Array) -> Array:
+    """The union, bool (height, width), of masks (concepts, height, width). Raises ValueError for another rank."""
     masks = np.asarray(masks, bool)
     if masks.ndim != 3:
         raise ValueError(f"masks must have shape (concepts, height, width); got {masks.shape}")
-    if weights is None:
-        return np.logical_or.reduce(masks)
-    w = np.asarray(weights, np.float64)
-    if w.shape != masks.shape[:1] or not (np.isfinite(w).all() and (w >= 0).all() and (w > 0).any()):
-        raise ValueError(f"expected {len(masks)} weights of at least 0, one above 0; got {list(weights)}")
-    return ((masks * w[:, None, None]).max(0) / w.max()).astype(np.float32)
+    return np.logical_or.reduce(masks)
 
 # %% ../../nbs/07_store.ipynb #98fbc42f
 FORMAT = 2  # of the files of a store
@@ -238,10 +228,6 @@ class MaskStore:
         """Where any of the phrases is, bool (height, width). Errors as in `masks`."""
         return unite(self.masks(picture, phrases))
 
-    def soft_union(self, picture: str, weights: Mapping[str, float]) -> Array:
-        """The weighted mask of some phrases, float32 (height, width) in [0, 1]. Errors as in `masks` and `unite`."""
-        return unite(self.masks(picture, list(weights)), list(weights.values()))
-
     def class_mask(self, picture: str) -> Array:
         """The mask of the class's name, bool (height, width). Raises ValueError if the store does not have it."""
         for record in self.records(picture).values():
@@ -306,13 +292,6 @@ class MaskStore:
         return (f"<b>Mask store</b> by {escape(recipe['grounder'])} ({escape(settings)})"
                 f"{self.counts().to_html(escape=True)}{lines}")
 
-# %% ../../nbs/07_store.ipynb #277a9158
-def changed_pictures(store: MaskStore, images: str | Path) -> list[str]:
-    """Pictures whose files are gone or differ from those that were grounded; `images` is the image folder."""
-    rows = store.frame("picture", "sha256").dropna().drop_duplicates("picture", keep="last")
-    files = [(row.picture, Path(images) / str(row.picture), row.sha256) for row in rows.itertuples()]
-    return sorted(str(name) for name, file, digest in files if not file.is_file() or sha256(file) != digest)
-
 # %% ../../nbs/07_store.ipynb #be461a0c
 def write_pngs(store: MaskStore, concepts: ConceptSet | None, out: str | Path,
                pictures: Sequence[str] | None = None) -> Path:
@@ -337,9 +316,6 @@ def write_pngs(store: MaskStore, concepts: ConceptSet | None, out: str | Path,
     return out
 
 # %% ../../nbs/07_store.ipynb #8ee51caa
-def read_back(store: MaskStore, seed: int | None = None) -> int:
-    """Decode every mask of a store, picture by picture, in order or shuffled by `seed`; returns their number."""
-    pictures = list(store.pictures)
-    if seed is not None:
-        random.Random(seed).shuffle(pictures)
-    return sum(record.mask().size > 0 for picture in pictures for record in store.records(picture).values())
+def read_back(store: MaskStore) -> int:
+    """Decode every mask of a store, picture by picture; returns their number."""
+    return sum(record.mask().size > 0 for picture in store.pictures for record in store.records(picture).values())

@@ -15,13 +15,14 @@ from typing import Literal
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.stats import rankdata
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from .intervals import over_seeds
 from .metrics import predict
 from ..explain.maps import ATTRIBUTIONS, Method, relevance
-from ..train.losses import patch_mask
+from ..train.losses import check_finite, patch_mask
 
 # %% ../../nbs/19_faithfulness.ipynb #c1dfd96e
 def zeros(images: Tensor) -> Tensor:
@@ -48,19 +49,12 @@ def baseline_of(images: Tensor, baseline: str | Tensor) -> Tensor:
     return BASELINES[baseline](images)
 
 # %% ../../nbs/19_faithfulness.ipynb #b1d57811
-def _check_maps(maps: Tensor, name: str = "maps") -> None:
-    """Raise ValueError unless `maps` is a finite floating point (batch, rows, columns) that is not empty."""
-    if maps.ndim != 3 or maps.numel() == 0 or not maps.is_floating_point():
-        raise ValueError(f"{name} must be floating point (batch, rows, columns), got {tuple(maps.shape)} {maps.dtype}")
-    if not maps.isfinite().all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
-
 def order_of(maps: Tensor, seed: int = 0) -> Tensor:
     """Place of every cell in the order of relevance, 0 for the most relevant; int64 (batch, rows, columns).
 
     Equal values come in a random order that depends on `seed` only. Raises ValueError for maps that are not finite.
     """
-    _check_maps(maps)
+    check_finite(maps, "maps", "batch", "rows", "columns")
     values = maps.detach().flatten(1)
     shuffle = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)).argsort(1).to(values.device)
     by_value = values.gather(1, shuffle).argsort(dim=1, descending=True, stable=True)
@@ -108,7 +102,7 @@ def _curve(model: nn.Module, inside: Tensor, outside: Tensor, maps: Tensor, targ
 
 def _checked(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | None, steps: int, score: Score) -> Tensor:
     """The class to watch, (batch,), after checking that all the arguments fit together."""
-    _check_maps(maps)
+    check_finite(maps, "maps", "batch", "rows", "columns")
     sides = zip(images.shape[2:], maps.shape[1:])
     if images.ndim != 4 or len(images) != len(maps) or any(side % cells for side, cells in sides):
         raise ValueError("expected images (batch, channels, height, width) whose sides are multiples of those of the "
@@ -158,7 +152,7 @@ def widen(masks: Tensor, radius: float) -> Tensor:
 
 def _covered(maps: Tensor, masks: Tensor) -> Tensor:
     """Share of every cell of the maps (batch, rows, columns) that the masks (batch, height, width) cover."""
-    _check_maps(maps)
+    check_finite(maps, "maps", "batch", "rows", "columns")
     if masks.ndim != 3 or len(masks) != len(maps) or masks.dtype != torch.bool:
         raise ValueError(f"masks must be bool ({len(maps)}, height, width), got {masks.dtype} {tuple(masks.shape)}")
     return patch_mask(masks, (maps.shape[1], maps.shape[2])).to(maps)
@@ -185,21 +179,18 @@ def share_inside(maps: Tensor, masks: Tensor) -> Tensor:
 # %% ../../nbs/19_faithfulness.ipynb #f6e1126c
 def ranks(values: Tensor) -> Tensor:
     """Ranks 1 … n along the last dimension, equal values sharing their mean; float64, in the shape of values."""
-    values = values.contiguous()
-    ordered = values.sort(-1).values
-    below, up_to = (torch.searchsorted(ordered, values, right=side) for side in (False, True))
-    return (below + up_to + 1).double() / 2
+    return torch.from_numpy(rankdata(values.detach().cpu().numpy(), axis=-1)).to(values.device)
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Spearman's ρ of two batches of maps (batch, rows, columns), picture by picture: (batch,) float64 in [−1, 1].
 
     NaN where a map is constant. Raises ValueError for two shapes or values that are not finite.
     """
-    _check_maps(a, "a")
-    _check_maps(b, "b")
+    for name, maps in (("a", a), ("b", b)):
+        check_finite(maps, name, "batch", "rows", "columns")
     if a.shape != b.shape:
         raise ValueError(f"maps must share one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
-    x, y = ranks(a.detach().flatten(1)), ranks(b.detach().flatten(1))
+    x, y = ranks(a.flatten(1)), ranks(b.flatten(1))
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     return (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt()
 

@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'SPACES', 'RULES', 'RANKS', 'TestSet', 'DRAWS', 'BY', 'ROWS', 'HEADLINES', 'Reading', 'reading_of',
-           'answer_columns', 'Checkpoint', 'checkpoint', 'HasMasks', 'MaskedSet', 'Loop', 'run_pass', 'Results',
-           'macro_accuracy', 'answers', 'accuracy_rows', 'segmentation_rows', 'evaluate_sets', 'headline',
-           'evaluate_folder', 'relevance_of_set', 'Paired', 'paired_pictures', 'compare_methods', 'seconds',
-           'times_slower']
+           'answer_columns', 'Checkpoint', 'checkpoint', 'MaskedSet', 'Loop', 'run_pass', 'Results', 'macro_accuracy',
+           'answers', 'accuracy_rows', 'segmentation_rows', 'evaluate_sets', 'headline', 'evaluate_folder',
+           'relevance_of_set', 'compare_methods', 'seconds', 'times_slower']
 
 # %% ../../nbs/22_passes.ipynb #da4b9237
 import json
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -26,7 +25,6 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy import stats
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
@@ -128,21 +126,6 @@ def checkpoint(model: nn.Module, name: str, file: str | Path | None = None, meth
     return Checkpoint(name, model, sha256(file) if file else weights_digest(model), method or name, seed)
 
 # %% ../../nbs/22_passes.ipynb #4e70f08a
-class HasMasks(Sized, Protocol):
-    """A set with object masks in place of classes. Item i is (RGB picture, mask (height, width), 0 off the object)."""
-
-    key: str
-    ids: tuple[str, ...]
-
-    def __getitem__(self, index: int, /) -> tuple[Image.Image, np.ndarray]:
-        ...
-
-    def digest(self) -> str:
-        """A hash of the data."""
-        ...
-
-TestSet: TypeAlias = EvalSet | SegmentationSet | HasMasks
-
 class MaskedSet(Dataset):
     """A folder with object masks. Item i is (RGB picture, mask: uint8 (height, width), 1 on the object).
 
@@ -165,6 +148,8 @@ class MaskedSet(Dataset):
     def digest(self) -> str:
         """SHA-256 over the names and bytes of all pictures and masks."""
         return self.folder.digest()
+
+TestSet: TypeAlias = EvalSet | SegmentationSet | MaskedSet
 
 # %% ../../nbs/22_passes.ipynb #91032ad7
 @dataclass(frozen=True)
@@ -492,32 +477,6 @@ def relevance_of_set(network: nn.Module, source: EvalSet, n: int, key: str, batc
     pictures, ids = pixels.permute(0, 2, 3, 1), np.array([source.ids[i] for i in drawn])
     return dict(pictures=pictures.numpy(), label=label.numpy(), ids=ids, predicted=predicted.cpu().numpy(),
                 relevance=patches.cpu().numpy().astype(np.float16))
-
-# %% ../../nbs/22_passes.ipynb #e1822db4
-class Paired(NamedTuple):
-    """Difference of accuracies on the same pictures, in points, with its 95 % bootstrap interval and McNemar's p."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-    p: float
-
-def paired_pictures(a: pd.DataFrame, b: pd.DataFrame, column: str = "full_top1", draws: int = DRAWS,
-                    seed: int = 0) -> Paired:
-    """Accuracy of a minus that of b, both tables of `Results.pictures` of one set.
-
-    Raises ValueError unless both have the same pictures.
-    """
-    common = len(set(a["id"]) & set(b["id"]))
-    if not len(a) == len(b) == common:
-        raise ValueError(f"expected the same pictures in both, got {len(a)} and {len(b)}, {common} in common")
-    left, right = (table.set_index("id")[column].astype(int) for table in (a, b))
-    cells = np.bincount(left - right.loc[left.index] + 1, minlength=3)
-    drawn = np.random.default_rng(seed).multinomial(len(a), cells / len(a), draws)
-    won, lost = int(cells[2]), int(cells[0])
-    p = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    return Paired(100 * (won - lost) / len(a), *_interval(100 * (drawn[:, 2] - drawn[:, 0]) / len(a)), len(a), p)
 
 # %% ../../nbs/22_passes.ipynb #c5b76da3
 def compare_methods(rows: pd.DataFrame, method: str, reference: str) -> pd.DataFrame:

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 import cft
 from ..data.folders import Folder, MaskedImages, scan, without_object
 from ..data.models import read_weights, save_model, weights_digest
-from ..files import read_json, write_json, write_text, written
+from ..files import ASSETS, read_json, write_json, write_text, written
 from .objectives import Batch, Recipe
 
 # %% ../../nbs/16_loop.ipynb #ac3478d6
@@ -373,35 +373,15 @@ def _by_epoch(log: list[dict], per_epoch: int) -> list[dict]:
     return [{k: round(sum(entry[k] for entry in epoch) / len(epoch), 6) for k in keys} for epoch in epochs]
 
 # %% ../../nbs/16_loop.ipynb #1574bddb
-def model_card(record: dict, name: str, metrics: pd.DataFrame | None = None) -> str:
-    """A model card in Markdown from a run's record, for a model that timm knows as `name` (empty: it does not).
-
-    metrics: measured before and after, appended as a table.
-    """
-    recipe, data, made = record["recipe"], record["data"], record["provenance"]
-    objective = ", ".join(f"{k} {v}" for k, v in recipe["objective"].items())
+def model_card(record: dict, name: str) -> str:
+    """A model card in Markdown from a run's record, for a model that timm knows as `name` (empty: it does not)."""
+    recipe, data = record["recipe"], record["data"]
     load = (f'Load: `timm.create_model("{name}", num_classes=…, checkpoint_path="model.safetensors")`; '
-            "its metadata names the classes.\n" if name else "The weights are in model.safetensors.\n")
-    rate = f"rate {recipe['rate']:g}, weight decay {recipe['weight_decay']:g}"
-    numbers = "" if metrics is None else "\n## Measured\n\n```\n" + metrics.to_string(index=False) + "\n```\n"
-    return f"""---
-library_name: timm
-tags: [concept-guided-fine-tuning, image-classification]
----
-# {name or "A model"}, fine-tuned
-
-{load}
-- Objective: {objective}
-- Training: {record["steps"]} steps, batch {recipe["batch"]}, seed {recipe["seed"]}; AdamW, {rate}
-- Data: {data["pictures"]} pictures, SHA-256 {data["digest"]}; {len(data["set_aside"])} could not be read
-- Made with cft {made["cft"]}, torch {made["torch"]}, timm {made["timm"]}; {record["seconds"]:g} s
-{numbers}
-## Before you use it
-
-The weights are as free as those that they started from and the pictures they were tuned on; check both licences.
-Fine-tuning through relevance uses layer-wise relevance propagation, which its authors call patented and free for
-personal and scientific use: ask them before commercial use. Accuracy outside the sets named above was not measured.
-"""
+            "its metadata names the classes." if name else "The weights are in model.safetensors.")
+    told = record | record["provenance"] | data | recipe | {
+        "objective": ", ".join(f"{k} {v}" for k, v in recipe["objective"].items()), "unread": len(data["set_aside"])}
+    template = (ASSETS / "model_card.md").read_text(encoding="utf-8")
+    return template.format(name=name or "A model", load=load, **told)
 
 def rehearse(model: nn.Module, images: MaskedImages, recipe: Recipe, steps: int = 2) -> dict[str, float]:
     """What a run would cost, from `steps` real steps on a copy after one to warm up.

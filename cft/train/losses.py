@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Norm', 'PAPER_WEIGHTS', 'patch_mask', 'LossWeights', 'concept_loss', 'background_loss', 'alignment_loss',
-           'classification_loss', 'distillation_loss', 'cft_loss']
+           'check_finite', 'classification_loss', 'distillation_loss', 'cft_loss']
 
 # %% ../../nbs/14_losses.ipynb #da4b9237
 import math
@@ -14,6 +14,8 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..explain.anatomy import check_target
 
 # %% ../../nbs/14_losses.ipynb #c1dfd96e
 def patch_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -117,11 +119,12 @@ def _alignment_terms(phi: Tensor, mask: Tensor, weights: LossWeights, norm: Norm
     return weights.concept * concept + weights.background * background, concept, background
 
 # %% ../../nbs/14_losses.ipynb #827bfc45
-def _check_logits(logits: Tensor, name: str = "logits") -> None:
-    """Raise ValueError unless `logits` is a finite floating point tensor (batch, classes) that is not empty."""
-    if logits.ndim != 2 or logits.numel() == 0 or not logits.is_floating_point():
-        raise ValueError(f"{name} must be floating point (batch, classes), got {tuple(logits.shape)} {logits.dtype}")
-    if not logits.detach().isfinite().all():
+def check_finite(values: Tensor, name: str, *dimensions: str) -> None:
+    """Raise ValueError unless `values` is a finite floating point tensor of these dimensions that is not empty."""
+    if values.ndim != len(dimensions) or values.numel() == 0 or not values.is_floating_point():
+        expected, got = ", ".join(dimensions), f"{tuple(values.shape)} {values.dtype}"
+        raise ValueError(f"{name} must be floating point ({expected}), got {got}")
+    if not values.detach().isfinite().all():
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 def classification_loss(logits: Tensor, target: Tensor | None = None) -> Tensor:
@@ -130,15 +133,8 @@ def classification_loss(logits: Tensor, target: Tensor | None = None) -> Tensor:
     logits: (batch, classes); target: integer labels (batch,). The own prediction is a constant: no gradient through it.
     Raises ValueError for other shapes, logits that are not finite, or labels outside 0 … classes − 1.
     """
-    _check_logits(logits)
-    if target is None:
-        return F.cross_entropy(logits, logits.detach().argmax(1))
-    if target.shape != logits.shape[:1] or target.is_floating_point() or target.dtype == torch.bool:
-        raise ValueError(f"target must be integer labels of shape {tuple(logits.shape[:1])}, "
-                         f"got {tuple(target.shape)} {target.dtype}")
-    if target.min() < 0 or target.max() >= logits.shape[1]:
-        raise ValueError(f"target must lie in 0 … {logits.shape[1] - 1}, got {target.min()} to {target.max()}")
-    return F.cross_entropy(logits, target.long())
+    check_finite(logits, "logits", "batch", "classes")
+    return F.cross_entropy(logits, check_target(target, logits))
 
 # %% ../../nbs/14_losses.ipynb #a9334987
 def distillation_loss(logits: Tensor, original_logits: Tensor) -> Tensor:
@@ -148,8 +144,8 @@ def distillation_loss(logits: Tensor, original_logits: Tensor) -> Tensor:
     our variant of Eq. 6, which keeps the output consistent with the model before fine-tuning.
     Raises ValueError for a shape mismatch or logits that are not finite.
     """
-    _check_logits(logits)
-    _check_logits(original_logits, "original_logits")
+    check_finite(logits, "logits", "batch", "classes")
+    check_finite(original_logits, "original_logits", "batch", "classes")
     if logits.shape != original_logits.shape:
         raise ValueError(f"logits and original_logits must share one shape, got {tuple(logits.shape)} "
                          f"and {tuple(original_logits.shape)}")

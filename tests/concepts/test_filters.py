@@ -31,7 +31,6 @@ from cft.concepts.filters import (
     near_class,
     near_twins,
     refine,
-    seen,
     unfit,
 )
 from cft.concepts.language import ANSWERS, KINDS, RECORDED, Answer, ClassName, Record, Reply, Sampling, questions
@@ -189,14 +188,6 @@ def test_edges_of_the_cutoffs():
     names = ["Persian cat", "bird"]
     texts = ["persian cat", "a Persian cat", "PERSIAN CAT", "the bird", "BIRD", "Bird", "An bird", "birds", "my bird"]
     assert class_names(texts, names) == dict.fromkeys(range(3), names[0]) | dict.fromkeys(range(3, 7), "bird")
-
-
-def test_seen_is_the_mean_of_the_top_five():
-    similarity = np.random.default_rng(0).random((30, 8))
-    slow = [sum(sorted(column)[::-1][:5]) / 5 > 0.93 for column in similarity.T.tolist()]
-    assert seen(similarity, 0.93).tolist() == slow and 0 < sum(slow) < 8
-    with pytest.raises(ValueError, match="at least 5 pictures, got 4"):
-        seen(similarity[:4])
 
 
 class Table:

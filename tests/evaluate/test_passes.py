@@ -37,7 +37,6 @@ from cft.evaluate.passes import (
     evaluate_sets,
     headline,
     macro_accuracy,
-    paired_pictures,
     reading_of,
     relevance_of_set,
     run_pass,
@@ -225,23 +224,6 @@ def test_macro_interval_against_drawing_lists():
     assert low == pytest.approx(drawn[100], abs=1.5) and high == pytest.approx(drawn[3900], abs=1.5)
     again = [macro_accuracy(np.array([True, False]), np.array([7, 7])) for _ in range(2)]
     assert again[0] == again[1]
-
-
-def test_paired_interval_and_mcnemar_against_plain_python():
-    a, b = made_up(seed=1), made_up(seed=2).sample(frac=1, random_state=0)
-    found = paired_pictures(a, b)
-    left, right = a.set_index("id").full_top1, b.set_index("id").full_top1
-    differences = [int(left[i]) - int(right[i]) for i in left.index]
-    won, lost = differences.count(1), differences.count(-1)
-    assert won != lost and found.mean == pytest.approx(100 * sum(differences) / 60) and found.n == 60
-    tail = sum(math.comb(won + lost, k) for k in range(max(won, lost), won + lost + 1)) / 2 ** (won + lost)
-    assert found.p == pytest.approx(min(1, 2 * tail))
-    rng = random.Random(0)
-    drawn = sorted(100 * sum(rng.choices(differences, k=60)) / 60 for _ in range(4000))
-    assert found.low == pytest.approx(drawn[100], abs=3) and found.high == pytest.approx(drawn[3900], abs=3)
-    assert paired_pictures(b, a).mean == pytest.approx(-found.mean)
-    with pytest.raises(ValueError, match="same pictures"):
-        paired_pictures(a, b.assign(id="x" + b.id))
 
 
 def made_up_maps(n, seed=0):

@@ -430,11 +430,11 @@ def test_bad_logits_and_labels():
         with pytest.raises(ValueError, match="floating point"):
             call()
     for labels in ([5, 0, 0, 0], [-1, 0, 0, 0]):
-        with pytest.raises(ValueError, match="target must lie in 0 … 4"):
+        with pytest.raises(ValueError, match="target must lie in 0…4"):
             classification_loss(logits, torch.tensor(labels))
     for labels in (torch.zeros(3, dtype=torch.int64), torch.zeros(4), torch.zeros(4, dtype=torch.bool),
                    torch.zeros(4, 1, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="target must be integer labels"):
+        with pytest.raises(ValueError, match="target must be integers"):
             classification_loss(logits, labels)
     with pytest.raises(ValueError, match="share one shape"):
         distillation_loss(logits, logits[:, :4])
