@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER_THRESHOLDS', 'PAPER_CONCEPTS', 'GRID', 'first_pictures', 'occurrences', 'iou', 'coverages', 'Evidence',
-           'gather_evidence', 'Validation', 'conclude', 'validate', 'without_context', 'sweep', 'draw_sweep',
-           'measuring']
+           'gather_evidence', 'Validation', 'conclude', 'validate', 'without_context', 'sweep', 'measuring']
 
 # %% ../../nbs/09_validation.ipynb #da4b9237
 from collections import Counter
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -25,9 +23,6 @@ from .grounding import Grounder
 from .masks import build_masks, work_list
 from .store import Array, MaskStore
 from ..data.folders import Folder
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # %% ../../nbs/09_validation.ipynb #902ba3cd
 def first_pictures(store: MaskStore, pictures: int = 30) -> pd.DataFrame:
@@ -245,30 +240,6 @@ def sweep(evidence: Evidence, thresholds: Iterable[tuple[float, float]] = PAPER_
             "mean_occurrence": left["occurrence"].mean(), "mean_coverage": classes["coverage"].mean(),
             "covered": (classes["coverage"] >= coverage).mean(), "without": (classes["kept"] == 0).mean()})
     return pd.DataFrame(rows)
-
-# %% ../../nbs/09_validation.ipynb #5b384ce3
-def draw_sweep(table: pd.DataFrame) -> "Figure":
-    """A figure of a sweep over a grid: pairs, phrases and coverage by occurrence threshold; classes covered."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(1.1, 1))
-    names = {"pairs": "(class, concept) pairs", "phrases": "unique phrases"}
-    lines = table.drop_duplicates("occurrence").set_index("occurrence")
-    lines[list(names)].rename(columns=names).plot(ax=left, marker="o", ylabel="concepts that stay")
-    lines["mean_coverage"].plot(ax=left.twinx(), style="--", color="grey", ylabel="mean coverage (dashed)", ylim=(0, 1))
-    left.set(xlabel="occurrence threshold", ylim=(0, None))
-    grid = table.pivot(index="coverage", columns="occurrence", values="covered").sort_index(ascending=False)
-    columns, rows = list(grid.columns), list(grid.index)
-    shown = grid.rename(index="{:.0%}".format, columns="{:.0%}".format)
-    sns.heatmap(shown, vmin=0, vmax=1, cmap="viridis", ax=right, xticklabels=3, yticklabels=3,
-                cbar_kws={"label": "share of classes covered"})
-    for x, y in PAPER_THRESHOLDS:
-        if x in columns and y in rows:
-            right.plot(columns.index(x) + 0.5, rows.index(y) + 0.5, "o", mfc="none", mec="red", ms=10)
-    right.set(xlabel="occurrence threshold", ylabel="coverage threshold")
-    fig.tight_layout()
-    return fig
 
 # %% ../../nbs/09_validation.ipynb #761f22b2
 def measuring(folder: Folder, grounder: Grounder, root: str | Path,

@@ -11,7 +11,7 @@ __all__ = ['EXTENSIONS', 'UNREAD', 'OF_TOOLS', 'UnreadableImage', 'open_image', 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from html import escape
@@ -211,17 +211,6 @@ def list_folder(root: str | Path, classes: Sequence[str] | None = None) -> Folde
             set_aside += [f"{printable_path(name)}/{line}" for line in left_out]
     return Folder(root, names, tuple(samples), tuple(set_aside))
 
-def _check_masks(folder: Folder, kind: str, root: Path, sizes: Mapping[Path, tuple[int, int]]) -> None:
-    """Raise ValueError unless all masks of a kind, mask or object, are there and fit their pictures."""
-    files = {s.path: getattr(s, kind) for s in folder.samples}
-    missing = [file for file in files.values() if not file.is_file()]
-    if missing:
-        what = "object mask" if kind == "object" else kind
-        raise ValueError(f"{what} folder {root} misses {len(missing)} of {len(files)} pictures, first "
-                         f"{missing[0].relative_to(root)}; expected one PNG for each picture")
-    for picture, file in files.items():
-        open_mask(file, sizes[picture])
-
 def scan(root: str | Path, masks: str | Path | None = None, objects: str | Path | None = None,
          classes: Sequence[str] | None = None, progress: bool = False) -> Folder:
     """Read an image folder, with concept masks and object masks if their folders are given; opens every file once.
@@ -241,8 +230,13 @@ def scan(root: str | Path, masks: str | Path | None = None, objects: str | Path 
         raise ValueError(f"class folder {folder.root / folder.classes[label]} has no readable picture: "
                          f"{len(folder.only([label]))} could not be read; expected at least one")
     for kind, place in (("mask", masks), ("object", objects)):
-        if place is not None:
-            _check_masks(left, kind, Path(place), sizes)
+        files = {} if place is None else {s.path: getattr(s, kind) for s in left.samples}
+        if missing := [file for file in files.values() if not file.is_file()]:
+            what, first = "object mask" if kind == "object" else kind, missing[0].relative_to(Path(str(place)))
+            raise ValueError(f"{what} folder {place} misses {len(missing)} of {len(files)} pictures, first {first}; "
+                             "expected one PNG for each picture")
+        for picture, file in files.items():
+            open_mask(file, sizes[picture])
     return left
 
 # %% ../../nbs/01_folders.ipynb #f1abd670

@@ -6,13 +6,12 @@
 __all__ = ['Targets', 'CARDS', 'MAPPINGS', 'synsets', 'class_names', 'same_thing', 'DatasetCard', 'read_cards', 'noise_picture',
            'numbered_files', 'miniature', 'EvalSet', 'PictureFiles', 'siscore_labels', 'siscore_groups',
            'objectnet_labels', 'folder_labels', 'open_set', 'SegmentationSet', 'targets_of', 'folder_set', 'HubSet',
-           'hub_set', 'TarSet', 'tar_set']
+           'hub_set']
 
 # %% ../../nbs/21_testsets.ipynb #da4b9237
 import hashlib
 import io
 import re
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -28,7 +27,7 @@ from PIL import Image, ImageOps
 from timm.data.imagenet_info import ImageNetInfo
 from torch.utils.data import Dataset
 
-from .folders import EXTENSIONS, Folder, UnreadableImage, class_folders, find_pictures, open_image, scan
+from .folders import Folder, UnreadableImage, class_folders, find_pictures, open_image, scan
 from ..files import ASSETS, need, read_json, sha256, write_json, write_text
 
 Targets = Sequence[tuple[int, ...]]  # for each picture all the classes that count as right
@@ -433,61 +432,3 @@ def hub_set(source: Any, classes: Sequence[str] | None = None, image: str = "ima
         values = [kind.names[k] if k in range(len(kind.names)) else k for k in values] if classes else values
         classes = classes or kind.names
     return HubSet(table.cast_column(image, library.Image(decode=False)), image, key, *targets_of(values, classes, key))
-
-# %% ../../nbs/21_testsets.ipynb #e6c3dd63
-class TarSet(EvalSet):
-    """A set of members of tar files. Made by `tar_set`. places: file, start and length of each picture."""
-    def __init__(self, places: Sequence[tuple[Path, int, int]], key: str, ids: Sequence[str], targets: Targets,
-                 groups: Sequence[str]):
-        super().__init__(key, ids, targets, groups, upright=True)
-        self.places = tuple(places)
-
-    def raw(self, index: int) -> bytes:
-        """The member's bytes."""
-        path, start, length = self.places[index]
-        with path.open("rb") as file:
-            file.seek(start)
-            return file.read(length)
-
-    def size(self, index: int) -> int:
-        """The member's length, from the index."""
-        return self.places[index][2]
-
-def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Samples of a tar file: name up to the first dot → ending in lower case → (start, length)."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
-                folder, slash, name = member.name.removeprefix("./").rpartition("/")
-                stem, _, ending = name.partition(".")
-                if stem and ending:
-                    if ending.lower() in samples.setdefault(folder + slash + stem, {}):
-                        raise ValueError(f"{path.name} has two members {member.name}; expected one")
-                    samples[folder + slash + stem][ending.lower()] = member.offset_data, member.size
-    except (tarfile.ReadError, OSError) as error:
-        raise ValueError(f"{path} does not read as a plain tar file (compressed ones have to be unpacked)") from error
-    return samples
-
-def tar_set(shards: str | Path | Sequence[str | Path], classes: Sequence[str] | None = None,
-            key: str = "webdataset") -> TarSet:
-    """Webdataset tars with a picture (jpg, png, …) and a cls (a number or a name) for each sample.
-
-    shards: a tar file, a folder of them, or a list. Raises ValueError for no tars, compressed tars, samples without
-    picture or cls, and labels without a class.
-    """
-    given = [Path(shard) for shard in ([shards] if isinstance(shards, (str, Path)) else shards)]
-    ids, places, labels = [], [], []
-    for path in (tar for shard in given for tar in (sorted(shard.glob("*.tar")) if shard.is_dir() else [shard])):
-        for name, members in _members(path).items():
-            pictures = [place for ending, place in members.items() if f".{ending}" in EXTENSIONS]
-            if len(pictures) != 1 or "cls" not in members:
-                raise ValueError(f"{key}: sample {name} of {path.name} must have one picture and a cls, "
-                                 f"got {', '.join(members)}")
-            with path.open("rb") as file:
-                file.seek(members["cls"][0])
-                text = file.read(members["cls"][1]).decode().strip()
-            ids.append(f"{path.name}/{name}")
-            places.append((path, *pictures[0]))
-            labels.append(int(text) if text.isdecimal() else text)
-    return TarSet(places, key, ids, *targets_of(labels, classes, key))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEANS', 'LITTLE', 'CLEARED', 'UNKNOWN', 'FRAME', 'PROPORTIONS', 'DIFFERENCES', 'SHARES', 'partners',
            'paired_interval', 'Rule', 'frame_of', 'variants', 'examine', 'summarise', 'Case', 'html_template',
-           'plain_rows', 'Audit', 'audit_html', 'audit']
+           'plain_rows', 'Audit', 'audit']
 
 # %% ../../nbs/23_audit.ipynb #da4b9237
 import base64
@@ -341,15 +341,10 @@ class Audit:
         classes = ", ".join(f"{n} {word}" for word, n in words)
         return f"Audit of {len(self.pictures)} pictures: {self.verdict}. Classes: {classes}"
 
-    def _repr_html_(self) -> str:
-        return audit_html(self)
-
-# %% ../../nbs/23_audit.ipynb #bc33ea4e
-def audit_html(found: Audit, classes: int = 20) -> str:
-    """The audit as an HTML fragment: verdict, a table of the worst classes, and what could not be measured."""
-    table = found.table()
-    rows, left = table.head(classes + 1).to_dict("records"), len(table) - 1 - classes
-    return html_template("audit.html.j2").render(found=found, rows=rows, left=left)
+    def _repr_html_(self, classes: int = 20) -> str:
+        table = self.table()
+        rows, left = table.head(classes + 1).to_dict("records"), len(table) - 1 - classes
+        return html_template("audit.html.j2").render(found=self, rows=rows, left=left)
 
 # %% ../../nbs/23_audit.ipynb #7719a1c7
 def audit(model: nn.Module, folder: Folder | str | Path, objects: str | Path | None = None,

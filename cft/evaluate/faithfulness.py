@@ -84,9 +84,11 @@ def blend(inside: Tensor, outside: Tensor, order: Tensor, count: int) -> Tensor:
 # %% ../../nbs/19_faithfulness.ipynb #f1abd670
 Score = Literal["probability", "logit"]
 
-def _curve(model: nn.Module, inside: Tensor, outside: Tensor, maps: Tensor, target: Tensor, steps: int, score: Score,
-           batch: int, seed: int) -> Curve:
-    """The score of `target` (batch,) while the cells change from `outside` to `inside`."""
+def _curve(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | None, baseline: str | Tensor, steps: int,
+           score: Score, batch: int, seed: int, insert: bool) -> Curve:
+    """The score of `target` while cells of the pictures take the place of the baseline (`insert`), or the reverse."""
+    target = _checked(model, images, maps, target, steps, score)
+    outside, inside = (baseline_of(images, baseline), images)[::1 if insert else -1]
     order, cells = order_of(maps.to(inside.device), seed), maps[0].numel()
     counts = [round(k * cells / steps) for k in range(steps + 1)]
 
@@ -118,7 +120,6 @@ def _checked(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | No
         raise ValueError(f"target must be integers of shape ({len(images)},), got {target.dtype} {tuple(target.shape)}")
     return target.to(images.device, torch.int64)
 
-# %% ../../nbs/19_faithfulness.ipynb #1574bddb
 def deletion(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | None = None, *,
              baseline: str | Tensor = "zeros", steps: int = 16, score: Score = "probability", batch: int = 256,
              seed: int = 0) -> Curve:
@@ -129,8 +130,7 @@ def deletion(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | No
     baseline: a name from BASELINES or a tensor; score: "probability" or "logit"; batch: pictures in one forward
     pass; seed: of the order of ties. Raises ValueError for arguments that do not fit together, and as `predict` does.
     """
-    target = _checked(model, images, maps, target, steps, score)
-    return _curve(model, baseline_of(images, baseline), images, maps, target, steps, score, batch, seed)
+    return _curve(model, images, maps, target, baseline, steps, score, batch, seed, insert=False)
 
 def insertion(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | None = None, *,
               baseline: str | Tensor = "zeros", steps: int = 16, score: Score = "probability", batch: int = 256,
@@ -139,8 +139,7 @@ def insertion(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | N
 
     Arguments and errors as `deletion`.
     """
-    target = _checked(model, images, maps, target, steps, score)
-    return _curve(model, images, baseline_of(images, baseline), maps, target, steps, score, batch, seed)
+    return _curve(model, images, maps, target, baseline, steps, score, batch, seed, insert=True)
 
 # %% ../../nbs/19_faithfulness.ipynb #12c6fc06
 def widen(masks: Tensor, radius: float) -> Tensor:

@@ -203,7 +203,6 @@ def _pullback_of(step: Step, tape: Tape, x: Tensor) -> Pullback:
 
     return pullback
 
-# %% ../../nbs/13_maps.ipynb #fa35e192
 def propagate(parts: Parts, target: Tensor | None, method: Method, with_ledger: bool, checkpointed: bool) -> Relevance:
     """Layer-wise relevance propagation by the rules `attnlrp` or `cp`."""
     tape = Tape(method.name, method.gamma, {} if with_ledger else None, fused=not torch.is_grad_enabled())

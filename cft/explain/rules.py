@@ -45,7 +45,6 @@ class UnsupportedModule(ValueError):
         paths = {id(module): path for path, module in model.named_modules()}
         return UnsupportedModule(self.module, self.supported, paths.get(id(self.module)) or "the model")
 
-# %% ../../nbs/10_rules.ipynb #c1dfd96e
 _Kind = TypeVar("_Kind", bound=nn.Module)
 
 def is_plain(module: nn.Module, *kinds: type[_Kind]) -> TypeGuard[_Kind]:
@@ -207,7 +206,6 @@ def layer_scale(module: nn.Module, x: MaybeTensor, tape: Tape) -> tuple[MaybeTen
         raise UnsupportedModule(module, "LayerScale and Identity")
     return None if x is None else x * module.gamma, lambda g: g * module.gamma
 
-# %% ../../nbs/10_rules.ipynb #91032ad7
 def chain(x: Tensor, tape: Tape, *steps: Step, output: bool = True) -> tuple[MaybeTensor, Pullback]:
     """Run `steps` one after the other; the pullback runs theirs in reverse.
 

@@ -208,7 +208,6 @@ def _save_state(run: Path, job: dict, model: nn.Module, optimizer: torch.optim.O
     with written(run / "state.pt") as file:
         torch.save(state, file)
 
-# %% ../../nbs/16_loop.ipynb #bd307a3e
 def _pace(recipe: Recipe, step: int, steps: int) -> float:
     """What the learning rates are multiplied by."""
     if recipe.schedule == "cosine":
@@ -276,7 +275,6 @@ def prepare(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, nn.Module, tor
               for peak in dict.fromkeys(peaks.values()) if peak]
     return original, tuned, torch.optim.AdamW(groups, recipe.rate, weight_decay=recipe.weight_decay, foreach=True)
 
-# %% ../../nbs/16_loop.ipynb #fa35e192
 def identity(model: nn.Module, images: MaskedImages | Batches, recipe: Recipe, validation: object = None) -> dict:
     """What decides about a run, as plain JSON values: the first weights, the recipe, the pictures with their masks."""
     batches = Sampler(images, recipe) if isinstance(images, MaskedImages) else images

@@ -18,7 +18,6 @@ from cft.concepts.validation import (
     PAPER_THRESHOLDS,
     conclude,
     coverages,
-    draw_sweep,
     first_pictures,
     gather_evidence,
     iou,
@@ -327,8 +326,6 @@ def test_the_sweep_is_validation_at_each_threshold(case):
         assert row.mean_coverage == pytest.approx(one.classes.coverage.mean(), nan_ok=True)
     assert table.groupby("coverage").pairs.is_monotonic_decreasing.all() and table.pairs.nunique() > 2
     assert set(PAPER_THRESHOLDS) <= set(GRID)
-    figure = draw_sweep(sweep(evidence, GRID))
-    assert len(figure.axes) == 4
     assert conclude(evidence, concepts).kept == validate(store, concepts).kept
 
 

@@ -2,13 +2,11 @@
 import ast
 import csv
 import hashlib
-import io
 import json
 import os
 import pickle
 import shutil
 import sys
-import tarfile
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -39,7 +37,6 @@ from cft.data.testsets import (
     same_thing,
     siscore_labels,
     synsets,
-    tar_set,
     targets_of,
 )
 from cft.evaluate.metrics import top_k
@@ -637,75 +634,6 @@ def test_hub_errors(table):
             hub_set(source, **options)
 
 
-@pytest.fixture(scope="module")
-def shards(own, tmp_path_factory):
-    import webdataset
-
-    root = tmp_path_factory.mktemp("shards")
-    found = folder_set(own)
-    for shard in range(2):
-        with webdataset.TarWriter(str(root / f"own-{shard:06d}.tar")) as writer:
-            for index in range(shard, 9, 2):
-                name, ending = found.ids[index], found.ids[index].rpartition(".")[2].lower()
-                writer.write({"__key__": f"part.1/{index:04d}", ending: found.raw(index), "json": {"id": name},
-                              "cls": found.targets[index][0]})
-    return root
-
-
-def test_tars_against_webdataset(shards, own):
-    import webdataset
-
-    found = tar_set(shards)
-    theirs = []
-    for path in sorted(shards.glob("*.tar")):
-        for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
-            name = next(k for k in sample if k in ("jpg", "png", "jpeg"))
-            theirs.append((f"{path.name}/{sample['__key__']}", sample[name], (int(sample["cls"]),)))
-    assert [(n, found.raw(i), found.targets[i]) for i, n in enumerate(found.ids)] == theirs and len(found) == 9
-    assert [found.size(i) for i in range(9)] == [len(content) for _, content, _ in theirs]
-    folder = folder_set(own)
-    assert np.array_equal(np.asarray(found[1][0]), np.asarray(folder[2][0]))
-    tars = sorted(shards.glob("*.tar"))
-    assert tar_set(tars).ids == tar_set([str(p) for p in tars]).ids == tar_set([shards]).ids == found.ids
-    assert tar_set(shards, classes=["ant", "bee hive", "cat"]).groups[0] == "ant"
-    assert pickle.loads(pickle.dumps(found))[3][1] == found[3][1]
-
-
-def write_tar(path, members, mode="w"):
-    with tarfile.open(path, mode) as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def test_tar_names_and_errors(tmp_path, shards):
-    picture = tar_set(shards).raw(0)
-    members = [("./a.b/1.JPG", picture), ("./a.b/1.cls", b"zebra\n"), ("._1.jpg", b"x"), ("README", b"x")]
-    good = tar_set(write_tar(tmp_path / "good.tar", members), classes=["ant", "zebra"])
-    assert good.targets == ((1,),) and good.ids == ("good.tar/a.b/1",)
-    for members, error in [
-        ([("1.jpg", picture)], "sample 1 of bad.tar must have one picture and a cls, got jpg"),
-        ([("1.cls", b"3")], "must have one picture"),
-        ([("1.jpg", picture), ("1.png", picture), ("1.cls", b"3")], "must have one picture"),
-        ([("1.jpg", picture), ("1.jpg", picture), ("1.cls", b"3")], "two members 1.jpg"),
-        ([("1.jpg", picture), ("1.cls", b"zebra")], "a label is 'zebra'; .*names need"),
-        ([("1.jpg", picture), ("1.cls", b"-1")], "a label is '-1'"),
-        ([], "0 pictures"),
-    ]:
-        with pytest.raises(ValueError, match=error):
-            tar_set(write_tar(tmp_path / "bad.tar", members))
-    with pytest.raises(ValueError, match="a label is 9; expected one of the model's 2 classes"):
-        tar_set(write_tar(tmp_path / "bad.tar", [("1.jpg", picture), ("1.cls", b"9")]), classes=["a", "b"])
-    packed = write_tar(tmp_path / "packed.tar", [("1.jpg", picture), ("1.cls", b"3")], "w:gz")
-    for path in (packed, tmp_path / "nowhere.tar"):
-        with pytest.raises(ValueError, match=f"{path.name} does not read as a plain tar file"):
-            tar_set(path)
-    with pytest.raises(ValueError, match="0 pictures"):
-        tar_set(tmp_path / "..")
-
-
 # --- extras are extras
 
 @pytest.mark.parametrize("module,call", [
@@ -724,7 +652,7 @@ def test_the_module_imports_without_extras():
     tree = ast.parse(Path(cft.data.testsets.__file__).read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not {"h5py", "datasets", "webdataset"} & {name.split(".")[0] for name in names if name}
+    assert not {"h5py", "datasets"} & {name.split(".")[0] for name in names if name}
 
 
 def test_miniatures_repeat(tmp_path):

@@ -22,7 +22,6 @@ from cft.evaluate.audit import (
     UNKNOWN,
     Rule,
     audit,
-    audit_html,
     examine,
     frame_of,
     paired_interval,
@@ -314,7 +313,7 @@ def test_nothing_reaches_a_page_unescaped(tmp_path):
     found = audit(ByColour(corner=True), write(tmp_path, (4, 4, 4), names=("one", EVIL, "two")), progress=False)
     page = found._repr_html_()
     assert EVIL not in page and "<img" not in page and "&lt;img src=x onerror=&#34;alert(1)&#34;&gt;&amp;" in page
-    assert "and 2 more classes" in audit_html(found, classes=1)
+    assert "and 2 more classes" in found._repr_html_(classes=1)
 
 
 def test_json_is_plain_and_complete(tmp_path):
