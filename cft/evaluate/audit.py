@@ -35,7 +35,7 @@ from .intervals import CONFIDENCE, over_seeds
 from .metrics import COLUMNS, wilson_interval
 from ..explain.maps import Method, relevance, thumbnail
 from ..explain.rules import UnsupportedModule
-from ..files import ASSETS, write_text
+from ..files import ASSETS
 from ..train.loop import provenance
 
 # %% ../../nbs/23_audit.ipynb #c1dfd96e
@@ -326,15 +326,12 @@ class Audit:
         mask = seen["object"][0].cpu() if "object" in seen else None
         return Case(picture, classes[int(row["label"])], pictures, answers, mask, maps)
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Verdicts, numbers, worst pictures and record as JSON; also written to `path`."""
+    def to_json(self) -> str:
+        """Verdicts, numbers, worst pictures and record as JSON."""
         content = {"verdict": self.verdict, "rule": asdict(self.rule), "unmeasured": list(self.unmeasured)}
         tables = {"classes": self.table(), "numbers": self.numbers, "worst": self.worst(20)}
         content |= {name: plain_rows(table) for name, table in tables.items()} | {"record": self.record}
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        if path is not None:
-            write_text(path, text)
-        return text
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
     def __repr__(self) -> str:
         words = Counter(verdict for split, verdict in self.verdicts().items() if split != "all").most_common()

@@ -315,19 +315,13 @@ def answers(pictures: pd.DataFrame, space: str = "full", rule: str = "any") -> p
     classes = pictures["targets"].map(lambda accepted: tuple(map(int, accepted)))
     return pictures[["id", "group"]].assign(**{"class": classes}, predicted=pictures[f"{space}_predicted"], **hits)
 
-def accuracy_rows(pictures: pd.DataFrame, classes: int, fine_tuned: Sequence[int] | None = None,
-                  groups: Sequence[str] | None = None) -> pd.DataFrame:
+def accuracy_rows(pictures: pd.DataFrame, classes: int, fine_tuned: Sequence[int] | None = None) -> pd.DataFrame:
     """The numbers of one set and checkpoint: columns labels, targets, split, metric, value, low, high, n (percent).
 
-    pictures: as `run_pass` gives; classes: of the model; fine_tuned: its training classes; groups: a name per picture
-    in place of the set's. labels is full<classes> or subset. metric is top1, top5 (cut to the number of classes), each
-    also with _macro. Worst group: only where groups are not simply the classes.
-    Raises ValueError for another number of groups than pictures, and for classes that the model does not have.
+    pictures: as `run_pass` gives; classes: of the model; fine_tuned: its training classes. labels is full<classes> or
+    subset. metric is top1, top5 (cut to the number of classes), each also with _macro. Worst group: only where groups
+    are not simply the classes. Raises ValueError for classes that the model does not have.
     """
-    if groups is not None:
-        if len(groups) != len(pictures):
-            raise ValueError(f"expected one group for each of {len(pictures)} pictures, got {len(groups)}")
-        pictures = pictures.assign(group=list(groups))
     if not set(fine_tuned or ()) <= set(range(classes)):
         raise ValueError(f"fine_tuned must hold classes 0 … {classes - 1}, got {sorted(fine_tuned or ())}")
     accepted = [set(map(int, targets)) for targets in pictures["targets"]]
@@ -377,22 +371,18 @@ def segmentation_rows(pictures: pd.DataFrame, draws: int = DRAWS, seed: int = 0)
 
 # %% ../../nbs/22_passes.ipynb #ca3512f4
 def evaluate_sets(checkpoints: Sequence[Checkpoint], sets: Sequence[TestSet], root: str | Path, protocol: str = "model",
-                  splits: Mapping[int, Sequence[int]] | None = None, groups: Mapping[str, Sequence[str]] | None = None,
-                  loop: Loop = Loop(), method: str = "attnlrp") -> Results:
+                  splits: Mapping[int, Sequence[int]] | None = None, loop: Loop = Loop(),
+                  method: str = "attnlrp") -> Results:
     """Evaluate every checkpoint on every set into the store at `root`; what is finished there is not done again.
 
     protocol: "model" (each by its own configuration) or "official" (the paper's code). splits: seed → classes that were
     fine-tuned on with it; the rows of every checkpoint are there once for each of these seeds, in the column seed, with
-    that split. Without it they have the checkpoint's own seed and no split. groups: set → a group for each picture.
-    method: relevance for a set with masks.
+    that split. Without it they have the checkpoint's own seed and no split. method: relevance for a set with masks.
     Raises ValueError for repeated names, results of other weights or data under the same name, and unusable answers.
     """
     for what, names in (("checkpoints", [c.name for c in checkpoints]), ("sets", [s.key for s in sets])):
         if not names or len(set(names)) < len(names):
             raise ValueError(f"expected {what} with different names, got {names}")
-    keys = [source.key for source in sets]
-    if unknown := sorted(set(groups or ()) - set(keys)):
-        raise ValueError(f"groups are given for {', '.join(unknown)}; expected some of {', '.join(keys)}")
     store, versions = Results(root), provenance()
     for source in sets:
         whole, digest = not isinstance(source, EvalSet), source.digest()
@@ -410,17 +400,17 @@ def evaluate_sets(checkpoints: Sequence[Checkpoint], sets: Sequence[TestSet], ro
         for tested in checkpoints:
             about = store.about(source.key, tested.name, protocol)
             pictures = store.pictures(source.key, tested.name, protocol)
-            store.write("rows", _rows(pictures, about, tested, splits, (groups or {}).get(source.key)), about)
+            store.write("rows", _rows(pictures, about, tested, splits), about)
     return store
 
-def _rows(pictures: pd.DataFrame, about: dict, tested: Checkpoint, splits: Mapping[int, Sequence[int]] | None,
-          groups: Sequence[str] | None) -> pd.DataFrame:
+def _rows(pictures: pd.DataFrame, about: dict, tested: Checkpoint,
+          splits: Mapping[int, Sequence[int]] | None) -> pd.DataFrame:
     """The numbers of a set and checkpoint by each seed's split, and where they come from: the columns `ROWS`."""
     classes: int = tested.model.num_classes  # pyright: ignore[reportAssignmentType]
     tables = []
     for seed, fine_tuned in (splits or {tested.seed: None}).items():
         has_masks = "targets" not in pictures
-        table = segmentation_rows(pictures) if has_masks else accuracy_rows(pictures, classes, fine_tuned, groups)
+        table = segmentation_rows(pictures) if has_masks else accuracy_rows(pictures, classes, fine_tuned)
         tables.append(table.assign(seed=pd.array([seed] * len(table), "Int64")))
     same = {key: about[key] for key in ("set", "protocol", "checkpoint", "sha256", "data", "precision")}
     made = {"cft": about["versions"]["cft"], "commit": about["versions"]["commit"] or "", "method": tested.method}

@@ -187,13 +187,11 @@ def test_accuracy_rows_against_counting():
 def test_groups_of_the_caller_and_classes_that_are_groups():
     pictures = made_up().assign(targets=[(i % 3,) for i in range(60)])
     own = ["water" if hit else "land" for hit in pictures.full_top1]
-    rows = accuracy_rows(pictures, 1000, groups=own).set_index(["labels", "split", "metric"])
+    rows = accuracy_rows(pictures.assign(group=own), 1000).set_index(["labels", "split", "metric"])
     assert rows.loc[("full1000", "worst group", "top1"), "value"] == 0
     assert set(rows.targets) == {"any"}
     as_classes = accuracy_rows(pictures.assign(group=[f"class {i % 3}" for i in range(60)]), 1000)
     assert "worst group" not in set(as_classes.split)
-    with pytest.raises(ValueError, match="one group for each of 60"):
-        accuracy_rows(pictures, 1000, groups=own[:-1])
     with pytest.raises(ValueError, match="fine_tuned must hold classes 0 … 999, got .0, 1000"):
         accuracy_rows(pictures, 1000, fine_tuned=[1000, 0])
 
@@ -636,8 +634,6 @@ def test_names_that_cannot_be(tmp_path):
         evaluate_sets([linear(0), linear(0)], [Colours()], tmp_path)
     with pytest.raises(ValueError, match="sets with different names"):
         evaluate_sets([linear(0)], [Colours(), Colours()], tmp_path)
-    with pytest.raises(ValueError, match="groups are given for others"):
-        evaluate_sets([linear(0)], [Colours()], tmp_path, groups={"others": []})
     with pytest.raises(ValueError, match="no results in"):
         Results(tmp_path).rows()
     with pytest.raises(ValueError, match="no results of 'a' on 'b'"):
