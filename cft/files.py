@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'written', 'written_folder', 'write_text', 'write_json', 'read_json', 'write_csv', 'sha256', 'replace_part',
-           'need']
+           'need', 'html_template']
 
 # %% ../nbs/appendix/00_files.ipynb #4987389d
 import hashlib
@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ import cft
 
 if TYPE_CHECKING:
     import pandas as pd
+    from jinja2 import Template
 
 # %% ../nbs/appendix/00_files.ipynb #a225c671
 def _draft(path: Path) -> tuple[Path, int]:
@@ -142,3 +144,13 @@ def need(module: str, package: str, extra: str, what: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{what} needs {package}; install it with: pip install '{extra}'") from error
+
+# %% ../nbs/appendix/00_files.ipynb #0f5a7c32
+@cache
+def html_template(name: str) -> "Template":
+    """A template of the package's assets. What is put into it is escaped, and a value that it misses is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    places = FileSystemLoader([ASSETS / "report", ASSETS / "explorer", ASSETS / "shown"])
+    return Environment(loader=places, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                       lstrip_blocks=True).get_template(name)

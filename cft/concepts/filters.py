@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,7 +28,7 @@ from pydantic import TypeAdapter
 from .language import ANSWERS, KINDS, RECORDED, Answer, Chat, ClassName, Estimate, Price, Question, Record
 from .language import Sampling, ask, printable, questions, words
 from ..data import backdrop
-from ..files import need, write_text
+from ..files import html_template, need, write_text
 
 # %% ../../nbs/04_filters.ipynb #0286dd55
 MASK_KINDS = ("important", "around")  # a superclass is the entire object: it would turn every mask into its outline
@@ -151,16 +150,7 @@ class ConceptSet:
         return f"ConceptSet({len(self.classes)} classes: {counts})"
 
     def _repr_html_(self, classes: int = 20) -> str:
-        cell = lambda lines: f"<td style='text-align:left;vertical-align:top'>{'<br>'.join(map(escape, lines))}</td>"
-        rows = "<tr><th>class</th><th>kept</th><th>merged or dropped</th></tr>"
-        for c in self.classes[:classes]:
-            own, everything = self.of(c.id), [text for text, _ in self._texts[c.id]]
-            kept = [text if text in own else f"{text} (superclass)" for text in everything]
-            mine = [d for d in self.dropped if c.id in d.owners]
-            gone = [f"{d.text} → {d.kept}: {d.reason}" if d.kept else f"{d.text}: {d.reason}" for d in mine]
-            rows += f"<tr>{cell([c.name if c.name == c.id else f'{c.name} ({c.id})'])}{cell(kept)}{cell(gone)}</tr>"
-        more = f"<p>… and {len(self.classes) - classes} classes more</p>" if len(self.classes) > classes else ""
-        return f"<b>{escape(repr(self))}</b><table>{rows}</table>{more}"
+        return html_template("concepts.html.j2").render(found=self, most=classes)
 
 # %% ../../nbs/04_filters.ipynb #827bfc45
 def unfit(item: str) -> str:

@@ -14,7 +14,6 @@ import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from .filters import ConceptSet
-from ..files import read_json, sha256, written
+from ..files import html_template, read_json, sha256, written
 
 # %% ../../nbs/07_store.ipynb #902ba3cd
 Array = np.ndarray
@@ -285,12 +284,8 @@ class MaskStore:
                 f"{self._recipes[0]['grounder']}, {len(self.set_aside)} pictures set aside)")
 
     def _repr_html_(self) -> str:
-        recipe, aside = self._recipes[0], self.set_aside
-        first = escape("; ".join(aside[:3])) + " …" * (len(aside) > 3)
-        lines = f"<p>{len(aside)} pictures set aside: {first}</p>" if aside else ""
-        settings = ", ".join(f"{k} {v}" for k, v in recipe["settings"].items())
-        return (f"<b>Mask store</b> by {escape(recipe['grounder'])} ({escape(settings)})"
-                f"{self.counts().to_html(escape=True)}{lines}")
+        shown = {"recipe": self._recipes[0], "aside": self.set_aside, "counts": self.counts().to_html(escape=True)}
+        return html_template("store.html.j2").render(shown)
 
 # %% ../../nbs/07_store.ipynb #be461a0c
 def write_pngs(store: MaskStore, concepts: ConceptSet | None, out: str | Path,

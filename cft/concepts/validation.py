@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from .grounding import Grounder
 from .masks import build_masks, work_list
 from .store import Array, MaskStore
 from ..data.folders import Folder
+from ..files import html_template
 
 # %% ../../nbs/09_validation.ipynb #902ba3cd
 def first_pictures(store: MaskStore, pictures: int = 30) -> pd.DataFrame:
@@ -164,15 +164,7 @@ class Validation:
                 f"coverage {s['mean coverage']:.0%}; {s['classes flagged']} of {s['classes']} classes flagged)")
 
     def _repr_html_(self, classes: int = 20) -> str:
-        lines = ["<tr><th>class</th><th>coverage</th><th>accepted</th><th>rejected</th></tr>"]
-        for c in self.classes.head(classes).itertuples():
-            mine = self.concepts[self.concepts["class_id"] == c.class_id]
-            texts = mine["concept"] + mine["occurrence"].map(" {:.0%}".format)
-            cells = [", ".join(texts[mine["accepted"] == accepted]) for accepted in (True, False)]
-            row = map(escape, (str(c.name), f"{c.coverage:.0%} {c.note}", *cells))
-            lines.append("<tr>" + "".join(f"<td style='text-align:left'>{text}</td>" for text in row) + "</tr>")
-        more = f"<p>… and {len(self.classes) - classes} classes more</p>" if len(self.classes) > classes else ""
-        return f"<b>{escape(repr(self))}</b><table>{''.join(lines)}</table>{more}"
+        return html_template("validation.html.j2").render(found=self, most=classes)
 
 # %% ../../nbs/09_validation.ipynb #d435a6cd
 def conclude(evidence: Evidence, concepts: ConceptSet, occurrence: float = 0.15, coverage: float = 0.20,

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from html import escape
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +26,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from tqdm.auto import tqdm
+
+from ..files import html_template
 
 # %% ../../nbs/01_folders.ipynb #ac3478d6
 class UnreadableImage(ValueError):
@@ -172,10 +173,7 @@ class Folder:
         return total.hexdigest()
 
     def _repr_html_(self) -> str:
-        counts, few = Counter(s.label for s in self.samples), escape("; ".join(self.set_aside[:3]))
-        rows = "".join(f"<tr><td>{escape(self.classes[k])}</td><td>{counts[k]}</td></tr>" for k in self.labels)
-        aside = f"<p>{len(self.set_aside)} set aside: {few}</p>" if self.set_aside else ""
-        return f"<b>{len(self)} pictures</b> of {len(self.labels)} classes{aside}<table>{rows}</table>"
+        return html_template("folder.html.j2").render(folder=self, counts=Counter(s.label for s in self.samples))
 
 # %% ../../nbs/01_folders.ipynb #767abf66
 def class_folders(root: str | Path, classes: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEANS', 'LITTLE', 'CLEARED', 'UNKNOWN', 'FRAME', 'PROPORTIONS', 'DIFFERENCES', 'SHARES', 'partners',
-           'paired_interval', 'Rule', 'frame_of', 'variants', 'examine', 'summarise', 'Case', 'html_template',
-           'plain_rows', 'Audit', 'audit']
+           'paired_interval', 'Rule', 'frame_of', 'variants', 'examine', 'summarise', 'Case', 'plain_rows', 'Audit',
+           'audit']
 
 # %% ../../nbs/23_audit.ipynb #da4b9237
 import base64
@@ -14,14 +14,12 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 from scipy import stats
 from torch import Tensor, nn
@@ -35,7 +33,7 @@ from .intervals import CONFIDENCE, over_seeds
 from .metrics import COLUMNS, wilson_interval
 from ..explain.maps import Method, relevance, thumbnail
 from ..explain.rules import UnsupportedModule
-from ..files import ASSETS
+from ..files import html_template
 from ..train.loop import provenance
 
 # %% ../../nbs/23_audit.ipynb #c1dfd96e
@@ -228,13 +226,6 @@ class Case(NamedTuple):
         shown = {name: _png(picture) for name, picture in self.pictures.items()}
         heat = None if self.relevance is None else thumbnail(self.relevance[None])
         return html_template("case.html.j2").render(case=self, shown=shown, heat=heat, encode=base64.b64encode)
-
-@cache
-def html_template(name: str) -> Template:
-    """A template of the package's assets. What is put into it is escaped, and a value that it misses is an error."""
-    places = FileSystemLoader([ASSETS / "report", ASSETS / "explorer"])
-    return Environment(loader=places, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                       lstrip_blocks=True).get_template(name)
 
 def _png(picture: Tensor) -> bytes:
     """A picture (3, height, width) in [0, 1] as a file."""

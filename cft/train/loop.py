@@ -16,7 +16,6 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -33,7 +32,7 @@ from tqdm.auto import tqdm
 import cft
 from ..data.folders import Folder, MaskedImages, scan, without_object
 from ..data.models import read_weights, save_model, weights_digest
-from ..files import ASSETS, read_json, write_json, write_text, written
+from ..files import ASSETS, html_template, read_json, write_json, write_text, written
 from .objectives import Batch, Recipe
 
 # %% ../../nbs/16_loop.ipynb #ac3478d6
@@ -164,17 +163,10 @@ class FineTuned(NamedTuple):
     record: dict  # everything needed to say what this model is
 
     def _repr_html_(self) -> str:
-        record, losses = self.record, ""
-        recipe, made = record["recipe"], record["provenance"]
-        made = {name: str(made[name])[:12] for name in ("cft", "torch", "commit") if made[name]}
-        parts = [
-            f"{recipe['objective']['name']} at rate {recipe['rate']:g}",
-            f"{record['data']['pictures']} pictures, {record['steps']} steps", f"{record['seconds']:.1f} s",
-            *map(" ".join, made.items())]
-        if record["epochs"]:
-            epochs = pd.DataFrame(record["epochs"]).rename_axis("epoch")
+        epochs, losses = pd.DataFrame(self.record["epochs"]).rename_axis("epoch"), ""
+        if len(epochs):
             losses = epochs.iloc[[0, -1]].to_html(float_format="{:.4f}".format)
-        return f"<b>Fine-tuned {type(self.model).__name__}</b>: {escape('; '.join(parts))}{losses}"
+        return html_template("fine_tuned.html.j2").render(self.record, kind=type(self.model).__name__, losses=losses)
 
 def provenance() -> dict:
     """Versions of what computes, and the commit of the code if it runs from a checkout."""
