@@ -21,6 +21,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from .intervals import over_seeds
 from .metrics import predict
+from ..explain.anatomy import check_target
 from ..explain.maps import ATTRIBUTIONS, Method, relevance
 from ..train.losses import check_finite, patch_mask
 
@@ -113,12 +114,8 @@ def _checked(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | No
         raise ValueError(f"steps must lie between 1 and {maps[0].numel()}, the number of cells, got {steps}")
     if score not in ("probability", "logit"):
         raise ValueError(f"score must be 'probability' or 'logit', got {score!r}")
-    if target is None:
-        nothing = torch.zeros(len(images), dtype=torch.long)
-        return predict(model, [(images, nothing)], images.device)[0].argmax(1).to(images.device)
-    if target.shape != (len(images),) or target.is_floating_point():
-        raise ValueError(f"target must be integers of shape ({len(images)},), got {target.dtype} {tuple(target.shape)}")
-    return target.to(images.device, torch.int64)
+    logits, _ = predict(model, [(images, torch.zeros(len(images), dtype=torch.long))], images.device)
+    return check_target(target, logits.to(images.device))
 
 def deletion(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor | None = None, *,
              baseline: str | Tensor = "zeros", steps: int = 16, score: Score = "probability", batch: int = 256,

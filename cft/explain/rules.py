@@ -132,7 +132,7 @@ def norm(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
     is (u − mean u)/σ for LayerNorm and u/σ for RMSNorm; the bias absorbs `b·g`. `nn.Identity` passes g through.
     """
     if is_plain(module, nn.Identity):
-        return x, _same
+        return x, lambda g: g
     centred = is_plain(module, *LAYER_NORMS, LayerNorm2d)
     planes = is_plain(module, LayerNorm2d)
     if not (centred or is_plain(module, *RMS_NORMS)) or len(module.normalized_shape) != 1:
@@ -161,9 +161,6 @@ def norm(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
         return recomputed(rule, g, inverse_sigma)
 
     return y, pullback
-
-def _same(g: Tensor) -> Tensor:
-    return g
 
 # %% ../../nbs/10_rules.ipynb #1574bddb
 def _normal_cdf(h: Tensor) -> Tensor:
@@ -201,7 +198,7 @@ def activation(module: nn.Module, h: Tensor, tape: Tape) -> tuple[Tensor, Pullba
 def layer_scale(module: nn.Module, x: MaybeTensor, tape: Tape) -> tuple[MaybeTensor, Pullback]:
     """LayerScale, a diagonal linear layer: both directions multiply by γ (features,). The pullback needs no x."""
     if is_plain(module, nn.Identity):
-        return x, _same
+        return x, lambda g: g
     if not is_plain(module, LayerScale):
         raise UnsupportedModule(module, "LayerScale and Identity")
     return None if x is None else x * module.gamma, lambda g: g * module.gamma
@@ -390,7 +387,7 @@ def channels_first(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pu
 def channel_scale(module: ConvNeXtBlock, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
     """Multiply by the block's γ (channels,), if it has one; x (batch, channels, height, width)."""
     if module.gamma is None:
-        return x, _same
+        return x, lambda g: g
     gamma = module.gamma.view(-1, 1, 1)
     return x * gamma, lambda g: g * gamma
 
