@@ -38,58 +38,38 @@ def _scaled(x: Tensor, factor: float) -> Tensor:
     x.register_hook(lambda g: g * factor)
     return x
 
-class _CutNorm(nn.Module):
+def _cut_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """A LayerNorm whose σ is cut out of the graph."""
-    def __init__(self, norm: nn.LayerNorm):
-        super().__init__()
-        self.norm = norm
+    centred = x - x.mean(-1, keepdim=True)
+    y = centred * (centred.square().mean(-1, keepdim=True) + norm.eps).rsqrt().detach()
+    y = y if norm.weight is None else y * norm.weight
+    return y if norm.bias is None else y + norm.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        y = centred * (centred.square().mean(-1, keepdim=True) + self.norm.eps).rsqrt().detach()
-        y = y if self.norm.weight is None else y * self.norm.weight
-        return y if self.norm.bias is None else y + self.norm.bias
-
-class _CutGate(nn.Module):
+def _cut_gate(gate: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
     """An activation as a product with its gate, which is cut out of the graph."""
-    def __init__(self, gate: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.gate = gate
+    return h * gate(h.detach())
 
-    def forward(self, h: Tensor) -> Tensor:
-        return h * self.gate(h.detach())
-
-class _SharedAttention(nn.Module):
+def _shared_attention(a: Attention, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
     """Attention whose products share the gradient among their factors: ¼ to q, ¼ to k, ½ to v."""
-    def __init__(self, attention: Attention):
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        a = self.attention
-        q, k, v = a.qkv(x).unflatten(-1, (3, a.num_heads, a.head_dim)).permute(2, 0, 3, 1, 4)
-        q, k, v = _scaled(a.q_norm(q), 0.25), _scaled(a.k_norm(k), 0.25), _scaled(v, 0.5)
-        weights = ((q * a.scale) @ k.transpose(-2, -1)).softmax(-1)
-        return a.proj(a.norm((weights @ v).transpose(1, 2).flatten(2)))
+    q, k, v = a.qkv(x).unflatten(-1, (3, a.num_heads, a.head_dim)).permute(2, 0, 3, 1, 4)
+    q, k, v = _scaled(a.q_norm(q), 0.25), _scaled(a.k_norm(k), 0.25), _scaled(v, 0.5)
+    weights = ((q * a.scale) @ k.transpose(-2, -1)).softmax(-1)
+    return a.proj(a.norm((weights @ v).transpose(1, 2).flatten(2)))
 
 # %% ../../nbs/20_exactness.ipynb #fa35e192
-def _exchanged(module: nn.Module) -> nn.Module:
-    """The module with the modified backward pass; raises UnsupportedModule for one that this sketch does not know."""
-    if is_plain(module, *LAYER_NORMS):
-        return _CutNorm(module)
-    if is_plain(module, Attention) and module.gate is None:
-        _exchange(module, "q_norm", "k_norm", "norm")
-        return _SharedAttention(module)
-    gate = next((gate for kind, gate in GATES.items() if is_plain(module, kind)), None)
-    if gate is not None and getattr(module, "approximate", "none") == "none":
-        return _CutGate(gate)
-    if is_plain(module, nn.Identity):
-        return module
-    raise UnsupportedModule(module, "LayerNorm, Attention and element-wise activations in the naive way")
-
-def _exchange(owner: nn.Module, *names: str) -> None:
-    for name in names:
-        setattr(owner, name, _exchanged(getattr(owner, name)))
+def _exchange(*modules: nn.Module) -> None:
+    """Give modules the modified backward pass. Raises UnsupportedModule for one that this sketch does not know."""
+    for module in modules:
+        gate = next((gate for kind, gate in GATES.items() if is_plain(module, kind)), None)
+        if is_plain(module, *LAYER_NORMS):
+            vars(module)["forward"] = partial(_cut_norm, module)
+        elif is_plain(module, Attention) and module.gate is None:
+            _exchange(module.q_norm, module.k_norm, module.norm)
+            vars(module)["forward"] = partial(_shared_attention, module)
+        elif gate is not None and getattr(module, "approximate", "none") == "none":
+            vars(module)["forward"] = partial(_cut_gate, gate)
+        elif not is_plain(module, nn.Identity):
+            raise UnsupportedModule(module, "LayerNorm, Attention and element-wise activations in the naive way")
 
 def twin_of(model: nn.Module) -> VisionTransformer:
     """A model of the same parameters whose modules have the modified backward pass of AttnLRP; `model` is not touched.
@@ -106,9 +86,8 @@ def twin_of(model: nn.Module) -> VisionTransformer:
                 raise UnsupportedModule(block, "pre-norm Block in the naive way")
             if not is_plain(block.mlp, Mlp):
                 raise UnsupportedModule(block.mlp, "Mlp in the naive way")
-            _exchange(block, "norm1", "attn", "norm2")
-            _exchange(block.mlp, "act", "norm")
-        _exchange(twin, "norm", "fc_norm")
+            _exchange(block.norm1, block.attn, block.norm2, block.mlp.act, block.mlp.norm)
+        _exchange(twin.norm, twin.fc_norm)
     except UnsupportedModule as error:
         raise error.located(twin) from None
     return twin
