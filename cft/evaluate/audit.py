@@ -9,7 +9,6 @@ __all__ = ['LEANS', 'LITTLE', 'CLEARED', 'UNKNOWN', 'FRAME', 'PROPORTIONS', 'DIF
 
 # %% ../../nbs/23_audit.ipynb #da4b9237
 import base64
-import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -31,7 +29,7 @@ from ..data.models import weights_digest
 from .faithfulness import blur, share_inside
 from .intervals import CONFIDENCE, over_seeds
 from .metrics import COLUMNS, wilson_interval
-from ..explain.maps import Method, relevance, thumbnail
+from ..explain.maps import Method, png_bytes, relevance, thumbnail
 from ..explain.rules import UnsupportedModule
 from ..files import html_template
 from ..train.loop import provenance
@@ -223,15 +221,10 @@ class Case(NamedTuple):
     relevance: Tensor | None  # signed, (rows, columns) in patches, for the predicted class
 
     def _repr_html_(self) -> str:
-        shown = {name: _png(picture) for name, picture in self.pictures.items()}
+        as_bytes = {name: (255 * picture).byte().permute(1, 2, 0).numpy() for name, picture in self.pictures.items()}
+        shown = {name: png_bytes(pixels) for name, pixels in as_bytes.items()}
         heat = None if self.relevance is None else thumbnail(self.relevance[None])
         return html_template("case.html.j2").render(case=self, shown=shown, heat=heat, encode=base64.b64encode)
-
-def _png(picture: Tensor) -> bytes:
-    """A picture (3, height, width) in [0, 1] as a file."""
-    stream = io.BytesIO()
-    Image.fromarray((255 * picture).byte().permute(1, 2, 0).numpy()).save(stream, "PNG")
-    return stream.getvalue()
 
 def plain_rows(table: pd.DataFrame) -> list[dict]:
     """A table as rows for JSON, with six decimals; what is missing or no number is None."""

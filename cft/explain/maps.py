@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Normalization', 'NORMALIZATIONS', 'NEED_ATTENTION', 'NAMES', 'ATTRIBUTIONS', 'saturating', 'softsign', 'minmax',
-           'relu_max', 'sigmoid', 'bound', 'Relevance', 'thumbnail', 'Method', 'named', 'run', 'propagate', 'attribute',
-           'integrate', 'relevance']
+           'relu_max', 'sigmoid', 'bound', 'Relevance', 'thumbnail', 'png_bytes', 'Method', 'named', 'run', 'propagate',
+           'attribute', 'integrate', 'relevance']
 
 # %% ../../nbs/13_maps.ipynb #da4b9237
 import base64
@@ -132,9 +132,13 @@ def thumbnail(patches: Tensor, height: int = 64) -> bytes:
     signed = np.pad(signed.repeat(zoom, 1).repeat(zoom, 2), ((0, 0), (0, 0), (0, 4)))
     strip = np.concatenate(list(signed), 1)
     colour = 1 - np.stack([np.maximum(-strip, 0), np.abs(strip), np.maximum(strip, 0)], -1)
-    png = io.BytesIO()
-    Image.fromarray((255 * colour).round().astype(np.uint8)).save(png, "PNG")
-    return png.getvalue()
+    return png_bytes((255 * colour).round().astype(np.uint8))
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """The PNG file of a picture, uint8 (height, width, 3)."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
 
 # %% ../../nbs/13_maps.ipynb #17ba0791
 NEED_ATTENTION = ("eq2", "eq2_grad", "gae", "gradient_rollout", "gradcam", "iia")
