@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['Targets', 'CARDS', 'MAPPINGS', 'synsets', 'class_names', 'same_thing', 'DatasetCard', 'read_cards', 'noise_picture',
-           'numbered_files', 'miniature', 'EvalSet', 'PictureFiles', 'siscore_labels', 'siscore_groups',
-           'objectnet_labels', 'folder_labels', 'open_set', 'SegmentationSet', 'targets_of', 'folder_set', 'HubSet',
-           'hub_set']
+           'numbered_files', 'miniature', 'EvalSet', 'PictureFiles', 'siscore_labels', 'objectnet_labels',
+           'folder_labels', 'open_set', 'SegmentationSet', 'targets_of', 'folder_set', 'HubSet', 'hub_set']
 
 # %% ../../nbs/21_testsets.ipynb #da4b9237
 import hashlib
@@ -241,7 +240,7 @@ def siscore_labels(home: Path) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{len(odd)} of {len(labels)} names in {table.name} contradict WordNet: {'; '.join(odd[:3])}")
     return {name: (number,) for name, number in labels.items()}
 
-def siscore_groups(key: str, home: Path, ids: Sequence[str]) -> list[str]:
+def _siscore_groups(key: str, home: Path, ids: Sequence[str]) -> list[str]:
     """The factor that was changed in each picture, as in metadata.csv; the class folder where that file is missing.
 
     "x,y" of the centre for si-location, degrees for si-rotation, share of the picture for si-size.
@@ -330,7 +329,7 @@ def open_set(key: str, root: str | Path, check_counts: bool = True, crop_border:
                     raise ValueError(f"class folder {name} has no picture")
                 ids += [f"{name}/{path.name}" for path in inside]
             folders = [name.split("/")[0] for name in ids]
-            groups = siscore_groups(key, home, ids) if key.startswith("si-") else folders
+            groups = _siscore_groups(key, home, ids) if key.startswith("si-") else folders
         except (ValueError, OSError) as error:
             raise card.problem(home, str(error)) from error
         missing, classes = [name for name in wanted if name not in present], len(set(folders))
