@@ -243,7 +243,7 @@ def test_all_maps_explain_one_class(tiny):
     (lambda m: f.deletion(m, images(), maps(), steps=0), "steps must lie between 1 and 64"),
     (lambda m: f.deletion(m, images(), maps(), score="loss"), "score must be"),
     (lambda m: f.deletion(m, images(), maps(), torch.zeros(3)), "target must be integers"),
-    (lambda m: f.deletion(m, images(), maps(), torch.full((3,), 12)), "labels must be classes"),
+    (lambda m: f.deletion(m, images(), maps(), torch.full((3,), 12)), "target must lie in"),
     (lambda m: f.insertion(m, images(), maps(), baseline="grey"), "baseline must be"),
     (lambda m: f.insertion(m, images(), maps() * math.nan), "finite"),
     (lambda m: f.order_of(torch.zeros(2, 2)), "got \\(2, 2\\)"),
