@@ -81,7 +81,7 @@ class Found:
 
     @cached_property
     def guides(self) -> pd.DataFrame:
-        """The masks of each guide: columns seed, guide, pictures, pairs (of class and concept), agreement (mean IoU, drawn worlds)."""
+        """Masks of each guide: seed, guide, pictures, pairs (of class and concept), agreement (IoU, drawn worlds)."""
         if self.is_copy:
             return pd.read_csv(self.root / "guides.csv")
         files = sorted((self.root / "guides").glob("*/*.json"))
@@ -198,7 +198,7 @@ def trail(found: Found, key: str, ours: bool = False) -> pd.DataFrame:
     return rows
 
 def resolve(found: Found, model: str, method: str, seed: int) -> dict:
-    """The run record of a checkpoint. Raises ValueError if it is not there, or if its weights are not those that were tested."""
+    """The run record of a checkpoint. Raises ValueError if it is not there, or its weights are not those tested."""
     runs = found.runs
     run = runs[(runs["model"] == model) & (runs["method"] == method) & (runs["seed"] == seed)]
     if run.empty:

@@ -50,13 +50,12 @@ def page_steps(work: Work, root: Path) -> list[Step]:
     pages = []
     for key in work.keys:
         needs = OF_RELATED[key](steps, seeds) if key in RELATED else steps.of_page(key)
-        told = ("stamp", "seeds", "ablation_seeds",
-                "our_form") if key != "table8" else tuple(type(work.settings).model_fields)
+        shown = ("stamp", "seeds", "ablation_seeds", "our_form")
+        told = tuple(type(work.settings).model_fields) if key == "table8" else shown
         depends = {"notebook": sha256(notebook_of(key)), **narrowed, **work.settings.values(*told)}
         make = lambda key: make_page(work, root, key)
-        pages.append(
-            Step("page", (key,), (page_file(key),), make, needs=tuple(needs), depends=depends,
-                 folder=f"artefacts/{key}", job="pages", part=key))
+        more = {"needs": tuple(needs), "depends": depends, "folder": f"artefacts/{key}"}
+        pages.append(Step("page", (key,), (page_file(key),), make, job="pages", part=key, **more))
     return pages
 
 # %% ../../nbs/appendix/13_runner.ipynb #bf872700
@@ -89,7 +88,7 @@ def jobs_of(steps: Sequence[Step], together: int) -> dict[str, Job]:
 # %% ../../nbs/appendix/13_runner.ipynb #3f992b9b
 @contextmanager
 def device_slot(root: Path, device: str) -> Iterator[None]:
-    """Hold one of the GPUs that CFT_GPUS counts, and see no other; nothing happens on a CPU or without that variable."""
+    """Hold one of the GPUs that CFT_GPUS counts, and see no other; nothing happens on a CPU or without it."""
     slots = int(os.environ.get("CFT_GPUS", "0"))
     if not device.startswith("cuda") or slots < 2:
         yield
@@ -118,7 +117,7 @@ def _end_with(runner: str) -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 def run_job(names: Sequence[str], root: Path) -> bool:
-    """Make the steps of jobs, or steps by name, of the plan in a folder; whether all are done. Raises ValueError for others."""
+    """Make the jobs or steps of these names in a folder's plan; whether all are done. Raises ValueError for others."""
     torch.set_num_threads(int(os.environ.get("CFT_THREADS", "1")))
     _end_with(os.environ.get("CFT_RUNNER", ""))
     plan, settings = read_json(root / "plan.json"), read_settings(root / "settings.yaml")
@@ -156,15 +155,14 @@ def _snakemake(root: Path, arguments: Sequence[str], local: bool) -> None:
             asyncio.get_running_loop()
         except RuntimeError:
             return run()
-        with ThreadPoolExecutor(
-                1) as thread:  # in JupyterLab: Snakemake wants an event loop, and so a thread, of its own
+        with ThreadPoolExecutor(1) as thread:  # JupyterLab has a loop; Snakemake wants its own, and so a thread
             thread.submit(run).result()
     finally:
         os.chdir(here)
 
 def prepare(profile: str | Path, only: Sequence[str] = (), models: Sequence[str] = (), methods: Sequence[str] = (),
             seeds: int | None = None, out: str | Path | None = None, **changes: Any) -> tuple[Path, Work]:
-    """The folder with its settings written, and the work. Raises ValueError for unknown names."""
+    """The folder of a reproduction, and its work; nothing is written. Raises ValueError for unknown names."""
     settings = read_settings(profile, **changes)
     if seeds is not None:
         fewer = {name: min(seeds, getattr(settings, name)) for name in ("seeds", "ablation_seeds")}
@@ -172,7 +170,6 @@ def prepare(profile: str | Path, only: Sequence[str] = (), models: Sequence[str]
     work = Work(settings, models=tuple(models), methods=tuple(methods))
     work = replace(work, keys=tuple(only)) if only else work
     root = (Path(out) if out else Path("runs") / Path(profile).stem).resolve()
-    write_settings(settings, root / "settings.yaml")
     return root, work
 
 def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models: Sequence[str] = (),
@@ -194,10 +191,8 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
     root, work = prepare(profile, only, models, methods, seeds, out, **changes)
     cores, local = cores or os.cpu_count() or 1, executor == "local"
     many = [] if {"--jobs", "-j"} & set(options) else ["--jobs", "100"]
-    arguments = [
-        "--cores",
-        str(cores), "--resources", f"gpu={gpus}", "--scheduler", "greedy", *options,
-        *([] if local else ["--executor", executor, *many]), *([] if verbose else ["--quiet", "all"])]
+    arguments = f"--cores {cores} --resources gpu={gpus} --scheduler greedy".split() + [*options]
+    arguments += ([] if local else ["--executor", executor, *many]) + ([] if verbose else ["--quiet", "all"])
     os.environ["CFT_GPUS"] = str(gpus if local and work.settings.device.startswith("cuda") else 0)
     os.environ["CFT_RUNNER"] = str(os.getpid()) if local else ""
     began = time.time()
@@ -206,6 +201,7 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
     except Timeout:
         raise ValueError(f"another `cft reproduce` works in {root}; wait for it, or choose another --out") from None
     with held:
+        write_settings(work.settings, root / "settings.yaml")
         pages = page_steps(work, root)
         todo = undone(pages, Notes(root))
         if todo:
@@ -217,11 +213,10 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
 def _write_plan(root: Path, work: Work, jobs: dict[str, Job]) -> None:
     for folder in ("jobs", "failed"):
         shutil.rmtree(root / folder, ignore_errors=True)
+    command = f"{shlex.quote(sys.executable)} -m cft.reproduce.runner"
     names = {"keys": list(work.keys), "models": list(work.models), "methods": list(work.methods)}
-    write_json(
-        root / "plan.json", {
-            "command": f"{shlex.quote(sys.executable)} -m cft.reproduce.runner", **names, "threads": max(
-                1, work.settings.workers), "jobs": {k: vars(v) for k, v in jobs.items()}})
+    more = {"threads": max(1, work.settings.workers), "jobs": {name: vars(job) for name, job in jobs.items()}}
+    write_json(root / "plan.json", {"command": command, **names, **more})
 
 @contextmanager
 def progress_of(root: Path, total: int, shown: bool) -> Iterator[None]:
@@ -299,7 +294,8 @@ def report(root: Path, work: Work, pages: Sequence[Step], seconds: float = 0.0) 
         rows.append((key, "done" if not problem else "failed" if failed else "missing", sum(spent), problem))
     jobs = read_json(root / "plan.json")["jobs"] if (root / "plan.json").is_file() else {}
     for note in map(read_json, sorted((root / "failed").glob("*.json"))):
-        command = f"cd {shlex.quote(str(root))} && {Path(sys.executable).name} -m cft.reproduce.runner {shlex.quote(note['step'])}"
+        where, what = shlex.quote(str(root)), shlex.quote(note["step"])
+        command = f"cd {where} && {Path(sys.executable).name} -m cft.reproduce.runner {what}"
         log = next((f"logs/{name}.log" for name, job in jobs.items() if note["step"] in job["steps"]), "")
         failures.append(
             (note["step"], note["error"].splitlines()[0][:300], note["cell"], note["traceback"][-4:], log, command))
@@ -310,7 +306,7 @@ SHARED = ("base", "world", "concepts", "ground", "concept-set", "guide")  # step
 
 # %% ../../nbs/appendix/13_runner.ipynb #f77614fd
 def plan_text(profile: str | Path = "demo", only: Sequence[str] = (), **narrowed: Any) -> str:
-    """What a reproduction would do: per artefact its fine-tunes and evaluations, the steps that are not done, the cost."""
+    """What a reproduction would do: per artefact its fine-tunes, evaluations and steps that are not done; the cost."""
     root, work = prepare(profile, only, **narrowed)
     pages, notes, seen = page_steps(work, root), Notes(root), set()
     lines = [
@@ -322,10 +318,8 @@ def plan_text(profile: str | Path = "demo", only: Sequence[str] = (), **narrowed
         todo = len(undone([page], notes))
         lines.append(f"{key:14} {len(tuned):10} {len(tuned - seen):5} {len(tested):12} {len(tested - seen):5} {todo:6}")
         seen |= tuned | tested
-    counts = work.counts()
-    lines.append(
-        f"{'together':14} {counts['fine-tunes']:10} {'':5} {counts['evaluations']:12} {'':5} {len(undone(pages, notes)):6}"
-    )
+    counts, todo = work.counts(), len(undone(pages, notes))
+    lines.append(f"{'together':14} {counts['fine-tunes']:10} {'':5} {counts['evaluations']:12} {'':5} {todo:6}")
     return "\n".join([*lines, *filter(None, (empty_places(work.settings), _cost_text(root, work)))])
 
 def empty_places(settings: Settings) -> str:
@@ -362,8 +356,7 @@ def _measured(settings: Settings, root: Path, model: str, steps: int = 2) -> lis
     folder = noise_folder(root / "costs" / "noise", 8, 3)
     folder = folder.with_masks(object=folder.root.parent / "masks")
     images, seconds = MaskedImages(folder, Preprocess.of(network), train=True), {}
-    how: dict[str,
-              Any] = {"epochs": 1, "batch": settings.batch, "precision": settings.precision, "chunk": settings.chunk}
+    how: Any = {"epochs": 1, **settings.values("batch", "precision", "chunk")}
     for what in ("cft-paper", "cft", "plain", "lcls-only", "rrda", "gradmask", "rrr"):
         found = rehearse(network, images, replace(RECIPES[what], **how), steps)
         seconds["step" if what == "cft-paper" else what] = found["seconds_per_step"]

@@ -136,10 +136,10 @@ class Work:
 
     def __post_init__(self) -> None:
         """Refuse artefacts, networks and methods that do not exist."""
-        methods = {method for a in ARTEFACTS for method in a.methods}
-        for what, given, there in (("artefacts", self.keys, [*(a.key for a in ARTEFACTS),
-                                                             *RELATED]), ("models", self.models, sorted(PAPER.models)),
-                                   ("methods", self.methods, sorted(methods))):
+        keys, methods = [*(a.key for a in ARTEFACTS), *RELATED], {m for a in ARTEFACTS for m in a.methods}
+        expected = (("artefacts", self.keys, keys), ("models", self.models, sorted(PAPER.models)),
+                    ("methods", self.methods, sorted(methods)))
+        for what, given, there in expected:
             strange = sorted(set(given) - set(there))
             if strange:
                 raise ValueError(f"unknown {what}: {', '.join(strange)}; expected some of {', '.join(there)}")
@@ -173,7 +173,7 @@ class Work:
         return [needed(self.wanted(key), profile) for key in own for profile in self.profiles(key)]
 
     def mapped(self, key: str) -> set[Tested]:
-        """The sets of whose pictures maps are wanted, with the checkpoint: of the figures, and of the demo's first seed."""
+        """The sets whose maps are wanted, with the checkpoint: of the figures, and of the demo's first seed."""
         shown = {t for t in self.tested(key) if t[2] == 0 and t[3] != "segmentation"} if key in WITH_MAPS else set()
         return {t for t in shown if key != "demo" or t[1] in ("original", "cft", "cft+") and t[3] in SHIFTED}
 
@@ -185,9 +185,8 @@ class Work:
 
     def counts(self, *keys: str) -> dict[str, int]:
         """How many fine-tunes, evaluations and pages, of some artefacts or of all."""
-        return {
-            "fine-tunes": len(self.tuned(*keys)), "evaluations": len(self.tested(*keys)), "pages": len(keys
-                                                                                                       or self.keys)}
+        tuned, tested = self.tuned(*keys), self.tested(*keys)
+        return {"fine-tunes": len(tuned), "evaluations": len(tested), "pages": len(keys or self.keys)}
 
 # %% ../../nbs/appendix/02_settings.ipynb #5ab395d4
 def model_file(model: str, method: str, seed: int) -> str:
@@ -209,7 +208,7 @@ def page_file(key: str) -> str:
 # %% ../../nbs/appendix/02_settings.ipynb #16af978b
 @dataclass(frozen=True)
 class Cost:
-    """Measured seconds on one device: of a training step by method (`step` for those not listed) and of a test picture."""
+    """Measured seconds on one device: of a training step by method (`step` for others) and of a test picture."""
 
     device: str
     step: float
@@ -219,7 +218,7 @@ class Cost:
 def measured_costs(file: str | Path | None = None) -> dict[str, Cost]:
     """Costs by network, from the file that a rehearsal wrote or from those that the package carries.
 
-    Columns: model, device, what (step, picture, or a method's name for its step), seconds. Raises ValueError for others.
+    Columns: model, device, what (step, picture, or a method's name for its step), seconds. Raises ValueError without.
     """
     path = Path(file) if file else profile_file("paper").with_name("costs.csv")
     found: dict[str, dict[str, float]] = {}
@@ -237,7 +236,7 @@ def measured_costs(file: str | Path | None = None) -> dict[str, Cost]:
 def hours(work: Work, sizes: Mapping[str, int], costs: Mapping[str, Cost]) -> dict[str, float]:
     """Hours of fine-tuning and of evaluation by the measured costs, for the networks that were measured.
 
-    sizes: pictures of each test set, in our names. Keys: fine-tuning, evaluation, and unmeasured: fine-tunes without a cost.
+    sizes: pictures of each test set, in our names. Keys: fine-tuning, evaluation, unmeasured (fine-tunes without cost).
     """
     s = work.settings
     steps = -(-s.classes * s.per_class // s.batch) * s.epochs

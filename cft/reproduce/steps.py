@@ -53,8 +53,7 @@ class Step:
     needs: tuple["Step", ...] = ()
     depends: Mapping[str, Any] = field(default_factory=dict)  # plain values
     folder: str = ""  # that the files stand for
-    records: tuple[str,
-                   ...] = ()  # files that are there too, and say how it went: what others read does not rest on them
+    records: tuple[str, ...] = ()  # more files, on which nothing that others read rests
     job: str = ""  # steps of one job are made in one process …
     part: str = ""  # … at most so many of these at a time
     gpu: bool = False
@@ -111,7 +110,7 @@ class Notes:
             return {}
 
     def outputs(self, step: Step) -> dict[str, str] | None:
-        """Digests of what a step wrote, as it is now; None if something is missing. Files as they were noted are not read."""
+        """Digests of what a step wrote, as it is now; None if something is missing. Files as noted are not read."""
         if step not in self._seen:
             self._seen[step] = self._outputs(step)
         return self._seen[step]
@@ -182,23 +181,23 @@ def failure_file(root: Path, name: str) -> Path:
 
 def _note_failure(root: Path, step: Step, error: Exception) -> None:
     cell = getattr(error, "exec_count", None)  # papermill says which cell failed, and how
-    said = f"{getattr(error, 'ename', '')}: {getattr(error, 'evalue', '')}" if cell else f"{type(error).__name__}: {error}"
+    name, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", traceback.format_exc())
     lines = [line for line in plain.splitlines() if line.strip()]
     write_json(failure_file(root, step.name),
-               {"step": step.name, "error": said[:2000], "cell": cell, "traceback": lines[-12:]})
+               {"step": step.name, "error": f"{name}: {text}"[:2000], "cell": cell, "traceback": lines[-12:]})
 
 def make_steps(steps: Sequence[Step], root: Path) -> bool:
     """Make those of the steps that are not done, in order; whether all of them are done then."""
     notes, wanted, fine = Notes(root), set(steps), True
-    for _, group in groupby((step for step in in_order(steps) if step in wanted), key=lambda step: step.kind):
+    alone = lambda step: (step.kind, "" if step.at_once else step.name)
+    for _, group in groupby((step for step in in_order(steps) if step in wanted), key=alone):
         todo = [step for step in group if not notes.is_done(step)]
         for step in todo:
             notes.clear(step)
         able = [step for step in todo if all(notes.outputs(need) is not None for need in step.needs)]
         fine &= len(able) == len(todo)
-        together = len(able) > 1 and able[0].at_once is not None
-        fine &= _make(able, root, notes) if together else all([_make([step], root, notes) for step in able])
+        fine &= not able or _make(able, root, notes)
     return fine
 
 def _make(steps: Sequence[Step], root: Path, notes: Notes) -> bool:
@@ -275,15 +274,16 @@ class PaperSteps:
         if not (isinstance(self.world, Drawn) and self.world.bases):
             return ()
         files = (f"bases/{seed}/base_{seed}.safetensors", f"bases/{seed}/bases.json")
-        return (self._step("base", (seed,), files, self._base, job=f"base-{seed}"),)
+        return (self._step("base", (seed,), files, lambda seed: self.drawn.train_base(int(seed)), job=f"base-{seed}"),)
 
     def pictures(self, seed: int) -> tuple[Step, ...]:
         """The pictures of a seed, where they have to be drawn."""
         if not isinstance(self.world, Drawn):
             return ()
-        counts = self.settings.values("pool", "test_per_class", "segmentation_per_class")
-        return (self._step("world", (seed,), (f"worlds/{seed}.json",), self._pictures, depends=counts,
-                           folder=f"worlds/{seed}", job=f"masks-{seed}"),)
+        counts = self.settings.values("pool", "test_per_class", "segmentation_per_class", "drawn_from")
+        draw = lambda seed: self.drawn.draw(int(seed))
+        return (self._step("world", (seed,), (f"worlds/{seed}.json",), draw, depends=counts, folder=f"worlds/{seed}",
+                           job=f"masks-{seed}"),)
 
     def concepts(self) -> Step:
         """The concepts of all classes that some seed needs."""
@@ -316,11 +316,9 @@ class PaperSteps:
         """The masks that relevance is guided by, and the pictures that a seed fine-tunes on."""
         sets = [
             self.concept_set(self.world.store(seed), name) for name in dict.fromkeys(("kept", guide)) if name in GUIDES]
-        annotated = guide == "annotated"
-        return self._step("guide", (seed, guide), (f"guides/{seed}/{guide}.json",), self._guide, needs=tuple(sets),
-                          depends=self.settings.values("per_class",
-                                                       "classes"), job=self._masks_job(seed, f"guides-{seed}"),
-                          folder="" if annotated else f"guides/{seed}/{guide}")
+        how, folder = self.settings.values("per_class", "classes"), f"guides/{seed}/{guide}"
+        return self._step("guide", (seed, guide), (f"{folder}.json",), self._guide, needs=tuple(sets), depends=how,
+                          folder="" if guide == "annotated" else folder, job=self._masks_job(seed, f"guides-{seed}"))
 
     def fine_tune(self, model: str, method: str, seed: int) -> Step:
         """A fine-tune; goes on where it was killed."""
@@ -351,7 +349,8 @@ class PaperSteps:
             depends |= self.settings.values("seeds", "ablation_seeds")
         rows = rows_file(model, method, seed, name)
         return self._step(f"{self.family}evaluate", (model, method, seed, name),
-                          (rows, rows.replace("/rows/", "/pictures/")), self._evaluate, at_once=self._evaluate_all,
+                          (rows, rows.replace("/rows/", "/pictures/")), lambda *item: self._evaluate(item),
+                          at_once=lambda steps: self._evaluate(*(step.item for step in steps)),
                           needs=(*self._checkpoint(model, method, seed), *self.pictures(seed)), depends=depends,
                           job=f"{model}-{seed}", part=method, gpu=self.gpu)
 
@@ -373,12 +372,6 @@ class PaperSteps:
         return (*tested, *mapped, *(self.concept_set(*pair) for pair in guides), *agreement)
 
     # ---- the work ----
-
-    def _base(self, seed: str) -> None:
-        self.drawn.train_base(int(seed))
-
-    def _pictures(self, seed: str) -> None:
-        self.drawn.draw(int(seed))
 
     def _concepts(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -440,26 +433,19 @@ class PaperSteps:
         network = self.start(model, method, int(seed)).to(self.settings.device)
         images = self.training_images(network, model, method, int(seed))
         held = MaskedImages(self.world.validation(int(seed)), Preprocess.of(network)) if recipe.best else None
-        run, wanted = self.root / Path(model_file(model, method, int(seed))).parent, identity(
-            network, images, recipe, held)
+        run = self.root / Path(model_file(model, method, int(seed))).parent
+        wanted = identity(network, images, recipe, held)
         records = sorted((self.root / "models" / model).glob(f"*/{seed}/record.json"))
         same = next((r.parent for r in records if read_json(r).items() >= wanted.items()), None)
-        if same is not None and same != run and not (
-                run / "state.pt").exists():  # other thresholds may keep the same concepts
-            _copy_run(same, run)
+        if same not in (None, run) and not (run / "state.pt").exists():
+            _copy_run(same, run)  # other thresholds may keep the same concepts
         fine_tune(network, images, recipe, run, progress=False, validation=held, restart=True)
 
     def _ready(self, model: str, method: str, seed: int) -> Checkpoint:
         network, file = self.tuned(model, method, seed)
         return checkpoint(network, f"{model}.{method}.{seed}", file, method, seed)
 
-    def _evaluate(self, *item: str) -> None:
-        self._evaluate_items([item])
-
-    def _evaluate_all(self, steps: Sequence[Step]) -> None:
-        self._evaluate_items([step.item for step in steps])
-
-    def _evaluate_items(self, items: Sequence[tuple[str, ...]]) -> None:
+    def _evaluate(self, *items: tuple[str, ...]) -> None:
         tests = sorted(((m, x, int(s), name) for m, x, s, name in items), key=lambda t: t[3])
         load = cache(self._ready)
         loop = Loop(workers=self.settings.workers, device=self.settings.device)

@@ -66,7 +66,7 @@ VARIANTS: dict[str, Variant] = {
 }
 
 def varied(method: str) -> tuple[Recipe, Variant]:
-    """The recipe that a name stands for, at its default rate, and its variant. Raises ValueError for an unknown name."""
+    """The recipe that a name stands for, at its default rate, and its variant. Raises ValueError for others."""
     base, _, name = method.partition(".")
     if base not in RECIPES or (name and name not in VARIANTS):
         raise ValueError(f"no method {method!r}; expected one of {', '.join(RECIPES)}, "
@@ -92,8 +92,8 @@ def recipe_of(method: str, model: str, settings: Settings, seed: int) -> tuple[R
         raise ValueError(f"no learning rate for {base} on {model}; set rates.{model}.{base} in the settings")
     if name == "table8" and base == "gradmask":
         rate = RATES.get(model, RATES["vit_base_patch16_224"])["gradmask"]
-    if name == "table8" and isinstance(recipe.objective,
-                                       RightReasons):  # λ_cls = 2e-6, λ = 1e-10 on sums over batches of 8
+    if name == "table8" and isinstance(recipe.objective, RightReasons):
+        # λ_cls = 2e-6, λ = 1e-10 on sums over batches of 8
         recipe = replace(recipe, objective=replace(recipe.objective, weight=8e-10, classify=2e-6))
     how = {"epochs": settings.epochs, "batch": settings.batch, "precision": settings.precision, "chunk": settings.chunk}
     return replace(recipe, rate=rate * variant.faster, seed=7000 + seed, **how), variant
@@ -110,7 +110,7 @@ def given_by(concepts: ConceptSet, kinds: tuple[str, ...]) -> ConceptSet:
     return replace(concepts, concepts=left)
 
 def guide_concepts(store: MaskStore, concepts: ConceptSet, guide: str, kinds: tuple[str, ...], pool: int) -> ConceptSet:
-    """The concepts of a guide, validated on `pool` pictures a class. Raises ValueError for one that is not in GUIDES."""
+    """The concepts of a guide, validated on `pool` pictures a class. Raises ValueError for others than GUIDES."""
     if guide not in GUIDES:
         raise ValueError(f"guide must be one of {', '.join(GUIDES)}; got {guide!r}")
     more = {"superclasses": ("superclass",), "context": ("around",)}.get(guide, ())
@@ -121,7 +121,7 @@ def guide_concepts(store: MaskStore, concepts: ConceptSet, guide: str, kinds: tu
 
 @dataclass(frozen=True)
 class Shown:
-    """The masks that a method is shown: its guide's, and whole objects, "annotated", "class" (found by name) or none."""
+    """The masks that a method is shown: its guide's; whole objects, "annotated", "class" (found by name) or none."""
 
     guide: str  # empty: no concept masks
     objects: str
