@@ -19,15 +19,12 @@ from ..data.backdrop import CLASSES
 from ..data.folders import MaskedImages, Preprocess, list_folder
 from ..evaluate.faithfulness import share_inside
 from ..evaluate.intervals import table_of_means
-from ..evaluate.metrics import COLUMNS
 from ..evaluate.passes import checkpoint, reading_of, run_pass, times_slower
 from ..explain.maps import relevance
-from ..files import read_json, write_csv
+from ..files import read_json
 from .deal_metrics import DualSteps
 from .groups import backdrop_set
-from .segmil import few_of, group_rows, segmil_steps
-from ..reproduce.paper import scores_of
-from ..reproduce.results import open_results
+from .segmil import few_of, group_rows, metric_rows, named_scores, seed_step, segmil_steps
 from ..reproduce.steps import Notes, PaperSteps, Step
 from ..reproduce.tables import LABELS as OF_DEMO
 
@@ -78,11 +75,11 @@ def run_comparison(steps: PaperSteps, seed: int) -> pd.DataFrame:
             "on_object": relevance_on_object(model, world), "preparing": preparing(steps, method, seed),
             "training": read_json(file.with_name("record.json"))["seconds"] if file else 0.0,
             "answering": times_slower(answers(model), answers(base))}
-        lines = dict(set="groups", split="all", metric=list(more), value=list(more.values()), n=len(pictures))
-        tables.append(pd.concat([group_rows(pictures), pd.DataFrame(lines)]).assign(method=name))
+        rows = pd.concat([group_rows(pictures), metric_rows(more, "groups", len(pictures))])
+        tables.append(rows.assign(method=name))
     rows = pd.read_csv(steps.root / f"related/segmil/{seed}.csv").query("method == 'segmil'")
     tables.append(rows.replace({"metric": {"attention": "on_object"}}))
-    return pd.concat(tables, ignore_index=True)[["method", *COLUMNS]].assign(seed=seed)
+    return pd.concat(tables, ignore_index=True)
 
 def preparing(steps: PaperSteps, method: str, seed: int) -> float:
     """The seconds that it took to find a method's concepts and to validate them."""
@@ -96,18 +93,14 @@ def comparison_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     """The steps of the experiment: one a seed, on the fine-tunes of the demo and of DEAL's chapter."""
     dual = DualSteps(steps.work, steps.root)
 
-    def make(seed: str) -> None:
-        write_csv(steps.root / f"related/comparison/{seed}.csv", run_comparison(steps, int(seed)))
-
-    def step(seed: int) -> Step:
+    def needs(seed: int) -> tuple[Step, ...]:
         tuned = [steps.fine_tune("demo", m, seed) for m in BASES if m != "original"]
-        others = [dual.fine_tune("dual", m, seed) for m in DUALS if m != "original"]
-        needs = (*tuned, *others, *segmil_steps(steps, (seed,)), *steps.pictures(seed), *steps.base(seed))
-        depends = {"methods": list(LABELS), "start": steps.start_digest("demo", seed)}
-        return Step("comparison", (str(seed),), (f"related/comparison/{seed}.csv",), make, needs=needs, depends=depends,
-                    job=f"comparison-{seed}")
+        tuned += [dual.fine_tune("dual", m, seed) for m in DUALS if m != "original"]
+        return *tuned, *segmil_steps(steps, (seed,)), *steps.pictures(seed), *steps.base(seed)
 
-    return [step(seed) for seed in seeds]
+    return [
+        seed_step(steps, "comparison", seed, run_comparison, needs=needs(seed),
+                  depends={"methods": list(LABELS), "start": steps.start_digest("demo", seed)}) for seed in seeds]
 
 # %% ../../nbs/related/05_comparison.ipynb #56a40531
 _WORST = ("groups, worst group",)
@@ -115,9 +108,7 @@ _SHOWN = {"on_object": "on object", "preparing": "preparing, s", "training": "tr
 
 def comparison_scores(rows: pd.DataFrame) -> pd.DataFrame:
     """One value for each method, seed and column of the table, from rows as `Found.related` gives them."""
-    more = rows[rows["metric"].isin(_SHOWN)]
-    more = more.assign(column=more["metric"].map(_SHOWN))[["method", "seed", "column", "value"]]
-    return pd.concat([scores_of(rows), more], ignore_index=True)
+    return named_scores(rows, _SHOWN)
 
 def comparison_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The experiment as text: methods × columns, mean ± sample standard deviation over seeds."""

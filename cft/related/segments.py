@@ -10,7 +10,6 @@ __all__ = ['ImageText', 'Clip', 'ToyPairs', 'similarities', 'retrieve', 'ground'
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as V
 
-from ..concepts.filters import ClipText
+from ..concepts.filters import ClipText, Encoder
 from ..concepts.grounding import Grounder
 from ..concepts.masks import Work, ground_pictures
 from ..concepts.store import MaskStore
@@ -33,15 +32,8 @@ from ..demo.toy_grounder import ToyGrounder
 from ..files import need
 
 # %% ../../nbs/related/01_segments.ipynb #a56da841
-class ImageText(Protocol):
-    """Puts texts and pictures into one space. Called with texts it is an `Encoder` of `filters`."""
-
-    name: str
-
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """The vectors of texts, (texts, dimensions)."""
-        ...
-
+class ImageText(Encoder, Protocol):
+    """An `Encoder` of texts that puts pictures into the same space."""
     def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """The vectors of RGB pictures, (pictures, dimensions)."""
         ...
@@ -54,18 +46,12 @@ class Clip(ClipText):
                              "open_clip_model.safetensors of timm/vit_base_patch32_clip_224.openai from huggingface.co")
         super().__init__(weights, model)
 
-    @cached_property
-    def _transform(self) -> Any:
-        module, visual = need("open_clip", "open-clip-torch", "cft[llm]", "Clip"), self._model[0].visual
-        return module.image_transform(visual.image_size, is_train=False, mean=visual.image_mean, std=visual.image_std)
-
     def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """Vectors (pictures, dimensions)."""
-        with torch.inference_mode():
-            parts = [
-                self._model[0].encode_image(torch.stack([self._transform(p) for p in pictures[k:k + 64]])).float()
-                for k in range(0, len(pictures), 64)]
-        return torch.cat(parts).numpy()
+        visual, module = self._model[0].visual, need("open_clip", "open-clip-torch", "cft[llm]", "Clip")
+        see = module.image_transform(visual.image_size, is_train=False, mean=visual.image_mean, std=visual.image_std)
+        blocks = [torch.stack([see(p) for p in pictures[k:k + 64]]) for k in range(0, len(pictures), 64)]
+        return torch.cat([self._model[0].encode_image(block).float() for block in blocks]).numpy()
 
 # %% ../../nbs/related/01_segments.ipynb #0d499e31
 class ToyPairs:
@@ -101,8 +87,8 @@ def similarities(encoder: ImageText, pictures: Iterable[Image.Image], vocabulary
     Raises ValueError for no pictures, an empty vocabulary, repeated phrases and vectors that are zero or not finite.
     """
     if not vocabulary or len(set(vocabulary)) < len(vocabulary):
-        raise ValueError("expected a vocabulary of different phrases, got "
-                         f"{len(vocabulary)} with {len(set(vocabulary))} different ones")
+        different = f"{len(vocabulary)} with {len(set(vocabulary))} different ones"
+        raise ValueError(f"expected a vocabulary of different phrases, got {different}")
     texts, rows, waiting = _unit(encoder(vocabulary), f"the texts of {encoder.name}"), [], iter(pictures)
     while some := list(islice(waiting, chunk)):
         rows.append(_unit(encoder.images(some), f"the pictures of {encoder.name}") @ texts.T)
