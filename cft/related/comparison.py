@@ -7,7 +7,7 @@ __all__ = ['BASES', 'DUALS', 'LABELS', 'MASKS', 'relevance_on_object', 'run_comp
            'comparison_scores', 'comparison_table']
 
 # %% ../../nbs/related/05_comparison.ipynb #464275d6
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +25,7 @@ from ..files import read_json
 from .deal_metrics import DualSteps
 from .groups import backdrop_set
 from .segmil import few_of, group_rows, metric_rows, named_scores, seed_step, segmil_steps
-from ..reproduce.steps import Notes, PaperSteps, Step
+from ..reproduce.steps import Notes, PaperSteps, Step, in_order
 from ..reproduce.tables import LABELS as OF_DEMO
 
 # %% ../../nbs/related/05_comparison.ipynb #28fbfb2c
@@ -62,10 +62,7 @@ def run_comparison(steps: PaperSteps, seed: int) -> pd.DataFrame:
     """
     dual, world = DualSteps(steps.work, steps.root), steps.drawn.place(seed)
     base, tests, few = steps.world.network("demo", seed), backdrop_set(world), few_of(backdrop_set(world, ("val",)))
-
-    def answers(model: nn.Module) -> Callable[[], object]:
-        return lambda: run_pass(few, [checkpoint(model, "model")], reading_of(model))
-
+    answers = lambda model: lambda: run_pass(few, [checkpoint(model, "model")], reading_of(model))
     tables = []
     for name in (name for name in LABELS if name != "segmil"):
         own, method = (dual, name.removeprefix("dual.")) if name.startswith("dual.") else (steps, name)
@@ -83,11 +80,8 @@ def run_comparison(steps: PaperSteps, seed: int) -> pd.DataFrame:
 
 def preparing(steps: PaperSteps, method: str, seed: int) -> float:
     """The seconds that it took to find a method's concepts and to validate them."""
-    needed = {
-        step for guide in MASKS.get(method, ()) for step in (steps.guide(seed, guide), *steps.guide(seed, guide).needs)}
-    for step in [step for step in needed if step.kind == "concept-set"]:
-        needed |= {need for need in step.needs if need.kind == "ground"}
-    return sum(Notes(steps.root).read(step)["seconds"] for step in needed)
+    made, notes = in_order(steps.guide(seed, guide) for guide in MASKS.get(method, ())), Notes(steps.root)
+    return sum(notes.read(step)["seconds"] for step in made if step.kind in ("ground", "concept-set", "guide"))
 
 def comparison_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     """The steps of the experiment: one a seed, on the fine-tunes of the demo and of DEAL's chapter."""

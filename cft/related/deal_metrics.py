@@ -318,7 +318,7 @@ class DualSteps(PaperSteps):
         return self.by(self.encoder(method, seed)), file
 
     def recipe(self, model: str, method: str, seed: int) -> tuple[Recipe, Variant]:
-        """How a method fine-tunes: by the demo's schedule; for DEAL, a picture's own caption is no negative of its class."""
+        """How a method fine-tunes: by the demo's schedule; for DEAL, captions of the same class are no negatives."""
         if method not in METHODS:
             return recipe_of(method, "demo", self.settings, seed)
         objective = Deal(self.prompts, twins="ignored", **METHODS[method])
@@ -391,8 +391,8 @@ def deal_columns(rows: pd.DataFrame) -> pd.DataFrame:
     scores = named_scores(rows, {"seconds": "seconds"})
     named = rows[(rows["metric"] == "top1_by_name") & (rows["split"] == "all")]
     maps = rows[rows["metric"].isin(_METRICS)]
-    of_maps = maps.assign(column=maps["metric"].where(maps["set"] == "segmentation", maps["metric"] + ", " + maps["set"]))
-    wide = of_maps.pivot(index=["method", "seed"], columns="column", values="value")
+    column = maps["metric"].where(maps["set"] == _OF_MAPS[0], maps["metric"] + ", " + maps["set"])
+    wide = maps.assign(column=column).pivot(index=["method", "seed"], columns="column", values="value")
     for where in (w for w in ("", ", adversarial") if f"part_miou{w}" in wide):
         wide[f"specificity{where}"] = wide[f"part_miou{where}"] - wide[f"part_miou_swapped{where}"]
     long = wide.reset_index().melt(["method", "seed"], var_name="column").dropna(subset=["value"])
@@ -414,6 +414,6 @@ def deal_claims(rows: pd.DataFrame) -> pd.DataFrame:
     return found.assign(**{"in the paper": list(map(_difference_in_paper, told))})
 
 def deal_table(rows: pd.DataFrame, columns: Sequence[str] = SHOWN) -> pd.DataFrame:
-    """The table as text: method × column, mean ± sample standard deviation over seeds; empty where nothing was measured."""
+    """The table as text: method × column, mean ± sample standard deviation over seeds; empty: not measured."""
     digits = {c: 3 for c in columns if c.split(",")[0] in ("disentanglability", "localizability")}
     return table_of_means(deal_columns(rows), columns, digits).rename_axis("demo")

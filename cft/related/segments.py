@@ -39,7 +39,7 @@ class ImageText(Encoder, Protocol):
         ...
 
 class Clip(ClipText):
-    """Both sides of a CLIP model of open_clip, with weights from a file on disk; the default is the paper's ViT-B/32."""
+    """Both sides of a CLIP model of open_clip, with weights from a file; the default is the paper's ViT-B/32."""
     def __init__(self, weights: str | Path, model: str = "ViT-B-32-quickgelu"):
         if not Path(weights).is_file():
             raise ValueError(f"no file at {weights}; expected weights of {model}: for OpenAI's CLIP ViT-B/32 "
@@ -97,7 +97,7 @@ def similarities(encoder: ImageText, pictures: Iterable[Image.Image], vocabulary
     return np.concatenate(rows)
 
 def retrieve(similarity: np.ndarray, vocabulary: Sequence[str], top: int = 10) -> list[tuple[str, ...]]:
-    """The `top` phrases of each row of similarities (pictures, vocabulary), the likeliest first, ties in their order."""
+    """The `top` phrases of each row of similarities (pictures, vocabulary), likeliest first, ties in their order."""
     order = np.argsort(-similarity, axis=1, kind="stable")[:, :top]
     return [tuple(str(vocabulary[m]) for m in row) for row in order]
 
@@ -139,7 +139,6 @@ class SegmentRules:
     margin: float = 0.1  # of the box's sides, added on each side of a crop
 
     def __post_init__(self) -> None:
-        """Refuse rules that cannot be."""
         shares = (self.least, self.largest, self.overlap)
         if not all(0 <= s <= 1 for s in shares) or self.most < 1 or self.top < 1 or self.margin < 0:
             raise ValueError(f"expected shares in 0 … 1, top and most >= 1 and margin >= 0, got {self}")
@@ -209,7 +208,7 @@ def mean_colour(source: PictureFiles, most: int = 500) -> Tensor:
 # %% ../../nbs/related/01_segments.ipynb #df990a2c
 @dataclass(eq=False)
 class Bags(Dataset[dict[str, Any]]):
-    """A set as bags. Item k is a dict: bag (segments, 3, height, width) normalised, label, index, and what `extra` adds.
+    """A set as bags. Item k: bag (segments, 3, height, width) normalised, label, index, and what `extra` adds.
 
     Raises ValueError for a list that is not as long as the set.
     """
@@ -224,7 +223,6 @@ class Bags(Dataset[dict[str, Any]]):
     kept: Sequence[Tensor] = ()  # finished bags, (segments, …) each, in place of pixels that are cut when asked for
 
     def __post_init__(self) -> None:
-        """Refuse lists of other lengths."""
         self.extra = dict(self.extra)
         given = self.extra | {"phrases": self.phrases} if self.store else self.extra
         wrong = {name: len(values) for name, values in given.items() if len(values) != len(self)}
@@ -258,7 +256,7 @@ class Bags(Dataset[dict[str, Any]]):
         return {"bag": bag, "label": self.source.targets[index][0], "index": index} | more
 
 class BagBatch(dict[str, Tensor]):
-    """bag (batch, segments, …) padded with zeros, valid bool (batch, segments), label, index (batch,), the rest stacked."""
+    """bag (batch, segments, …) padded with zeros, valid bool (batch, segments), label, index (batch,) and more."""
     @property
     def size(self) -> int:
         """How many bags."""

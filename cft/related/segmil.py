@@ -44,7 +44,6 @@ from .segments import (BagBatch, Bags, ImageText, Segment, SegmentRules, ToyPair
                                   mean_colour, retrieve, similarities)
 from ..reproduce.paper import scores_of
 from ..reproduce.steps import PaperSteps, Step
-from ..reproduce.variants import recipe_of
 from ..train.loop import fine_tune, shuffled
 from ..train.objectives import Recipe
 
@@ -145,7 +144,6 @@ class ConceptAlignment:
     level: Literal["bag", "segment"] = "bag"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained."""
         if self.weight < 0 or self.level not in ("bag", "segment"):
             raise ValueError(f"expected weight >= 0 and level bag or segment, got {self.weight}, {self.level!r}")
 
@@ -253,8 +251,8 @@ class Explanation:
         most = float(np.abs(total).max()) or 1.0
         axes[1].imshow(painted, cmap="RdBu_r", vmin=-most, vmax=most, alpha=0.75, interpolation="nearest")
         rows, short = self.table(top)[::-1], lambda text: text if len(text) <= 20 else text[:19] + "…"
-        axes[2].barh(range(len(rows)), rows["contribution"],
-                     color=np.where(rows["contribution"] > 0, "#B2182B", "#2166AC"))
+        colours = np.where(rows["contribution"] > 0, "#B2182B", "#2166AC")
+        axes[2].barh(range(len(rows)), rows["contribution"], color=colours)
         labels = rows["segment"].map(short) + " → " + rows["concept"].map(short)
         axes[2].set(yticks=range(len(rows)), yticklabels=labels)
         axes[2].tick_params(labelsize=6)
@@ -311,7 +309,8 @@ VARIANTS = {
     "segmil.lambda-0": Variant("SEG-MIL-CBM, λ = 0", weight=0.0),
     "segmil.lambda-0.5": Variant("SEG-MIL-CBM, λ = 0.5", weight=0.5),
     "segmil.segments-aligned": Variant("SEG-MIL-CBM, segments aligned", level="segment"),
-    "segmil.bag-5": Variant("SEG-MIL-CBM, bags of 5", most=5), "segmil.bag-1": Variant("SEG-MIL-CBM, bags of 1", most=1),
+    "segmil.bag-5": Variant("SEG-MIL-CBM, bags of 5", most=5),
+    "segmil.bag-1": Variant("SEG-MIL-CBM, bags of 1", most=1),
     "segmil.large": Variant("SEG-MIL-CBM, segments above 2 %", rules=SegmentRules(top=15)),
     "segmil.context": Variant("SEG-MIL-CBM, context concepts kept", context=True)}
 LABELS = {"original": "Original", "plain": "plain fine-tuning", **{name: v.label for name, v in VARIANTS.items()}}
@@ -324,7 +323,7 @@ Like = tuple[Standard, Tensor]  # how concepts are standardised, and the colour 
 
 def drawn_bags(source: PictureFiles, base: nn.Module, root: str | Path, context: bool = False,
                rules: SegmentRules = RULES, like: Like | None = None) -> tuple[Bags, Like]:
-    """Bags of drawn pictures: retrieved, grounded (masks go into `root`), cut; and what test pictures are read `like`."""
+    """Bags of drawn pictures: retrieved, grounded (masks go into `root`), cut; and what others are read `like`."""
     vocabulary, find = demo_vocabulary(context), toy_grounder()
     similarity = similarities(ToyPairs(find), (image for image, _ in source), vocabulary)
     standard, fill = like or (Standard.of(similarity), mean_colour(source))
@@ -356,7 +355,7 @@ def attention_on(model: nn.Module, bags: Bags, objects: Path) -> float:
     return 100 * total / len(bags)
 
 def group_rows(pictures: pd.DataFrame) -> pd.DataFrame:
-    """Tidy top-1 rows of a test in groups (set groups: all and worst group) and of each of its sets: `metrics.COLUMNS`."""
+    """Top-1 rows of a test in groups (set groups: all and worst group) and of each of its sets: `metrics.COLUMNS`."""
     classes, which = len(CLASSES), pictures["id"].str.split("/").str[0]
     parts = {"groups": pictures, **dict(list(pictures.groupby(which, sort=False)))}
     rows = pd.concat([accuracy_rows(part, classes).assign(set=name) for name, part in parts.items()])
@@ -422,8 +421,8 @@ def run_segmil(steps: PaperSteps, seed: int) -> pd.DataFrame:
         model = base
         if name == "plain":  # fine-tuned on the pictures that the heads are trained on
             folder, how = list_folder(world / "images/train", list(CLASSES)), Preprocess.of(base, margin=1.0)
-            images, recipe = MaskedImages(folder, how, train=True, cached=True), recipe_of(name, "demo", steps.settings, seed)
-            model = fine_tune(base, images, recipe[0], progress=False).model
+            images, recipe = MaskedImages(folder, how, train=True, cached=True), steps.recipe("demo", name, seed)[0]
+            model = fine_tune(base, images, recipe, progress=False).model
         return group_rows(run_pass(tests, [checkpoint(model, name)], reading_of(model))[0])
 
     tables = [of_variant(name, VARIANTS[name]) if name in VARIANTS else of_classifier(name) for name in LABELS]
@@ -443,7 +442,7 @@ def segmil_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     """The steps of the experiment: one a seed."""
     depends = {
         "variants": list(map(repr, VARIANTS.values())), "recipe": segmil_recipe(RATE, 0).as_dict(),
-        "plain": recipe_of("plain", "demo", steps.settings, 0)[0].as_dict(), "grounder": toy_grounder().weights}
+        "plain": steps.recipe("demo", "plain", 0)[0].as_dict(), "grounder": toy_grounder().weights}
     return [
         seed_step(steps, "segmil", seed, run_segmil, needs=(*steps.pictures(seed), *steps.base(seed)),
                   folder=f"segmil/{seed}", depends=depends | {"start": steps.start_digest("demo", seed)})
