@@ -416,7 +416,7 @@ def dual_encoder(folder: str | Path | None = None) -> TinyDual:
     path = Path(folder or RELATED) / DUAL
     listing = path.with_suffix(".json")
     if not (path.is_file() and listing.is_file() and sha256(path) == read_json(listing).get("sha256")):
-        raise ValueError(f"expected {path} with the SHA-256 in {listing.name}; reinstall the package or see the chapter")
+        raise ValueError(f"expected {path} with the SHA-256 in {listing.name}; reinstall the package or see 03_deal")
     dual = TinyDual(load_model(TINY)[0])
     try:
         dual.load_state_dict(read_weights(path)[0])

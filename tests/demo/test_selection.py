@@ -80,6 +80,7 @@ def steps(tmp_path_factory):
     assert make_steps(in_order([steps.guide(3, guide) for guide in ("kept", "context", "class")]), steps.root)
     return steps
 
+@pytest.mark.slow
 def test_found_masks_are_found(steps):
     note, of_class = (read_json(steps.root / f"guides/3/{guide}.json") for guide in ("kept", "class"))
     proposed = {len(read_json(steps.root / f"{file}.json")["concepts"]) for file in ("concepts", "kept/3/kept")}

@@ -273,12 +273,11 @@ def test_scores_of_maps_are_those_of_the_pieces(dual):
     assert set(rest["metric"]) == set(table.index) - {"localizability"}
 
 def test_maps_are_scored_on_the_pictures_of_the_world(tmp_path):
-    settings = read_settings("smoke", pool=1, test_per_class=1, segmentation_per_class=2)
-    steps = DualSteps(Work(settings, ("deal",)), tmp_path)
-    steps.drawn.draw(3)
-    files = sorted((steps.drawn.place(3) / "images/segmentation").rglob("*.png"))
-    drawn = backdrop.render("segmentation", 2, settings.drawn_from + 3)
+    world = backdrop.write(tmp_path / "world", {"segmentation": 2}, seed=60003)
+    drawn = backdrop.render("segmentation", 2, 60003)
+    files = sorted((world / "images/segmentation").rglob("*.png"))
     assert {np.asarray(Image.open(f)).tobytes() for f in files} == {image.tobytes() for image in drawn.images}
+
 
 # ---- the dual encoder ----
 
