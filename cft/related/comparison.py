@@ -74,9 +74,8 @@ def run_comparison(steps: PaperSteps, seed: int) -> pd.DataFrame:
             "answering": times_slower(answers(model), answers(base))}
         rows = pd.concat([group_rows(pictures), metric_rows(more, "groups", len(pictures))])
         tables.append(rows.assign(method=name))
-    rows = pd.read_csv(steps.root / f"related/segmil/{seed}.csv").query("method == 'segmil'")
-    tables.append(rows.replace({"metric": {"attention": "on_object"}}))
-    return pd.concat(tables, ignore_index=True)
+    segmil = pd.read_csv(steps.root / f"related/segmil/{seed}.csv").query("method == 'segmil'")
+    return pd.concat([*tables, segmil.replace({"metric": {"attention": "on_object"}})], ignore_index=True)
 
 def preparing(steps: PaperSteps, method: str, seed: int) -> float:
     """The seconds that it took to find a method's concepts and to validate them."""
@@ -97,7 +96,6 @@ def comparison_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
                   depends={"methods": list(LABELS), "start": steps.start_digest("demo", seed)}) for seed in seeds]
 
 # %% ../../nbs/related/05_comparison.ipynb #56a40531
-_WORST = ("groups, worst group",)
 _SHOWN = {"on_object": "on object", "preparing": "preparing, s", "training": "training, s", "answering": "answering, ×"}
 
 def comparison_scores(rows: pd.DataFrame) -> pd.DataFrame:
@@ -106,6 +104,6 @@ def comparison_scores(rows: pd.DataFrame) -> pd.DataFrame:
 
 def comparison_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The experiment as text: methods × columns, mean ± sample standard deviation over seeds."""
-    columns = ["val", "adversarial", "groups", *_WORST, *_SHOWN.values()]
+    columns = ["val", "adversarial", "groups", "groups, worst group", *_SHOWN.values()]
     table = table_of_means(comparison_scores(rows), columns)
     return table.reindex([m for m in LABELS if m in table.index]).rename(index=LABELS).rename_axis("demo")
