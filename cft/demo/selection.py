@@ -42,9 +42,8 @@ ALLOWED_LOSS = 3.0  # points of ordinary validation
 
 def tuning_settings(**changes: object) -> Settings:
     """The demo's settings, with pictures and bases for tuning."""
-    return read_settings(
-        "demo",
-        **({"drawn_from": 30000, "test_per_class": 20, "segmentation_per_class": 1, "bases": "trained"} | changes))
+    own = {"drawn_from": 30000, "test_per_class": 20, "segmentation_per_class": 1, "bases": "trained"}
+    return read_settings("demo", **(own | changes))
 
 def swapped_batches(held_in: Sequence[Mapping[str, Tensor]], seed: int, times: int = 3) -> list[tuple[Tensor, Tensor]]:
     """Validation pictures in front of the backgrounds of other validation pictures, `times` each.
@@ -61,7 +60,7 @@ def _accuracies(model: nn.Module, sets: Mapping[str, list[tuple[Tensor, Tensor]]
     return {name: 100 * (logits.argmax(1) == labels).double().mean().item() for name, (logits, labels) in found.items()}
 
 def search_rates(root: str | Path, trials: Mapping[str, Sequence[float]] = TRIALS, seeds: Sequence[int] = TUNING_SEEDS,
-                 dual: bool = False, settings: Settings | None = None) -> pd.DataFrame:
+                 dual: bool = False, settings: Settings | None = None, progress: bool = True) -> pd.DataFrame:
     """All trials of all methods on the tuning seeds: columns method, seed, rate, val, swapped (percent).
 
     dual: of the dual encoder, in place of the bases. Worlds, masks and bases are made below `root`.
@@ -69,11 +68,8 @@ def search_rates(root: str | Path, trials: Mapping[str, Sequence[float]] = TRIAL
     model, work = "dual" if dual else "demo", Work(settings or tuning_settings())
     steps, rows = (DualSteps if dual else PaperSteps)(work, Path(root)), []
     for seed in seeds:
-        if not make_steps(
-                in_order([
-                    *steps.pictures(seed), *steps.base(seed),
-                    steps.guide(seed, "kept"),
-                    steps.guide(seed, "class")]), steps.root):
+        needed = [*steps.pictures(seed), *steps.base(seed), *(steps.guide(seed, guide) for guide in ("kept", "class"))]
+        if not make_steps(in_order(needed), steps.root):
             raise RuntimeError(f"the world of seed {seed} could not be made; see {steps.root / 'failed'}")
         base, _ = steps.tuned(model, "original", seed)
         place = steps.drawn.place(seed)
@@ -81,8 +77,8 @@ def search_rates(root: str | Path, trials: Mapping[str, Sequence[float]] = TRIAL
         held_in = list(DataLoader(MaskedImages(folder, Preprocess.of(base)), 120))
         sets = {"val": [(b["image"], b["label"]) for b in held_in], "swapped": swapped_batches(held_in, seed)}
         rows.append({"method": "original", "seed": seed, **_accuracies(base, sets)})
-        for method, rate in tqdm([(m, r) for m, rates in trials.items() for r in rates], desc=f"seed {seed}",
-                                 leave=False):
+        pairs = [(method, rate) for method, rates in trials.items() for rate in rates]
+        for method, rate in tqdm(pairs, desc=f"seed {seed}", leave=False, disable=not progress):
             start = steps.start(model, method, seed)
             recipe = replace(steps.recipe(model, method, seed)[0], rate=rate)
             tuned = fine_tune(start, steps.training_images(start, model, method, seed), recipe, progress=False).model

@@ -5,10 +5,8 @@
 # %% auto #0
 __all__ = ['ATOMS', 'PARTS', 'VOCABULARY', 'MEANINGS', 'MODIFIERS', 'ENDINGS', 'Rng', 'NOT_VISIBLE', 'NOT_DRAWN', 'BUCKETS',
            'WEIGHTS', 'atom_map', 'Meaning', 'read_vocabulary', 'as_rows', 'plural', 'known_words', 'invented',
-           'paraphrase', 'distractor', 'read_phrase', 'letter_groups', 'TextEncoder', 'train_text', 'Scenes',
-           'ImageEncoder', 'logits_at', 'sample_pixels', 'orthogonalise', 'Muon', 'normalise', 'train_image',
-           'ToyConfig', 'regions', 'ToyNet', 'ToyGrounder', 'vocabulary_digest', 'train_toy_grounder',
-           'save_toy_grounder', 'toy_grounder']
+           'paraphrase', 'distractor', 'read_phrase', 'letter_groups', 'TextEncoder', 'ImageEncoder', 'normalise',
+           'ToyConfig', 'regions', 'ToyNet', 'ToyGrounder', 'vocabulary_digest', 'toy_grounder']
 
 # %% ../../nbs/06_toy_grounder.ipynb #da4b9237
 import functools
@@ -26,16 +24,13 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
-from safetensors.torch import save
 from scipy import ndimage
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..concepts.grounding import Grounding, clean_phrases
-from ..data import backdrop
 from ..data.backdrop import BACKGROUNDS, CLASSES, SIZE, Array, Pictures
 from ..data.models import read_weights
-from ..files import ASSETS, read_json, sha256, write_json, written
+from ..files import ASSETS, read_json, sha256
 
 # %% ../../nbs/06_toy_grounder.ipynb #c1dfd96e
 _OWNED = [(cls, part.name) for cls, parts in CLASSES.items() for part in parts]
@@ -212,64 +207,6 @@ class TextEncoder(nn.Module):
         letters = self.letters(*_bags([letter_groups(head) for head, _, _ in readings]))
         return self.mix(torch.cat([letters, self.words(*_bags(bags)).view(len(phrases), -1)], 1))
 
-# %% ../../nbs/06_toy_grounder.ipynb #0a57cb53
-def train_text(text: TextEncoder, seed: int, steps: int = 1100, batch: int = 80, rate: float = 5e-3,
-               progress: bool = True) -> list[float]:
-    """Teach the words in place; returns the loss of every step. A function of `seed` and the starting weights."""
-    rng, lessons = np.random.default_rng([seed, 707]), list(MEANINGS.values())
-    often = np.sqrt([len(meaning.nouns) for meaning in lessons])
-    optimizer = torch.optim.AdamW(text.parameters(), rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    losses = []
-    for _ in tqdm(range(steps), desc="learning words", disable=not progress, leave=False):
-        named = rng.random(batch) > 0.3
-        which = rng.choice(len(lessons), batch, p=often / often.sum())
-        taught = [paraphrase(lessons[k], rng) if n else distractor(rng) for k, n in zip(which, named)]
-        target = torch.from_numpy(as_rows([atoms for _, atoms in taught])).float()
-        logits = text([phrase for phrase, _ in taught], 0.15, rng)
-        loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    return losses
-
-# %% ../../nbs/06_toy_grounder.ipynb #cb4e5208
-class Scenes:
-    """A bank of cut-out objects with their atoms, and of backgrounds, composed into endless pictures."""
-    def __init__(self, seed: int, objects: int = 320, scenes: int = 120):
-        rng = np.random.default_rng([seed, 505])
-        views = [backdrop.SETS[name] for name in ("train", "train", "train", "v2", "object")]
-        each = -(-objects // len(views))
-        drawn = [[backdrop.render_object(label, view, each, rng) for view in views] for label in range(len(CLASSES))]
-        joined = ([np.concatenate(field, -3) for field in zip(*of_class)] for of_class in drawn)
-        colour, coverage, owner = (np.stack(field) for field in zip(*joined))
-        as_bytes = lambda x: torch.from_numpy((x * 255).astype(np.uint8)).transpose(1, 2).contiguous()
-        # (class, object, 4, height, width): colour and coverage; (background, scene, 3, height, width)
-        self.objects = as_bytes(np.concatenate([colour, coverage[:, None]], 1))
-        self.scenes = as_bytes(np.stack([backdrop.render_background(kind, scenes, rng) for kind in BACKGROUNDS]))
-        first = _FIRST[:, None, None, None]
-        self.atoms = torch.from_numpy(np.where(owner > 0, owner + first - 1, 255).astype(np.uint8))  # 255: background
-        self.home = torch.from_numpy(backdrop.HOME_INDEX)
-
-    def batch(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (n, 3, height, width) in [0, 1], the atom of each pixel (n, height, width) and classes (n,)."""
-        draw = lambda high, *shape: torch.randint(high, shape or (n,), generator=rng)
-        coin = lambda p: (torch.rand(n, generator=rng) < p)[:, None, None]
-        rand = lambda *shape: torch.rand(n, *shape, generator=rng)
-        labels, which = draw(len(self.objects)), draw(self.objects.shape[1])
-        scenes = torch.where(coin(0.1)[:, 0, 0], self.home[labels], draw(len(self.scenes)))
-        front, atoms = self.objects[labels, which].float() / 255, self.atoms[labels, which]
-        back = self.scenes[scenes, draw(self.scenes.shape[1])].float() / 255
-        turn, shift = coin(0.5), (draw(9, 2) - 4).tolist()
-        front = torch.where(turn[:, None], front.flip(-1), front).roll(shift, (-2, -1))
-        atoms = torch.where(turn, atoms.flip(-1), atoms).roll(shift, (-2, -1))
-        back = torch.where(coin(0.5)[:, None], back.flip(-1), back)
-        x, some = back * (1 - front[:, 3:]) + front[:, :3], coin(0.5)[:, None].float()
-        x = x * (1 + some * 0.3 * (rand(3, 1, 1) - 0.5)) + some * 0.1 * (rand(1, 1, 1) - 0.5)
-        return x.clamp(0, 1), torch.where(atoms == 255, PARTS + scenes[:, None, None], atoms.long()), labels
-
 # %% ../../nbs/06_toy_grounder.ipynb #972a67c4
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
@@ -313,88 +250,10 @@ class ImageEncoder(nn.Module):
         """Logits (batch, atoms, 64, 64)."""
         return self.atoms(F.relu(F.pixel_shuffle(self.trunk(x)[0], 2) + self.colours(x)))
 
-# %% ../../nbs/06_toy_grounder.ipynb #cb7a1d77
-def logits_at(image: ImageEncoder, x: Tensor, vectors: Tensor, pixels: Tensor) -> Tensor:
-    """Logits (batch, pixels, atoms) of some pixels, given as indices (batch, pixels) into height · width.
-
-    x: pictures (batch, 3, height, width); vectors: what `trunk` made of them.
-    """
-    batch, _, _, width = x.shape
-    row, column = pixels // width, pixels % width
-    size, cell = vectors.shape[1] // 4, row // 2 * (width // 2) + column // 2
-    corner = row % 2 * 2 + column % 2  # of the cell, as pixel_shuffle orders them
-    index = (4 * torch.arange(size)[:, None] + corner[:, None]) * (width // 2)**2 + cell[:, None]
-    y = vectors.contiguous().flatten(1).gather(1, index.flatten(1)).view(batch, size, -1)
-    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
-    window = torch.stack([(row + i) * (width + 2) + column + j for i in range(3) for j in range(3)], 1).flatten(1)
-    patch = padded.flatten(2).gather(2, window[:, None].expand(-1, 3, -1)).reshape(batch, 27, -1)
-    y = F.relu(y.transpose(1, 2) + F.linear(patch.transpose(1, 2), image.colours.weight.flatten(1), image.colours.bias))
-    return F.linear(y, image.atoms.weight.flatten(1), image.atoms.bias)
-
-def sample_pixels(atoms: Tensor, number: int, rng: torch.Generator) -> Tensor:
-    """Indices (batch, number) of random pixels, with a weight of area^(-1/2) of their atom in their picture."""
-    flat = atoms.flatten(1)
-    area = torch.zeros(len(flat), len(ATOMS)).scatter_add_(1, flat, torch.ones(flat.shape))
-    return area.clamp(min=1).rsqrt().gather(1, flat).multinomial(number, replacement=True, generator=rng)
-
-# %% ../../nbs/06_toy_grounder.ipynb #af3e1334
-def orthogonalise(matrix: Tensor, steps: int = 4) -> Tensor:
-    """A matrix (rows, columns) with the same singular vectors and singular values near one."""
-    x = matrix / (matrix.norm() + 1e-7)
-    x = x.T if len(x) > x.shape[1] else x
-    for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-    return x.T if len(matrix) > matrix.shape[1] else x
-
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised, for weights of two or more dimensions."""
-    def __init__(self, parameters: Sequence[nn.Parameter], rate: float, momentum: float = 0.9, decay: float = 0.02):
-        super().__init__(parameters, {"lr": rate, "momentum": momentum, "decay": decay})
-
-    @torch.no_grad()
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  (without a closure)
-        """Move every parameter that has a gradient."""
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - group["momentum"])
-                move = orthogonalise(p.grad.lerp(mean, group["momentum"]).flatten(1))
-                move = move * max(1, move.shape[0] / move.shape[1])**0.5
-                p.mul_(1 - group["lr"] * group["decay"]).add_(move.view_as(p), alpha=-group["lr"])
-
 # %% ../../nbs/06_toy_grounder.ipynb #0286dd55
 def normalise(x: Tensor) -> Tensor:
     """Pictures in [0, 1] as the image encoder takes them."""
     return (x - 0.5) / 0.25
-
-def train_image(image: ImageEncoder, scenes: Scenes, seed: int, steps: int = 1100, batch: int = 16, pixels: int = 256,
-                progress: bool = True) -> list[float]:
-    """Teach the eyes in place; returns the loss of every step. A function of `seed`, scenes and starting weights."""
-    rng = torch.Generator().manual_seed(seed)
-    last = {id(p) for layer in (image.colours, image.atoms) for p in layer.parameters()}
-    matrices = [p for p in image.parameters() if p.ndim == 4 and id(p) not in last]
-    others = [p for p in image.parameters() if p.ndim < 4 or id(p) in last]
-    optimizers = Muon(matrices, 0.05), torch.optim.AdamW(others, 3e-3, weight_decay=0.02)
-    warmup = 0.15 * steps
-    pace = lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup))
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, pace) for optimizer in optimizers]
-    losses = []
-    image.train()
-    for _ in tqdm(range(steps), desc="learning to see", disable=not progress, leave=False):
-        x, atoms, labels = scenes.batch(batch, rng)
-        x, chosen = normalise(x), sample_pixels(atoms, pixels, rng)
-        vectors, summary = image.trunk(x)
-        logits = logits_at(image, x, vectors, chosen).flatten(0, 1)
-        loss = F.cross_entropy(logits, atoms.flatten(1).gather(1, chosen).flatten())
-        total = loss + 0.2 * F.cross_entropy(image.label(summary), labels)
-        image.zero_grad()
-        total.backward()
-        for step in (*optimizers, *schedules):
-            step.step()
-        losses.append(loss.item())
-    image.eval()
-    return losses
 
 # %% ../../nbs/06_toy_grounder.ipynb #fe2ef495
 @dataclass(frozen=True)
@@ -490,35 +349,14 @@ def vocabulary_digest() -> str:
     """SHA-256 of all that word vectors and atoms depend on: the book, and the known words in order."""
     return hashlib.sha256(json.dumps([VOCABULARY, list(known_words()), ATOMS]).encode()).hexdigest()
 
-def train_toy_grounder(seed: int = 505, steps: int = 1100, progress: bool = True) -> ToyNet:
-    """Train both halves for as many steps each, and round the weights to float16.
-
-    With the defaults, on one thread of the same kind of processor, these are the shipped weights bit by bit.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = ToyNet().to(memory_format=torch.channels_last)
-    train_text(net.text, seed, steps, progress=progress)
-    train_image(net.image, Scenes(seed), seed, steps, progress=progress)
-    return net.half().float().eval()
-
-def save_toy_grounder(folder: str | Path, net: ToyNet, **record: object) -> Path:
-    """Write toy_grounder.safetensors (float16) and its record, toy_grounder.json, into a folder."""
-    path, state = Path(folder) / WEIGHTS, net.state_dict()
-    state = {key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in state.items()}
-    with written(path) as file:
-        file.write(save(state, {"format": "pt"}))
-    write_json(path.with_suffix(".json"), record | {"sha256": sha256(path), "vocabulary": vocabulary_digest()})
-    return path
-
 def toy_grounder(folder: str | Path | None = None, config: ToyConfig | None = None) -> ToyGrounder:
-    """The trained toy grounder: the shipped one, or one from a `folder` that `save_toy_grounder` wrote.
+    """The trained toy grounder: the shipped one, or one from a `folder` that the chapter's training wrote.
 
     Without a `config` it has the threshold of its record. Raises ValueError for weights that are missing, differ
     from their record, were trained with another vocabulary, or do not fit.
     """
     path = (Path(folder) if folder else ASSETS / "toy") / WEIGHTS
-    listing, again = path.with_suffix(".json"), "install the package again, or train anew with train_toy_grounder"
+    listing, again = path.with_suffix(".json"), "install the package again, or train anew in the chapter toy_grounder"
     if not path.is_file() or not listing.is_file():
         raise ValueError(f"expected {WEIGHTS} and {listing.name} in {path.parent}; {again}")
     record, digest = read_json(listing), sha256(path)

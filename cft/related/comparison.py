@@ -7,7 +7,7 @@ __all__ = ['BASES', 'DUALS', 'LABELS', 'MASKS', 'relevance_on_object', 'run_comp
            'comparison_scores', 'comparison_table']
 
 # %% ../../nbs/related/05_comparison.ipynb #464275d6
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -19,16 +19,13 @@ from ..data.backdrop import CLASSES
 from ..data.folders import MaskedImages, Preprocess, list_folder
 from ..evaluate.faithfulness import share_inside
 from ..evaluate.intervals import table_of_means
-from ..evaluate.metrics import COLUMNS
 from ..evaluate.passes import checkpoint, reading_of, run_pass, times_slower
 from ..explain.maps import relevance
-from ..files import read_json, write_csv
+from ..files import read_json
 from .deal_metrics import DualSteps
 from .groups import backdrop_set
-from .segmil import few_of, group_rows, segmil_steps
-from ..reproduce.paper import scores_of
-from ..reproduce.results import open_results
-from ..reproduce.steps import Notes, PaperSteps, Step
+from .segmil import few_of, group_rows, metric_rows, named_scores, seed_step, segmil_steps
+from ..reproduce.steps import Notes, PaperSteps, Step, in_order
 from ..reproduce.tables import LABELS as OF_DEMO
 
 # %% ../../nbs/related/05_comparison.ipynb #28fbfb2c
@@ -65,10 +62,7 @@ def run_comparison(steps: PaperSteps, seed: int) -> pd.DataFrame:
     """
     dual, world = DualSteps(steps.work, steps.root), steps.drawn.place(seed)
     base, tests, few = steps.world.network("demo", seed), backdrop_set(world), few_of(backdrop_set(world, ("val",)))
-
-    def answers(model: nn.Module) -> Callable[[], object]:
-        return lambda: run_pass(few, [checkpoint(model, "model")], reading_of(model))
-
+    answers = lambda model: lambda: run_pass(few, [checkpoint(model, "model")], reading_of(model))
     tables = []
     for name in (name for name in LABELS if name != "segmil"):
         own, method = (dual, name.removeprefix("dual.")) if name.startswith("dual.") else (steps, name)
@@ -78,49 +72,38 @@ def run_comparison(steps: PaperSteps, seed: int) -> pd.DataFrame:
             "on_object": relevance_on_object(model, world), "preparing": preparing(steps, method, seed),
             "training": read_json(file.with_name("record.json"))["seconds"] if file else 0.0,
             "answering": times_slower(answers(model), answers(base))}
-        lines = dict(set="groups", split="all", metric=list(more), value=list(more.values()), n=len(pictures))
-        tables.append(pd.concat([group_rows(pictures), pd.DataFrame(lines)]).assign(method=name))
-    rows = pd.read_csv(steps.root / f"related/segmil/{seed}.csv").query("method == 'segmil'")
-    tables.append(rows.replace({"metric": {"attention": "on_object"}}))
-    return pd.concat(tables, ignore_index=True)[["method", *COLUMNS]].assign(seed=seed)
+        rows = pd.concat([group_rows(pictures), metric_rows(more, "groups", len(pictures))])
+        tables.append(rows.assign(method=name))
+    segmil = pd.read_csv(steps.root / f"related/segmil/{seed}.csv").query("method == 'segmil'")
+    return pd.concat([*tables, segmil.replace({"metric": {"attention": "on_object"}})], ignore_index=True)
 
 def preparing(steps: PaperSteps, method: str, seed: int) -> float:
     """The seconds that it took to find a method's concepts and to validate them."""
-    needed = {
-        step for guide in MASKS.get(method, ()) for step in (steps.guide(seed, guide), *steps.guide(seed, guide).needs)}
-    for step in [step for step in needed if step.kind == "concept-set"]:
-        needed |= {need for need in step.needs if need.kind == "ground"}
-    return sum(Notes(steps.root).read(step)["seconds"] for step in needed)
+    made, notes = in_order(steps.guide(seed, guide) for guide in MASKS.get(method, ())), Notes(steps.root)
+    return sum(notes.read(step)["seconds"] for step in made if step.kind in ("ground", "concept-set", "guide"))
 
 def comparison_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     """The steps of the experiment: one a seed, on the fine-tunes of the demo and of DEAL's chapter."""
     dual = DualSteps(steps.work, steps.root)
 
-    def make(seed: str) -> None:
-        write_csv(steps.root / f"related/comparison/{seed}.csv", run_comparison(steps, int(seed)))
-
-    def step(seed: int) -> Step:
+    def needs(seed: int) -> tuple[Step, ...]:
         tuned = [steps.fine_tune("demo", m, seed) for m in BASES if m != "original"]
-        others = [dual.fine_tune("dual", m, seed) for m in DUALS if m != "original"]
-        needs = (*tuned, *others, *segmil_steps(steps, (seed,)), *steps.pictures(seed), *steps.base(seed))
-        depends = {"methods": list(LABELS), "start": steps.start_digest("demo", seed)}
-        return Step("comparison", (str(seed),), (f"related/comparison/{seed}.csv",), make, needs=needs, depends=depends,
-                    job=f"comparison-{seed}")
+        tuned += [dual.fine_tune("dual", m, seed) for m in DUALS if m != "original"]
+        return *tuned, *segmil_steps(steps, (seed,)), *steps.pictures(seed), *steps.base(seed)
 
-    return [step(seed) for seed in seeds]
+    return [
+        seed_step(steps, "comparison", seed, run_comparison, needs=needs(seed),
+                  depends={"methods": list(LABELS), "start": steps.start_digest("demo", seed)}) for seed in seeds]
 
 # %% ../../nbs/related/05_comparison.ipynb #56a40531
-_WORST = ("groups, worst group",)
 _SHOWN = {"on_object": "on object", "preparing": "preparing, s", "training": "training, s", "answering": "answering, ×"}
 
 def comparison_scores(rows: pd.DataFrame) -> pd.DataFrame:
     """One value for each method, seed and column of the table, from rows as `Found.related` gives them."""
-    more = rows[rows["metric"].isin(_SHOWN)]
-    more = more.assign(column=more["metric"].map(_SHOWN))[["method", "seed", "column", "value"]]
-    return pd.concat([scores_of(rows), more], ignore_index=True)
+    return named_scores(rows, _SHOWN)
 
 def comparison_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The experiment as text: methods × columns, mean ± sample standard deviation over seeds."""
-    columns = ["val", "adversarial", "groups", *_WORST, *_SHOWN.values()]
+    columns = ["val", "adversarial", "groups", "groups, worst group", *_SHOWN.values()]
     table = table_of_means(comparison_scores(rows), columns)
     return table.reindex([m for m in LABELS if m in table.index]).rename(index=LABELS).rename_axis("demo")

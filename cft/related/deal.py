@@ -7,7 +7,7 @@ __all__ = ['RELATED', 'DUAL', 'ITEMS', 'USED', 'DEAL_SAMPLING', 'Form', 'Explain
            'CLIP_PREPROCESS', 'BATCHES', 'deal_questions', 'Prompts', 'demo_prompts', 'contrastive_loss', 'overlap',
            'disentangle_loss', 'localise_loss', 'sparsity_loss', 'DualEncoder', 'last_attention', 'class_attention',
            'attention_maps', 'gradcam_maps', 'concept_maps', 'embed', 'OpenClip', 'Deal', 'deal_recipe', 'TinyDual',
-           'Lesson', 'Lessons', 'balanced', 'make_dual', 'save_dual', 'dual_encoder', 'as_classifier']
+           'dual_encoder', 'as_classifier']
 
 # %% ../../nbs/related/03_deal.ipynb #61d99d37
 import copy
@@ -16,25 +16,23 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm.auto import tqdm
 
 from ..concepts.language import Answer, ClassName, Question, Record, Sampling, ask, questions
-from ..data.backdrop import BACKGROUNDS, CLASSES, HOME_INDEX, SETS, SIZE, render_background, render_object
+from ..data.backdrop import CLASSES
 from ..data.folders import Preprocess
-from ..data.models import TINY, base_model, load_model, read_weights, write_safetensors
-from ..demo.toy_grounder import ATOMS, MEANINGS, PARTS, as_rows, known_words, paraphrase
+from ..data.models import TINY, load_model, read_weights
+from ..demo.toy_grounder import known_words
 from ..explain.maps import minmax
 from ..explain.rules import UnsupportedModule, is_plain
-from ..files import ASSETS, need, read_json, sha256, write_json
+from ..files import ASSETS, need, read_json, sha256
 from ..train.objectives import Batch, Recipe
 
 # %% ../../nbs/related/03_deal.ipynb #01b6e230
@@ -412,122 +410,13 @@ class TinyDual(DualEncoder):
         seen = (rows > 0).to(words)[..., None]
         return self.mix((words * seen).sum(1) / seen.sum(1).clamp(min=1))
 
-# %% ../../nbs/related/03_deal.ipynb #8ca51048
-_PARTS = [meaning for meaning in MEANINGS.values() if meaning.kind == "part"]
-_OF_PART = torch.from_numpy(as_rows([part.atoms for part in _PARTS])).float()  # (parts, atoms)
-_OF_CLASS = torch.tensor([[owner == name for owner, _ in ATOMS] for name in CLASSES]).float()  # (classes, atoms)
-_HAS = _OF_CLASS @ _OF_PART.T > 0  # (classes, parts)
-
-class Lesson(NamedTuple):
-    """A batch of pictures with captions, and what is true of every pair."""
-
-    images: Tensor  # (n, 3, 64, 64), normalised
-    labels: Tensor  # (n,)
-    captions: list[str]  # (n,)
-    true: Tensor  # (n, n) bool: whether caption j is true of picture i
-    places: list[int]  # the captions that name exactly one part
-    cover: Tensor  # (n, patches, places): share of each patch that is this part
-    shows: Tensor  # (n, parts) bool: which parts are to be seen
-
-class Lessons:
-    """A bank of objects with missing parts and of backgrounds, composed into endless captioned pictures."""
-    def __init__(self, seed: int, objects: int = 160, scenes: int = 100, correlation: float = 0.97):
-        rng, view, self.correlation = np.random.default_rng([seed, 606]), SETS["train"], correlation
-        views = [replace(view, hidden=hidden) for hidden in (view.hidden, 0.3, 0.6, 0.6)]
-        drawn = [[render_object(c, v, objects // len(views), rng) for v in views] for c in range(len(CLASSES))]
-        colour, coverage, owner = (np.stack([np.concatenate([o[k] for o in of], -3) for of in drawn]) for k in range(3))
-        as_bytes = lambda x: torch.from_numpy((x * 255).astype(np.uint8)).transpose(1, 2).contiguous()
-        self.objects = as_bytes(np.concatenate([colour, coverage[:, None]], 1))  # (class, object, 4, height, width)
-        self.scenes = as_bytes(np.stack([render_background(kind, scenes, rng) for kind in BACKGROUNDS]))
-        part, first = torch.from_numpy(owner).long(), _OF_CLASS.argmax(1)[:, None, None, None]
-        self.atoms = torch.where(part > 0, part - 1 + first, -1)  # (class, object, height, width), -1: background
-
-    def batch(self, n: int, rng: np.random.Generator, grid: int = 8) -> Lesson:
-        """`n` pictures, each with one caption."""
-        labels, which = rng.integers(len(CLASSES), size=n), rng.integers(self.objects.shape[1], size=n)
-        away = (HOME_INDEX[labels] + rng.integers(1, len(BACKGROUNDS), n)) % len(BACKGROUNDS)
-        scenes = np.where(rng.random(n) < self.correlation, HOME_INDEX[labels], away)
-        front, atoms = self.objects[labels, which].float() / 255, self.atoms[labels, which]
-        back = self.scenes[scenes, rng.integers(self.scenes.shape[1], size=n)].float() / 255
-        atoms = torch.where(atoms < 0, PARTS + torch.from_numpy(scenes)[:, None, None], atoms)
-        turn, shift = torch.from_numpy(rng.random(n) < 0.5)[:, None, None, None], rng.integers(-4, 5, 2).tolist()
-        gain = 1 + 0.3 * (torch.from_numpy(rng.random((n, 3, 1, 1))).float() - 0.5)
-        x = torch.cat([back * (1 - front[:, 3:]) + front[:, :3], atoms[:, None]], 1)  # colours and atoms move together
-        x = torch.where(turn, x.flip(-1), x).roll(shift, (-2, -1))
-        images = ((x[:, :3] * gain).clamp(0, 1) - 0.5) / 0.25
-        cells = F.unfold(x[:, 3:], SIZE // grid, stride=SIZE // grid).transpose(1, 2).long()  # (n, patches, pixels)
-        counts = torch.zeros(n, grid * grid, len(ATOMS)).scatter_add_(2, cells, torch.ones(cells.shape))
-        seen, share = counts.sum(1) >= 8, counts / cells.shape[2]  # (n, atoms), (n, patches, atoms)
-        shows = seen.float() @ _OF_PART.T > 0
-        spoken = [_caption(label, parts, atoms, rng) for label, parts, atoms in zip(labels.tolist(), shows, seen)]
-        named, general = [parts for _, parts, _ in spoken], torch.tensor([not limited for *_, limited in spoken])
-        fits = torch.from_numpy(labels[:, None] == labels) | general  # (n, captions): whether the class is right
-        true = fits & torch.stack([shows[:, parts].all(1) for parts in named], 1)
-        places = [j for j, parts in enumerate(named) if len(parts) == 1]
-        cover = share @ _OF_PART[[named[j][0] for j in places]].T * fits[:, None, places]
-        return Lesson(images, torch.from_numpy(labels), [text for text, *_ in spoken], true, places, cover, shows)
-
-def _caption(label: int, shows: Tensor, seen: Tensor, rng: np.random.Generator) -> tuple[str, list[int], bool]:
-    """A text, the parts that it names, and whether it is limited to its class."""
-    name, parts = list(CLASSES)[label], torch.nonzero(shows & _HAS[label]).flatten().numpy()
-    if len(parts) and rng.random() < 0.85:
-        chosen = rng.choice(parts, min(len(parts), 1 + rng.choice(3, p=(0.7, 0.2, 0.1))), replace=False).tolist()
-        text = ", ".join(paraphrase(_PARTS[k], rng)[0] for k in chosen)
-        return (f"{name} with {text}", chosen, True) if rng.random() < 0.4 else (text, chosen, False)
-    scene = torch.nonzero(seen[PARTS:]).flatten().tolist()
-    return (f"{name}, {BACKGROUNDS[scene[0]]}" if scene and rng.random() < 0.4 else name), [], True
-
-# %% ../../nbs/related/03_deal.ipynb #91d13a3e
-def balanced(logits: Tensor, match: Tensor, counts: Tensor | bool = True) -> Tensor:
-    """Mean binary cross-entropy over matching pairs plus that over the others, of those that count. All one shape."""
-    loss = F.binary_cross_entropy_with_logits(logits, match.to(logits.dtype), reduction="none")
-    mean_over = lambda side: (loss * side).sum() / side.sum().clamp(min=1)
-    return mean_over(match & counts) + mean_over(~match & counts)
-
-def make_dual(seed: int = 0, steps: int = 2000, batch: int = 64,
-              progress: bool = True) -> tuple[TinyDual, list[dict[str, float]]]:
-    """A dual encoder, grown from base `seed` of the demo by captions, presence and places: AdamW, one cycle.
-
-    Returns it, rounded to float16, and the losses of every step. With the defaults, on one thread of the same kind of
-    processor, it is the shipped one bit by bit; about 20 minutes of one core.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        dual = TinyDual(base_model(seed)).train()
-        nn.init.normal_(dual.words.weight, std=0.5)
-    lessons, rng, log = Lessons(seed), np.random.default_rng([seed, 707]), []
-    unit, vit, offsets = lambda x: F.normalize(x, dim=-1), dual.visual, nn.Parameter(torch.tensor([-2.0, 0.0, -2.0]))
-    optimizer = torch.optim.AdamW([*dual.parameters(), offsets], 2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.15)
-    for _ in tqdm(range(steps), desc="learning to match words and pictures", disable=not progress, leave=False):
-        lesson = lessons.batch(batch, rng)
-        texts = unit(dual.encode_text([*lesson.captions, *(paraphrase(part, rng)[0] for part in _PARTS)]))
-        tokens = unit(vit.head(vit.forward_features(lesson.images))) * dual.logit_scale.exp()
-        captions, whole, patches = texts[:batch], tokens[:, 0], tokens[:, vit.num_prefix_tokens:]
-        inside, outside = lesson.cover > 0.25, lesson.cover < 0.03
-        losses = dict(captions=balanced(whole @ captions.T + offsets[0], lesson.true),
-                      presence=balanced(whole @ texts[batch:].T + offsets[1], lesson.shows, _HAS[lesson.labels]),
-                      places=balanced(patches @ captions[lesson.places].T + offsets[2], inside, inside | outside))
-        optimizer.zero_grad()
-        sum(losses.values(), torch.zeros(())).backward()
-        optimizer.step()
-        schedule.step()
-        log.append({name: loss.item() for name, loss in losses.items()})
-    return dual.half().float().eval(), log
-
-def save_dual(folder: str | Path, dual: TinyDual, **record: object) -> Path:
-    """Write the weights (float16) and, with their SHA-256, deal_dual.json into a folder."""
-    state = {key: value.half().contiguous() for key, value in dual.state_dict().items()}
-    path = write_safetensors(Path(folder) / DUAL, state, {"format": "pt"})
-    write_json(path.with_suffix(".json"), {**record, "sha256": sha256(path)})
-    return path
-
+# %% ../../nbs/related/03_deal.ipynb #b19fdb5e
 def dual_encoder(folder: str | Path | None = None) -> TinyDual:
     """The trained dual encoder, from the package or a `folder` of `save_dual`. Raises ValueError for other weights."""
     path = Path(folder or RELATED) / DUAL
     listing = path.with_suffix(".json")
     if not (path.is_file() and listing.is_file() and sha256(path) == read_json(listing).get("sha256")):
-        raise ValueError(f"expected {path} with the SHA-256 in {listing.name}; reinstall the package or use make_dual")
+        raise ValueError(f"expected {path} with the SHA-256 in {listing.name}; reinstall the package or see 03_deal")
     dual = TinyDual(load_model(TINY)[0])
     try:
         dual.load_state_dict(read_weights(path)[0])

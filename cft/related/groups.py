@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GROUP_CARDS', 'SPLITS', 'BIRDS', 'PLACES', 'BIRD_SPLITS', 'BIRD_COUNTS', 'BREEDS', 'TOTAL', 'TIED', 'FILLER',
            'LOCATIONS', 'CORRUPTIONS', 'SEVERITIES', 'csv_set', 'spawrious_parts', 'plain_pickle', 'ArraySet',
-           'cifar_names', 'open_groups', 'miniature_groups', 'backdrop_set', 'as_folder', 'answer_table', 'group_table',
-           'group_scores', 'severity_table']
+           'cifar_names', 'open_groups', 'backdrop_set', 'as_folder', 'answer_table', 'group_table', 'group_scores',
+           'severity_table']
 
 # %% ../../nbs/related/00_groups.ipynb #81201f25
 import pickle
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..data.backdrop import CLASSES
 from ..data.folders import Folder, Sample, find_pictures
-from ..data.testsets import EvalSet, PictureFiles, Targets, noise_picture, numbered_files, read_cards, targets_of
+from ..data.testsets import EvalSet, PictureFiles, Targets, read_cards, targets_of
 from ..evaluate.metrics import accuracy_table
 from ..evaluate.passes import answers, answer_columns
-from ..files import ASSETS, write_csv, write_text, written
+from ..files import ASSETS, written
 
 # %% ../../nbs/related/00_groups.ipynb #8d3ff726
 GROUP_CARDS = read_cards(ASSETS / "testsets/groups.yaml")
@@ -81,10 +81,9 @@ BIRD_COUNTS = {  # landbird on land, on water, waterbird on land, on water
 def _waterbirds(home: Path, split: str, check_counts: bool) -> PictureFiles:
     table = pd.read_csv(home / "metadata.csv", dtype=str, keep_default_na=False)
     for column, names in {"y": BIRDS, "place": PLACES, "split": BIRD_SPLITS}.items():
-        name_of = {str(number): name for number, name in enumerate(names)}
-        for value in set(table.get(column, ())) - set(name_of):
+        for value in set(table.get(column, ())) - set("012"[:len(names)]):
             raise ValueError(f"{column} must be 0 … {len(names) - 1}, got {value}")
-        table = table.replace({column: name_of})
+        table = table.replace({column: dict(zip("012", names))})
     found = csv_set(table, home, "img_filename", "y", ("y", "place"), BIRDS, {"split": [split]}, "waterbirds", " on ")
     expected = dict(zip((f"{bird} on {place}" for bird in BIRDS for place in PLACES), BIRD_COUNTS[split]))
     if check_counts and Counter(found.groups) != expected:
@@ -275,50 +274,6 @@ def open_groups(key: str, root: str | Path, split: str = "test", check_counts: b
         raise card.problem(home, str(error).removeprefix(f"{key}: ")) from error
     return found
 
-# %% ../../nbs/related/00_groups.ipynb #9ab3f265
-def _mini_waterbirds(home: Path, count: int, rng: np.random.Generator) -> None:
-    rows = []
-    for k in range(12 * count):
-        split, y, place = k // count // 4, k // count // 2 % 2, k // count % 2
-        species = ("046.Gadwall", "144.Common_Tern")[k % 2] if y else "020.Yellow_breasted_Chat"
-        name = f"{species}/{species[4:]}_{k:04d}_{rng.integers(10**6)}.jpg"
-        (home / species).mkdir(exist_ok=True)
-        noise_picture(rng).save(home / name)
-        rows.append((k + 1, name, y, split, place, f"/o/ocean/{k:08d}.jpg"))
-    columns = ["img_id", "img_filename", "y", "split", "place", "place_filename"]
-    write_csv(home / "metadata.csv", pd.DataFrame(rows, columns=columns))
-
-def _mini_cifar(key: str, home: Path, count: int, rng: np.random.Generator) -> None:
-    classes = GROUP_CARDS[key].classes
-    for name in sum(_FILES[key].values(), ()):
-        pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-        fine = rng.integers(0, classes, (count, 1)).astype(np.uint8)
-        np.hstack([fine // 5, fine, pixels][key == "cifar-10":]).tofile(home / f"{name}.bin")  # coarse: CIFAR-100 only
-    write_text(home / _META[key][0], "".join(f"class_{k}\n" for k in range(classes)) + "\n")
-
-def miniature_groups(key: str, root: str | Path, count: int = 2, seed: int = 0) -> Path:
-    """Write a tiny copy of a set in its exact on-disk form below `root`, and return its path; CIFAR in the binary form.
-
-    count: pictures of each group and split (CIFAR: of each file and severity). Raises ValueError for an unknown key.
-    """
-    if key not in GROUP_CARDS:
-        raise ValueError(f"no set {key!r}; expected one of {', '.join(GROUP_CARDS)}")
-    home, rng = Path(root) / GROUP_CARDS[key].folders[0], np.random.default_rng(seed)
-    home.mkdir(parents=True, exist_ok=True)
-    if key == "waterbirds":
-        _mini_waterbirds(home, count, rng)
-    elif key == "spawrious":
-        for part, *_ in spawrious_parts("train") + spawrious_parts("test"):
-            for path in numbered_files(home, [part], count, "node_{}.png"):
-                noise_picture(rng).save(path)
-    elif key in _FILES:
-        _mini_cifar(key, home, count, rng)
-    else:
-        for name in CORRUPTIONS:
-            np.save(home / f"{name}.npy", rng.integers(0, 256, (5 * count, 32, 32, 3), dtype=np.uint8))
-        np.save(home / "labels.npy", np.tile(rng.integers(0, 10, count), 5))
-    return home
-
 # %% ../../nbs/related/00_groups.ipynb #bc2b77d8
 def backdrop_set(world: str | Path, sets: Sequence[str] = ("val", "adversarial"), by: str = "home") -> PictureFiles:
     """Sets of a written benchmark as one set with groups.
@@ -382,8 +337,8 @@ def group_scores(pictures: pd.DataFrame, train_groups: Sequence[str] | None = No
     """
     each = group_table(pictures, space)
     average, worst = (each["top1"] * each["n"]).sum() / each["n"].sum(), each.iloc[0]
-    found = dict(average=float(average), worst=float(worst["top1"]), worst_group=worst.name, n=int(worst["n"]))
-    found["groups"] = len(each)
+    found = dict(average=float(average), worst=float(worst["top1"]), worst_group=worst.name, n=int(worst["n"]),
+                 groups=len(each))
     if train_groups is not None:
         shares = pd.Series(list(train_groups)).value_counts(normalize=True)
         untested = sorted(set(shares.index) - set(each.index))

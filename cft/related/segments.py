@@ -10,7 +10,6 @@ __all__ = ['ImageText', 'Clip', 'ToyPairs', 'similarities', 'retrieve', 'ground'
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as V
 
-from ..concepts.filters import ClipText
+from ..concepts.filters import ClipText, Encoder
 from ..concepts.grounding import Grounder
 from ..concepts.masks import Work, ground_pictures
 from ..concepts.store import MaskStore
@@ -33,39 +32,26 @@ from ..demo.toy_grounder import ToyGrounder
 from ..files import need
 
 # %% ../../nbs/related/01_segments.ipynb #a56da841
-class ImageText(Protocol):
-    """Puts texts and pictures into one space. Called with texts it is an `Encoder` of `filters`."""
-
-    name: str
-
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """The vectors of texts, (texts, dimensions)."""
-        ...
-
+class ImageText(Encoder, Protocol):
+    """An `Encoder` of texts that puts pictures into the same space."""
     def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """The vectors of RGB pictures, (pictures, dimensions)."""
         ...
 
 class Clip(ClipText):
-    """Both sides of a CLIP model of open_clip, with weights from a file on disk; the default is the paper's ViT-B/32."""
+    """Both sides of a CLIP model of open_clip, with weights from a file; the default is the paper's ViT-B/32."""
     def __init__(self, weights: str | Path, model: str = "ViT-B-32-quickgelu"):
         if not Path(weights).is_file():
             raise ValueError(f"no file at {weights}; expected weights of {model}: for OpenAI's CLIP ViT-B/32 "
                              "open_clip_model.safetensors of timm/vit_base_patch32_clip_224.openai from huggingface.co")
         super().__init__(weights, model)
 
-    @cached_property
-    def _transform(self) -> Any:
-        module, visual = need("open_clip", "open-clip-torch", "cft[llm]", "Clip"), self._model[0].visual
-        return module.image_transform(visual.image_size, is_train=False, mean=visual.image_mean, std=visual.image_std)
-
     def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """Vectors (pictures, dimensions)."""
-        with torch.inference_mode():
-            parts = [
-                self._model[0].encode_image(torch.stack([self._transform(p) for p in pictures[k:k + 64]])).float()
-                for k in range(0, len(pictures), 64)]
-        return torch.cat(parts).numpy()
+        visual, module = self._model[0].visual, need("open_clip", "open-clip-torch", "cft[llm]", "Clip")
+        see = module.image_transform(visual.image_size, is_train=False, mean=visual.image_mean, std=visual.image_std)
+        blocks = [torch.stack([see(p) for p in pictures[k:k + 64]]) for k in range(0, len(pictures), 64)]
+        return torch.cat([self._model[0].encode_image(block).float() for block in blocks]).numpy()
 
 # %% ../../nbs/related/01_segments.ipynb #0d499e31
 class ToyPairs:
@@ -101,8 +87,8 @@ def similarities(encoder: ImageText, pictures: Iterable[Image.Image], vocabulary
     Raises ValueError for no pictures, an empty vocabulary, repeated phrases and vectors that are zero or not finite.
     """
     if not vocabulary or len(set(vocabulary)) < len(vocabulary):
-        raise ValueError("expected a vocabulary of different phrases, got "
-                         f"{len(vocabulary)} with {len(set(vocabulary))} different ones")
+        different = f"{len(vocabulary)} with {len(set(vocabulary))} different ones"
+        raise ValueError(f"expected a vocabulary of different phrases, got {different}")
     texts, rows, waiting = _unit(encoder(vocabulary), f"the texts of {encoder.name}"), [], iter(pictures)
     while some := list(islice(waiting, chunk)):
         rows.append(_unit(encoder.images(some), f"the pictures of {encoder.name}") @ texts.T)
@@ -111,7 +97,7 @@ def similarities(encoder: ImageText, pictures: Iterable[Image.Image], vocabulary
     return np.concatenate(rows)
 
 def retrieve(similarity: np.ndarray, vocabulary: Sequence[str], top: int = 10) -> list[tuple[str, ...]]:
-    """The `top` phrases of each row of similarities (pictures, vocabulary), the likeliest first, ties in their order."""
+    """The `top` phrases of each row of similarities (pictures, vocabulary), likeliest first, ties in their order."""
     order = np.argsort(-similarity, axis=1, kind="stable")[:, :top]
     return [tuple(str(vocabulary[m]) for m in row) for row in order]
 
@@ -153,7 +139,6 @@ class SegmentRules:
     margin: float = 0.1  # of the box's sides, added on each side of a crop
 
     def __post_init__(self) -> None:
-        """Refuse rules that cannot be."""
         shares = (self.least, self.largest, self.overlap)
         if not all(0 <= s <= 1 for s in shares) or self.most < 1 or self.top < 1 or self.margin < 0:
             raise ValueError(f"expected shares in 0 … 1, top and most >= 1 and margin >= 0, got {self}")
@@ -223,7 +208,7 @@ def mean_colour(source: PictureFiles, most: int = 500) -> Tensor:
 # %% ../../nbs/related/01_segments.ipynb #df990a2c
 @dataclass(eq=False)
 class Bags(Dataset[dict[str, Any]]):
-    """A set as bags. Item k is a dict: bag (segments, 3, height, width) normalised, label, index, and what `extra` adds.
+    """A set as bags. Item k: bag (segments, 3, height, width) normalised, label, index, and what `extra` adds.
 
     Raises ValueError for a list that is not as long as the set.
     """
@@ -238,7 +223,6 @@ class Bags(Dataset[dict[str, Any]]):
     kept: Sequence[Tensor] = ()  # finished bags, (segments, …) each, in place of pixels that are cut when asked for
 
     def __post_init__(self) -> None:
-        """Refuse lists of other lengths."""
         self.extra = dict(self.extra)
         given = self.extra | {"phrases": self.phrases} if self.store else self.extra
         wrong = {name: len(values) for name, values in given.items() if len(values) != len(self)}
@@ -272,7 +256,7 @@ class Bags(Dataset[dict[str, Any]]):
         return {"bag": bag, "label": self.source.targets[index][0], "index": index} | more
 
 class BagBatch(dict[str, Tensor]):
-    """bag (batch, segments, …) padded with zeros, valid bool (batch, segments), label, index (batch,), the rest stacked."""
+    """bag (batch, segments, …) padded with zeros, valid bool (batch, segments), label, index (batch,) and more."""
     @property
     def size(self) -> int:
         """How many bags."""

@@ -6,7 +6,8 @@
 __all__ = ['RULES', 'RATE', 'VARIANTS', 'LABELS', 'Like', 'BagAnswer', 'SegMil', 'backbone_of', 'Standard', 'segment_targets',
            'alignment', 'ConceptAlignment', 'segmil_recipe', 'BagBatches', 'predict_bags', 'worst_group', 'featured',
            'Explanation', 'explain', 'Variant', 'demo_vocabulary', 'drawn_bags', 'new_heads', 'attention_on',
-           'group_rows', 'metric_rows', 'few_of', 'seed_step', 'run_segmil', 'segmil_steps', 'segmil_table']
+           'group_rows', 'metric_rows', 'few_of', 'seed_step', 'run_segmil', 'segmil_steps', 'named_scores',
+           'segmil_table']
 
 # %% ../../nbs/related/02_segmil.ipynb #325fa44c
 import copy
@@ -43,7 +44,6 @@ from .segments import (BagBatch, Bags, ImageText, Segment, SegmentRules, ToyPair
                                   mean_colour, retrieve, similarities)
 from ..reproduce.paper import scores_of
 from ..reproduce.steps import PaperSteps, Step
-from ..reproduce.variants import recipe_of
 from ..train.loop import fine_tune, shuffled
 from ..train.objectives import Recipe
 
@@ -131,9 +131,7 @@ def alignment(vectors: Tensor, targets: Tensor, valid: Tensor | None = None) -> 
     With `valid`, bool (batch, segments), of (batch, segments, concepts), averaged within a bag first.
     """
     cosine = F.cosine_similarity(vectors, targets, dim=-1)
-    if valid is None:
-        return -cosine.mean()
-    return -((cosine * valid).sum(1) / valid.sum(1)).mean()
+    return -(cosine if valid is None else (cosine * valid).sum(1) / valid.sum(1)).mean()
 
 @dataclass(frozen=True)
 class ConceptAlignment:
@@ -146,7 +144,6 @@ class ConceptAlignment:
     level: Literal["bag", "segment"] = "bag"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained."""
         if self.weight < 0 or self.level not in ("bag", "segment"):
             raise ValueError(f"expected weight >= 0 and level bag or segment, got {self.weight}, {self.level!r}")
 
@@ -158,14 +155,14 @@ class ConceptAlignment:
     def __call__(self, model: nn.Module, original: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and its parts: classify and, with a weight, align."""
         answer = model(batch["bag"], batch["valid"])
-        classify = F.cross_entropy(answer.logits, batch["label"])
-        if not self.weight:
-            return classify, {"classify": classify.detach()}
-        if self.level == "segment":
-            align = alignment(answer.concepts, batch["segment_target"], batch["valid"])
-        else:
-            align = alignment(answer.pooled, batch["target"])
-        return classify + self.weight * align, {"classify": classify.detach(), "align": align.detach()}
+        total = classify = F.cross_entropy(answer.logits, batch["label"])
+        parts = {"classify": classify.detach()}
+        if self.weight:
+            whole = self.level == "bag"
+            vectors, targets = (answer.pooled, batch["target"]) if whole else (answer.concepts, batch["segment_target"])
+            align = alignment(vectors, targets, None if whole else batch["valid"])
+            total, parts["align"] = classify + self.weight * align, align.detach()
+        return total, parts
 
 # %% ../../nbs/related/02_segmil.ipynb #7c724287
 def segmil_recipe(rate: float = 1e-4, backbone_rate: float = 1e-5, weight: float = 0.1,
@@ -202,10 +199,8 @@ def predict_bags(model: nn.Module, bags: Bags, batch: int = 64) -> Tensor:
     """Logits (pictures, classes) of all bags in order, in evaluation mode; the model's mode is restored."""
     device = next(model.parameters()).device
     with torch.no_grad(), evaluating(model):
-        parts = [
-            model(b["bag"].to(device), b["valid"].to(device)).logits.cpu()
-            for b in DataLoader(bags, batch, collate_fn=collate)]
-    return torch.cat(parts)
+        parts = (part.to(device) for part in DataLoader(bags, batch, collate_fn=collate))
+        return torch.cat([model(part["bag"], part["valid"]).logits.cpu() for part in parts])
 
 def worst_group(bags: Bags) -> Callable[[nn.Module], float]:
     """For the loop's `validation`: minus the accuracy of the worst group of some bags, in percent."""
@@ -247,8 +242,7 @@ class Explanation:
         import matplotlib.pyplot as plt
 
         fig, axes = plt.subplots(1, 3, figsize=(8.6, 2.4), width_ratios=(1, 1, 0.75), layout="constrained")
-        total = self.parts.sum(1).numpy()
-        painted = np.full(self.segments[0].mask.shape, np.nan)
+        total, painted = self.parts.sum(1).numpy(), np.full(self.segments[0].mask.shape, np.nan)
         for k in sorted(range(len(total)), key=lambda k: -self.segments[k].mask.sum()):  # small ones on top
             painted[self.segments[k].mask] = total[k]
             axes[0].contour(self.segments[k].mask, [0.5], colors=[plt.get_cmap("tab10")(k % 10)], linewidths=1.2)
@@ -256,16 +250,15 @@ class Explanation:
         axes[1].imshow(self.picture.convert("L"), cmap="Greys_r", vmin=-128, vmax=383)
         most = float(np.abs(total).max()) or 1.0
         axes[1].imshow(painted, cmap="RdBu_r", vmin=-most, vmax=most, alpha=0.75, interpolation="nearest")
-        axes[0].set_title(f"{self.name}: logit {self.logit:+.2f}, bias {self.bias:+.2f}", fontsize=8)
-        axes[1].set_title("what each segment adds", fontsize=8)
-        rows = self.table(top)[::-1]
+        rows, short = self.table(top)[::-1], lambda text: text if len(text) <= 20 else text[:19] + "…"
         colours = np.where(rows["contribution"] > 0, "#B2182B", "#2166AC")
         axes[2].barh(range(len(rows)), rows["contribution"], color=colours)
-        short = lambda text: text if len(text) <= 20 else text[:19] + "…"
         labels = rows["segment"].map(short) + " → " + rows["concept"].map(short)
         axes[2].set(yticks=range(len(rows)), yticklabels=labels)
-        axes[2].set_title("segment → concept", fontsize=8)
         axes[2].tick_params(labelsize=6)
+        of_logit = f"{self.name}: logit {self.logit:+.2f}, bias {self.bias:+.2f}"
+        for ax, title in zip(axes, (of_logit, "what each segment adds", "segment → concept")):
+            ax.set_title(title, fontsize=8)
         for ax in axes[:2]:
             ax.set(xticks=[], yticks=[])
         return fig
@@ -304,6 +297,7 @@ RATE = 3e-3
 class Variant:
     """One row of the experiment: how bags are made and the model is trained."""
 
+    label: str
     context: bool = False  # also concepts that are seen around a class
     rules: SegmentRules | None = RULES  # None: a bag is the whole picture
     most: int = 15
@@ -311,16 +305,15 @@ class Variant:
     level: Literal["bag", "segment"] = "bag"
 
 VARIANTS = {
-    "cbm": Variant(rules=None), "segmil": Variant(), "segmil.lambda-0": Variant(weight=0.0),
-    "segmil.lambda-0.5": Variant(weight=0.5), "segmil.segments-aligned": Variant(level="segment"),
-    "segmil.bag-5": Variant(most=5), "segmil.bag-1": Variant(most=1),
-    "segmil.large": Variant(rules=SegmentRules(top=15)), "segmil.context": Variant(context=True)}
-LABELS = {
-    "original": "Original", "plain": "plain fine-tuning", "cbm": "CBM, whole picture", "segmil": "SEG-MIL-CBM",
-    "segmil.lambda-0": "SEG-MIL-CBM, λ = 0", "segmil.lambda-0.5": "SEG-MIL-CBM, λ = 0.5",
-    "segmil.segments-aligned": "SEG-MIL-CBM, segments aligned", "segmil.bag-5": "SEG-MIL-CBM, bags of 5",
-    "segmil.bag-1": "SEG-MIL-CBM, bags of 1", "segmil.large": "SEG-MIL-CBM, segments above 2 %",
-    "segmil.context": "SEG-MIL-CBM, context concepts kept"}
+    "cbm": Variant("CBM, whole picture", rules=None), "segmil": Variant("SEG-MIL-CBM"),
+    "segmil.lambda-0": Variant("SEG-MIL-CBM, λ = 0", weight=0.0),
+    "segmil.lambda-0.5": Variant("SEG-MIL-CBM, λ = 0.5", weight=0.5),
+    "segmil.segments-aligned": Variant("SEG-MIL-CBM, segments aligned", level="segment"),
+    "segmil.bag-5": Variant("SEG-MIL-CBM, bags of 5", most=5),
+    "segmil.bag-1": Variant("SEG-MIL-CBM, bags of 1", most=1),
+    "segmil.large": Variant("SEG-MIL-CBM, segments above 2 %", rules=SegmentRules(top=15)),
+    "segmil.context": Variant("SEG-MIL-CBM, context concepts kept", context=True)}
+LABELS = {"original": "Original", "plain": "plain fine-tuning", **{name: v.label for name, v in VARIANTS.items()}}
 
 def demo_vocabulary(context: bool = False) -> tuple[str, ...]:
     """The concepts of all twelve classes in one list: what classes show, with `context` also what is around them."""
@@ -330,7 +323,7 @@ Like = tuple[Standard, Tensor]  # how concepts are standardised, and the colour 
 
 def drawn_bags(source: PictureFiles, base: nn.Module, root: str | Path, context: bool = False,
                rules: SegmentRules = RULES, like: Like | None = None) -> tuple[Bags, Like]:
-    """Bags of drawn pictures: retrieved, grounded (masks go into `root`), cut; and what test pictures are read `like`."""
+    """Bags of drawn pictures: retrieved, grounded (masks go into `root`), cut; and what others are read `like`."""
     vocabulary, find = demo_vocabulary(context), toy_grounder()
     similarity = similarities(ToyPairs(find), (image for image, _ in source), vocabulary)
     standard, fill = like or (Standard.of(similarity), mean_colour(source))
@@ -362,13 +355,12 @@ def attention_on(model: nn.Module, bags: Bags, objects: Path) -> float:
     return 100 * total / len(bags)
 
 def group_rows(pictures: pd.DataFrame) -> pd.DataFrame:
-    """Tidy top-1 rows of a test in groups (set groups: all and worst group) and of each of its sets: `metrics.COLUMNS`."""
+    """Top-1 rows of a test in groups (set groups: all and worst group) and of each of its sets: `metrics.COLUMNS`."""
     classes, which = len(CLASSES), pictures["id"].str.split("/").str[0]
-    tables = []
-    for name, part in {"groups": pictures, **dict(list(pictures.groupby(which, sort=False)))}.items():
-        rows = accuracy_rows(part, classes).query(f"metric == 'top1' and labels == 'full{classes}'").assign(set=name)
-        tables.append(rows if name == "groups" else rows[rows["split"] == "all"])
-    return pd.concat(tables, ignore_index=True)[list(COLUMNS)]
+    parts = {"groups": pictures, **dict(list(pictures.groupby(which, sort=False)))}
+    rows = pd.concat([accuracy_rows(part, classes).assign(set=name) for name, part in parts.items()])
+    rows = rows.query(f"metric == 'top1' and labels == 'full{classes}' and (set == 'groups' or split == 'all')")
+    return rows[list(COLUMNS)].reset_index(drop=True)
 
 def metric_rows(values: Mapping[str, float], name: str, n: int) -> pd.DataFrame:
     """Values by metric as rows: columns set (`name`), split, metric, value, n."""
@@ -393,23 +385,21 @@ def seed_step(steps: PaperSteps, key: str, seed: int, run: Callable[[PaperSteps,
 
 def run_segmil(steps: PaperSteps, seed: int) -> pd.DataFrame:
     """All rows of a seed: columns method and `metrics.COLUMNS`; its masks go below segmil/<seed>."""
-    world, base, place = steps.drawn.place(seed), steps.world.network("demo", seed), steps.root / "segmil" / str(seed)
+    world, base, clock = steps.drawn.place(seed), steps.world.network("demo", seed), time.perf_counter
     pool, tests = folder_set(world / "images/train", list(CLASSES), "train"), backdrop_set(world)
 
     @cache
-    def bags(context: bool) -> tuple[Bags, Bags, Like, float]:
-        """Of training and test pictures; the seconds that it took to prepare training."""
-        began = time.perf_counter()
+    def bags(context: bool) -> tuple[Bags, Bags, Like, float]:  # of training and test, and the seconds for the former
+        began, place = clock(), steps.root / "segmil" / str(seed)
         train, like = drawn_bags(pool, base, place / f"train-{context}", context)
-        took = time.perf_counter() - began
+        took = clock() - began
         return train, drawn_bags(tests, base, place / f"test-{context}", context, like=like)[0], like, took
 
     @cache
-    def ready(context: bool, rules: SegmentRules | None) -> tuple[Bags, Bags, float]:
-        """The same through the backbone; the seconds for the training pictures."""
-        began, (train, test, _, _) = time.perf_counter(), bags(context)
+    def ready(context: bool, rules: SegmentRules | None) -> tuple[Bags, Bags, float]:  # the same through the backbone
+        began, (train, test, _, _) = clock(), bags(context)
         train = featured(train.under(rules), backbone_of(base))
-        took = time.perf_counter() - began
+        took = clock() - began
         return train, featured(test.under(rules), backbone_of(base)), took
 
     def of_variant(name: str, v: Variant) -> pd.DataFrame:
@@ -420,25 +410,23 @@ def run_segmil(steps: PaperSteps, seed: int) -> pd.DataFrame:
             train.extra["segment_target"] = segment_targets(train, encoder, vocabulary, like[0])
         recipe = segmil_recipe(RATE, 0, v.weight, v.level, seed=seed)
         tuned = fine_tune(new_heads(train, base, seed), BagBatches(train, recipe), recipe, progress=False)
-        rows = group_rows(answer_table(tests, predict_bags(tuned.model, test)))
         more = {"attention": attention_on(tuned.model, test, world / "objects")}
+        rows = group_rows(answer_table(tests, predict_bags(tuned.model, test)))
         if name == "segmil":
             more |= {"preparing": prepared, "training": took + tuned.record["seconds"]}
             more["answering"] = _times_slower(tuned.model, base, few_of(backdrop_set(world, ("val",))), like)
         return pd.concat([rows, metric_rows(more, "groups", len(tests))])
 
     def of_classifier(name: str) -> pd.DataFrame:
-        model = base if name == "original" else _plain(steps, base, world, seed)
+        model = base
+        if name == "plain":  # fine-tuned on the pictures that the heads are trained on
+            folder, how = list_folder(world / "images/train", list(CLASSES)), Preprocess.of(base, margin=1.0)
+            images, recipe = MaskedImages(folder, how, train=True, cached=True), steps.recipe("demo", name, seed)[0]
+            model = fine_tune(base, images, recipe, progress=False).model
         return group_rows(run_pass(tests, [checkpoint(model, name)], reading_of(model))[0])
 
     tables = [of_variant(name, VARIANTS[name]) if name in VARIANTS else of_classifier(name) for name in LABELS]
     return pd.concat(tables, keys=list(LABELS), names=["method"]).reset_index("method")
-
-def _plain(steps: PaperSteps, base: nn.Module, world: Path, seed: int) -> nn.Module:
-    """Plain fine-tuning on the pictures that the heads are trained on."""
-    folder, how = list_folder(world / "images/train", list(CLASSES)), Preprocess.of(base, margin=1.0)
-    images, recipe = MaskedImages(folder, how, train=True, cached=True), recipe_of("plain", "demo", steps.settings, seed)[0]
-    return fine_tune(base, images, recipe, progress=False).model
 
 def _times_slower(heads: Any, base: nn.Module, few: PictureFiles, like: Like) -> float:
     """How many times the base's time it takes to ground, cut and answer some pictures."""
@@ -452,22 +440,26 @@ def _times_slower(heads: Any, base: nn.Module, few: PictureFiles, like: Like) ->
 
 def segmil_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     """The steps of the experiment: one a seed."""
-    recipes = {"recipe": segmil_recipe(RATE, 0), "plain": recipe_of("plain", "demo", steps.settings, 0)[0]}
     depends = {
-        "variants": {name: repr(variant) for name, variant in VARIANTS.items()}, "grounder": toy_grounder().name,
-        **{name: recipe.as_dict() for name, recipe in recipes.items()}}
+        "variants": list(map(repr, VARIANTS.values())), "recipe": segmil_recipe(RATE, 0).as_dict(),
+        "plain": steps.recipe("demo", "plain", 0)[0].as_dict(), "grounder": toy_grounder().weights}
     return [
         seed_step(steps, "segmil", seed, run_segmil, needs=(*steps.pictures(seed), *steps.base(seed)),
                   folder=f"segmil/{seed}", depends=depends | {"start": steps.start_digest("demo", seed)})
         for seed in seeds]
 
 # %% ../../nbs/related/02_segmil.ipynb #fdb7906a
-def segmil_table(scores: pd.DataFrame) -> pd.DataFrame:
+def named_scores(rows: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
+    """`paper.scores_of`, and with them the metrics in `names`, each as the column that it stands for."""
+    more = rows[rows["metric"].isin(list(names))]
+    more = more.assign(column=more["metric"].map(names))[["method", "seed", "column", "value"]]
+    return pd.concat([scores_of(rows), more], ignore_index=True)
+
+def segmil_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The experiment as text: methods × columns, mean ± sample standard deviation over seeds, in percent.
 
-    scores: as `Found.related` gives. Raises ValueError for other columns.
+    rows: as `Found.related` gives. Raises ValueError for other columns.
     """
-    attention = scores[scores["metric"] == "attention"].assign(column="attention on object")
-    shown = pd.concat([scores_of(scores), attention[["method", "seed", "column", "value"]]])
     columns = ("val", "adversarial", "groups", "groups, worst group", "attention on object")
-    return table_of_means(shown, columns).rename(index=LABELS).rename_axis("top-1 %, demo")
+    table = table_of_means(named_scores(rows, {"attention": "attention on object"}), columns)
+    return table.rename(index=LABELS).rename_axis("top-1 %, demo")

@@ -4,6 +4,7 @@ import re
 import time
 from collections import deque
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +19,12 @@ from cft.demo import toy_grounder as toy
 from cft.demo.toy_grounder import ATOMS, MEANINGS, ToyConfig, regions
 from cft.files import ASSETS, sha256
 
-RNG = np.random.default_rng(0)
-CHAPTER = from_chapter("06_toy_grounder.ipynb", toy, "LEAST", "Judgement", "score_grounder", "calibrate")
-LEAST, Judgement, score_grounder, calibrate = CHAPTER
+RNG, CHAPTER = np.random.default_rng(0), "06_toy_grounder.ipynb"
+LEAST, Judgement, score_grounder, calibrate = from_chapter(CHAPTER, toy, "LEAST", "Judgement", "score_grounder",
+                                                           "calibrate")
+OF_TRAINING = ("train_text", "Scenes", "logits_at", "sample_pixels", "orthogonalise", "Muon", "train_image",
+               "train_toy_grounder", "save_toy_grounder")
+lessons = SimpleNamespace(**dict(zip(OF_TRAINING, from_chapter(CHAPTER, toy, *OF_TRAINING))))
 HELD_OUT, HELD_OUT_ABSENT = yaml.safe_load((ASSETS / "toy/held_out.yaml").read_text(encoding="utf-8")).values()
 
 
@@ -44,7 +48,7 @@ def bird(pictures):
 
 @pytest.fixture(scope="module")
 def few():
-    return toy.Scenes(0, objects=5, scenes=2)
+    return lessons.Scenes(0, objects=5, scenes=2)
 
 
 def fresh(kind):
@@ -237,10 +241,10 @@ def test_read_phrase(phrase, expected):
 def test_single_pixels_are_those_of_the_dense_network(few):
     image = fresh(toy.ImageEncoder).eval()
     x, atoms, _ = few.batch(3, torch.Generator().manual_seed(0))
-    drawn = toy.sample_pixels(atoms, 60, torch.Generator().manual_seed(1))
+    drawn = lessons.sample_pixels(atoms, 60, torch.Generator().manual_seed(1))
     pixels = torch.cat([torch.tensor([[0, 63, 4032, 4095, 65]] * 3), drawn], 1)
     with torch.no_grad():
-        some, dense = toy.logits_at(image, x, image.trunk(x)[0], pixels), image(x)
+        some, dense = lessons.logits_at(image, x, image.trunk(x)[0], pixels), image(x)
     for n in range(3):
         for k, pixel in enumerate(pixels[n].tolist()):
             torch.testing.assert_close(some[n, k], dense[n, :, pixel // 64, pixel % 64], atol=1e-5, rtol=1e-5)
@@ -249,7 +253,7 @@ def test_single_pixels_are_those_of_the_dense_network(few):
 def test_pixels_are_drawn_by_the_root_of_their_atoms_area():
     atoms = torch.zeros(1, 64, 64, dtype=torch.long)
     atoms[0, :8, :8] = 5  # 64 of 4,096 pixels
-    drawn = toy.sample_pixels(atoms, 40_000, torch.Generator().manual_seed(0))
+    drawn = lessons.sample_pixels(atoms, 40_000, torch.Generator().manual_seed(0))
     expected = 64**0.5 / (64**0.5 + 4032**0.5)
     assert (atoms.flatten()[drawn] == 5).float().mean().item() == pytest.approx(expected, abs=0.01)
 
@@ -261,16 +265,16 @@ def test_orthogonalise_acts_on_singular_values_alone(shape):
     values = values / np.linalg.norm(values)
     for _ in range(4):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    np.testing.assert_allclose(toy.orthogonalise(matrix), u @ np.diag(values) @ v, atol=1e-5)
+    np.testing.assert_allclose(lessons.orthogonalise(matrix), u @ np.diag(values) @ v, atol=1e-5)
 
 
 def test_muon_is_nesterov_momentum_made_orthogonal():
     p = torch.nn.Parameter(torch.randn(4, 6, dtype=torch.float64))
-    optimizer, mean, slow = toy.Muon([p], 0.1, momentum=0.8, decay=0.5), 0.0, p.detach().clone()
+    optimizer, mean, slow = lessons.Muon([p], 0.1, momentum=0.8, decay=0.5), 0.0, p.detach().clone()
     for k in range(3):
         p.grad = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
         mean = 0.8 * mean + 0.2 * p.grad
-        slow = slow * (1 - 0.1 * 0.5) - 0.1 * toy.orthogonalise(0.2 * p.grad + 0.8 * mean)
+        slow = slow * (1 - 0.1 * 0.5) - 0.1 * lessons.orthogonalise(0.2 * p.grad + 0.8 * mean)
         optimizer.step()
     torch.testing.assert_close(p.detach(), slow)
 
@@ -390,7 +394,7 @@ def test_held_out_phrases_are_found_and_others_refused(find, pictures):
 
 
 def test_an_owner_narrows_the_meaning(find):
-    """With an owner a shared part is read well but not surely: "the wings of a bird" is among those that are refused."""
+    """With an owner a shared part is read well but not surely: "the wings of a bird" is among those refused."""
     right = strange = several = 0
     for meaning in MEANINGS.values():
         owners = sorted({ATOMS[k][0] for k in meaning.atoms}) if meaning.kind == "part" else []
@@ -421,21 +425,21 @@ def test_the_threshold_trades_recall_for_precision(find, pictures):
 @pytest.mark.slow
 def test_short_lessons_lower_the_loss_and_repeat(few):
     texts, images = [fresh(toy.TextEncoder) for _ in range(2)], [fresh(toy.ImageEncoder) for _ in range(2)]
-    read = [toy.train_text(text, 1, 60, progress=False) for text in texts]
-    seen = [toy.train_image(image, few, 1, 24, progress=False) for image in images]
+    read = [lessons.train_text(text, 1, 60, progress=False) for text in texts]
+    seen = [lessons.train_image(image, few, 1, 24, progress=False) for image in images]
     assert read[0] == read[1] and seen[0] == seen[1]
     for pair in (texts, images):
         assert all(torch.equal(a, b) for a, b in zip(pair[0].state_dict().values(), pair[1].state_dict().values()))
     assert np.mean(read[0][-5:]) < 0.4 * np.mean(read[0][:5]) and np.mean(seen[0][-5:]) < 0.85 * np.mean(seen[0][:5])
-    assert toy.train_text(fresh(toy.TextEncoder), 2, 60, progress=False) != read[0], "the seed matters"
+    assert lessons.train_text(fresh(toy.TextEncoder), 2, 60, progress=False) != read[0], "the seed matters"
 
 
 def test_training_saving_and_loading(few, tmp_path, monkeypatch, bird):
-    monkeypatch.setattr(toy, "Scenes", lambda seed: few)
+    monkeypatch.setitem(lessons.train_toy_grounder.__globals__, "Scenes", lambda seed: few)
     state = torch.random.get_rng_state()
-    net = toy.train_toy_grounder(seed=1, steps=2, progress=False)
+    net = lessons.train_toy_grounder(seed=1, steps=2, progress=False)
     assert torch.equal(torch.random.get_rng_state(), state), "the global generator is left alone"
-    path = toy.save_toy_grounder(tmp_path / "new", net, threshold=0.25, seed=1)
+    path = lessons.save_toy_grounder(tmp_path / "new", net, threshold=0.25, seed=1)
     loaded = toy.toy_grounder(tmp_path / "new")
     assert loaded.config.threshold == 0.25 and path.stat().st_size < 1_000_000
     for key, value in loaded.net.state_dict().items():
@@ -452,12 +456,12 @@ def test_the_shipped_weights(find, tmp_path):
     assert path.stat().st_size < 1_000_000 and find.settings()["weights"][path.name] == record["sha256"]
     assert all(value.dtype == torch.float16 for value in state.values() if value.is_floating_point())
     assert sum(p.numel() for p in find.net.image.parameters()) <= 400_000
-    assert sha256(toy.save_toy_grounder(tmp_path, find.net)) == record["sha256"], "written again, the same bytes"
+    assert sha256(lessons.save_toy_grounder(tmp_path, find.net)) == record["sha256"], "written again, the same bytes"
 
 
 def spoil(folder, find, **changes):
     """A folder with the trained weights, some tensors changed, and a fitting record."""
-    toy.save_toy_grounder(folder, find.net)
+    lessons.save_toy_grounder(folder, find.net)
     path = folder / toy.WEIGHTS
     save_file({**load_file(path), **changes}, path)
     record = json.loads((folder / "toy_grounder.json").read_text())
@@ -469,7 +473,7 @@ def spoil(folder, find, **changes):
 def test_bad_weights(find, tmp_path):
     with pytest.raises(ValueError, match="expected toy_grounder.safetensors and toy_grounder.json in"):
         toy.toy_grounder(tmp_path / "nowhere")
-    toy.save_toy_grounder(tmp_path, find.net)
+    lessons.save_toy_grounder(tmp_path, find.net)
     path, data = tmp_path / toy.WEIGHTS, (tmp_path / toy.WEIGHTS).read_bytes()
     for bad in (data[:-1], data[:-2] + b"!!", b"", b"weights"):
         path.write_bytes(bad)

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from chapters import from_chapter
 from PIL import Image
 from torch import nn
 
@@ -18,13 +19,18 @@ from cft.evaluate.faithfulness import widen
 from cft.files import read_json, sha256, write_json
 from cft.related import deal
 from cft.related import deal_metrics as metrics
-from cft.related.deal import DUAL, Lessons, as_classifier, balanced, demo_prompts, dual_encoder, make_dual, save_dual
-from cft.related.deal_metrics import DualSteps, disentanglability, insertion_scores, miniature_parts, part_table, pixels
+from cft.related.deal import DUAL, as_classifier, demo_prompts, dual_encoder
+from cft.related.deal_metrics import DualSteps, disentanglability, insertion_scores, part_table, pixels
 from cft.reproduce.paper import claims
 from cft.reproduce.settings import Work, read_settings
 from cft.reproduce.steps import Notes, in_order, make_steps, undone
 
 torch.set_num_threads(1)
+TRAINING = ("_PARTS", "_OF_PART", "_OF_CLASS", "_HAS", "Lesson", "_caption", "Lessons", "balanced", "make_dual",
+            "save_dual")
+*_, Lessons, balanced, make_dual, save_dual = from_chapter("related/03_deal.ipynb", deal, *TRAINING)
+miniature_parts, selected_rate = from_chapter("related/04_deal_metrics.ipynb", metrics, "miniature_parts",
+                                              "selected_rate")
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -267,12 +273,11 @@ def test_scores_of_maps_are_those_of_the_pieces(dual):
     assert set(rest["metric"]) == set(table.index) - {"localizability"}
 
 def test_maps_are_scored_on_the_pictures_of_the_world(tmp_path):
-    settings = read_settings("smoke", segmentation_per_class=2)
-    steps = DualSteps(Work(settings, ("deal",)), tmp_path)
-    steps.drawn.draw(3)
-    files = sorted((steps.drawn.place(3) / "images/segmentation").rglob("*.png"))
-    drawn = backdrop.render("segmentation", 2, settings.drawn_from + 3)
+    world = backdrop.write(tmp_path / "world", {"segmentation": 2}, seed=60003)
+    drawn = backdrop.render("segmentation", 2, 60003)
+    files = sorted((world / "images/segmentation").rglob("*.png"))
     assert {np.asarray(Image.open(f)).tobytes() for f in files} == {image.tobytes() for image in drawn.images}
+
 
 # ---- the dual encoder ----
 
@@ -301,7 +306,7 @@ def test_balanced_is_the_sum_of_two_means():
 
 @pytest.mark.slow
 def test_the_dual_encoder_learns_and_is_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(deal, "Lessons", lambda seed: Lessons(seed, objects=8, scenes=4))
+    monkeypatch.setitem(make_dual.__globals__, "Lessons", lambda seed: Lessons(seed, objects=8, scenes=4))
     first, again = (make_dual(0, steps=2, progress=False)[0].state_dict() for _ in range(2))
     assert all(torch.equal(v, again[k]) for k, v in first.items())
     dual, log = make_dual(0, steps=6, batch=16, progress=False)
@@ -325,15 +330,15 @@ def test_the_dual_encoder_learns_and_is_read_back(tmp_path, monkeypatch):
 
 # ---- the experiment ----
 
-def test_variants_are_named():
-    prompts, settings = demo_prompts(), read_settings("demo")
-    recipe = metrics.deal_recipe("deal.released", 3, prompts, settings)
+def test_variants_are_named(tmp_path):
+    steps = DualSteps(Work(read_settings("demo"), ("deal",)), tmp_path)
+    recipe, _ = steps.recipe("dual", "deal.released", 3)
     assert recipe.objective.detach and recipe.objective.twins == "ignored" and (recipe.seed, recipe.epochs) == (7003, 8)
     assert (recipe.objective.disentangle, recipe.objective.localise, recipe.rate) == (0.1, 0.01, metrics.RATE)
-    alone = metrics.deal_recipe("contrastive", 0, prompts, settings).objective
+    alone = steps.recipe("dual", "contrastive", 0)[0].objective
     assert (alone.disentangle, alone.localise, alone.detach) == (0.0, 0.0, False)
-    with pytest.raises(KeyError):
-        metrics.deal_recipe("magic", 0, prompts, settings)
+    with pytest.raises(ValueError, match="no method 'magic'"):
+        steps.recipe("dual", "magic", 0)
 
 def synthetic(shift):
     rows = []
@@ -389,3 +394,11 @@ def test_the_released_code_is_contrastive_bit_for_bit_and_nothing_is_made_twice(
     assert "disentanglability" in set(rows["deal"]["metric"]) - set(rows["plain"]["metric"])
     assert set(rows["plain"]["set"]) == {"val", "segmentation", "train"}
     assert not undone(wanted, Notes(tmp_path))
+
+def test_the_rate_is_the_smallest_that_moves_the_model():
+    rows = [("original", float("nan"), 60.0), ("contrastive", 1e-5, 60.9), ("contrastive", 1e-4, 58.5),
+            ("contrastive", 3e-4, 70.0), ("deal", 1e-5, 90.0)]
+    trials = pd.DataFrame(rows, columns=["method", "rate", "swapped"])
+    assert selected_rate(trials) == 1e-4 and selected_rate(trials, 2.0) == 3e-4
+    with pytest.raises(ValueError, match="no rate moves the accuracy by 50 points"):
+        selected_rate(trials, 50)

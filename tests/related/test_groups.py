@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from chapters import from_chapter
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -29,12 +30,14 @@ from cft.related.groups import (
     csv_set,
     group_scores,
     group_table,
-    miniature_groups,
     open_groups,
     plain_pickle,
     severity_table,
     spawrious_parts,
 )
+
+miniature_groups = from_chapter("related/00_groups.ipynb", cft.related.groups, "_mini_waterbirds", "_mini_cifar",
+                                "miniature_groups")[-1]
 
 
 class Python2(pickle._Pickler):
