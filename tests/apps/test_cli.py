@@ -294,6 +294,7 @@ metadata.distribution = distribution
 """
 
 
+@pytest.mark.slow
 def test_the_core_imports_without_any_extra(tmp_path):
     code = BLOCK + """import importlib, pkgutil, cft
 for module in pkgutil.walk_packages(cft.__path__, "cft."):
@@ -303,6 +304,7 @@ for module in pkgutil.walk_packages(cft.__path__, "cft."):
     assert done.returncode == 0 and len(done.stdout.split()) > 40, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_named_with_its_install_line(tmp_path, drawn):
     train = drawn / "images/train"
     (tmp_path / "classes.csv").write_text("id,name\nbird,bird\n")
@@ -424,6 +426,13 @@ def test_fit_has_a_rate_and_does_it_otherwise_after_a_dot(drawn, tmp_path, capsy
     assert ("align" in record["epochs"][-1]) == align and record["recipe"]["rate"] == float(rate)
 
 
+def test_nothing_is_asked_for_an_empty_class(drawn, tmp_path, capsys):
+    shutil.copytree(drawn / "images/train", tmp_path / "train")
+    (tmp_path / "train/empty").mkdir()
+    assert run("concepts", tmp_path / "train", *RECORDED, "--replay", "--out", tmp_path / "c.json") == 2
+    assert "empty has no picture" in capsys.readouterr().err and not (tmp_path / "c.json").exists()
+
+
 def test_best_epoch_needs_other_pictures(drawn, tmp_path, capsys):
     train, masks, out = drawn / "images/train", drawn / "masks/train", tmp_path / "run"
     words = ("fit", train, "--masks", masks, *START, "--method", "cft-official", "--epochs", 1, "--out", out)
@@ -469,8 +478,11 @@ def test_audit_on_found_objects(drawn, tmp_path, capsys):
     content = json.loads((tmp_path / "a.json").read_text())
     assert "found by the name of the class, by toy" in content["record"]["objects"]
     assert "gap" in {row["metric"] for row in content["numbers"]}
-    assert run("audit", drawn / "images/adversarial", *START, "--objects", store) == 2
-    assert "none of the pictures" in capsys.readouterr().err
+    assert run("audit", drawn / "images/adversarial", *START, "--objects", store) == 0, "some have the same names"
+    assert "objects  of 9 of 48 pictures" in capsys.readouterr().out
+    shutil.copytree(drawn / "images/adversarial/turtle", tmp_path / "others/turtle")
+    assert run("audit", tmp_path / "others", *START, "--objects", store) == 2
+    assert "none of the pictures in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, expected", [
