@@ -527,10 +527,24 @@ def test_plans_are_told_without_a_run(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_demo_of_one_seed(tmp_path, capsys):
-    assert run("demo", "--seeds", 1, "--out", tmp_path / "demo", "--cores", 1) == 0
-    said = capsys.readouterr().out
-    rows = [line.split("  ")[0] for line in said.splitlines()]
-    assert {"Original", "plain fine-tuning", "CFT", "CFT+", "CFT+ without alignment"} <= set(rows)
-    assert "GradMask" not in said and "no claim is judged" in said
+def test_the_demo_of_one_seed(tmp_path):
+    command = [str(CFT), "demo", "--seeds", "1", "--out", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {line.split("  ")[0] for line in done.stdout.splitlines()}
+    assert {"Original", "plain fine-tuning", "CFT", "CFT+", "CFT+ without alignment"} <= rows
+    assert "GradMask" not in done.stdout and "no claim is judged" in done.stdout
     assert (tmp_path / "demo/pages/demo.ipynb").is_file() and list((tmp_path / "demo/artefacts/demo").glob("*.csv"))
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert again.stdout == done.stdout, "what is there is not made again"
+
+
+def test_the_commands_of_the_readme_parse():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    start = re.search(r'MODEL="(.*)"', text)[1].split()
+    lines = [line.split("#")[0].split()[1:] for line in text.splitlines() if line.startswith("cft ")]
+    told = re.findall("`cft ([^`…]+)`", text)
+    assert len(lines) >= 9 and len(told) >= 15
+    for name, *words in [*lines, *map(str.split, told)]:
+        given = [w for word in words for w in (start if word == "$MODEL" else [word])]
+        assert COMMANDS[name].make_context(name, given).params
