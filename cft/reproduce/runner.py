@@ -162,7 +162,7 @@ def _snakemake(root: Path, arguments: Sequence[str], local: bool) -> None:
 
 def prepare(profile: str | Path, only: Sequence[str] = (), models: Sequence[str] = (), methods: Sequence[str] = (),
             seeds: int | None = None, out: str | Path | None = None, **changes: Any) -> tuple[Path, Work]:
-    """The folder with its settings written, and the work. Raises ValueError for unknown names."""
+    """The folder of a reproduction, and its work; nothing is written. Raises ValueError for unknown names."""
     settings = read_settings(profile, **changes)
     if seeds is not None:
         fewer = {name: min(seeds, getattr(settings, name)) for name in ("seeds", "ablation_seeds")}
@@ -170,7 +170,6 @@ def prepare(profile: str | Path, only: Sequence[str] = (), models: Sequence[str]
     work = Work(settings, models=tuple(models), methods=tuple(methods))
     work = replace(work, keys=tuple(only)) if only else work
     root = (Path(out) if out else Path("runs") / Path(profile).stem).resolve()
-    write_settings(settings, root / "settings.yaml")
     return root, work
 
 def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models: Sequence[str] = (),
@@ -202,6 +201,7 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
     except Timeout:
         raise ValueError(f"another `cft reproduce` works in {root}; wait for it, or choose another --out") from None
     with held:
+        write_settings(work.settings, root / "settings.yaml")
         pages = page_steps(work, root)
         todo = undone(pages, Notes(root))
         if todo:

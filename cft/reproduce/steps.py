@@ -190,14 +190,14 @@ def _note_failure(root: Path, step: Step, error: Exception) -> None:
 def make_steps(steps: Sequence[Step], root: Path) -> bool:
     """Make those of the steps that are not done, in order; whether all of them are done then."""
     notes, wanted, fine = Notes(root), set(steps), True
-    for _, group in groupby((step for step in in_order(steps) if step in wanted), key=lambda step: step.kind):
+    alone = lambda step: (step.kind, "" if step.at_once else step.name)
+    for _, group in groupby((step for step in in_order(steps) if step in wanted), key=alone):
         todo = [step for step in group if not notes.is_done(step)]
         for step in todo:
             notes.clear(step)
         able = [step for step in todo if all(notes.outputs(need) is not None for need in step.needs)]
         fine &= len(able) == len(todo)
-        together = len(able) > 1 and able[0].at_once is not None
-        fine &= _make(able, root, notes) if together else all([_make([step], root, notes) for step in able])
+        fine &= not able or _make(able, root, notes)
     return fine
 
 def _make(steps: Sequence[Step], root: Path, notes: Notes) -> bool:

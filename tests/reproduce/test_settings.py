@@ -3,14 +3,17 @@ import itertools
 
 import pytest
 
+from cft.data.backdrop import SHIFTED
 from cft.reproduce.paper import ARTEFACTS, PAPER, artefact
 from cft.reproduce.settings import (
     Cost,
+    Settings,
     Work,
     hours,
     maps_file,
     measured_costs,
     model_file,
+    page_file,
     read_settings,
     rows_file,
     write_settings,
@@ -31,15 +34,17 @@ def test_a_profile_survives_the_way_to_a_file_and_back(name, tmp_path):
 
 def test_the_defaults_are_the_papers_values():
     paper = read_settings("paper")
-    assert (paper.classes, paper.per_class, paper.epochs, paper.batch, paper.pool, paper.seeds) == (500, 3, 50, 8, 30, 5)
+    known = {"classes": 500, "per_class": 3, "epochs": 50, "batch": 8, "pool": 30, "seeds": 5, "ablation_seeds": 1}
+    assert paper.values(*known) == known == Settings().values(*known)
     assert paper.rates["vit_base_patch16_224"]["cft-paper"] == 5e-7 and set(paper.rates) == set(PAPER.models.values())
     assert all(5e-7 <= rate <= 1e-5 for rates in paper.rates.values() for rate in rates.values())
     assert not paper.sets and not paper.weights and paper.train is None  # empty places are no places
 
 
 @pytest.mark.parametrize("text, message", [
-    ("epoch: 3", "epoch: Extra inputs"), ("seeds: 0", "seeds: .*greater than or equal to 1, got 0"), ("precision: fp8", "precision: .*'no' or 'bf16'"),
-    ("- 3", "must hold names and values, got list"), ("rates: {demo: {cft: quick}}", "rates.demo.cft: .*got 'quick'")])
+    ("epoch: 3", "epoch: Extra inputs"), ("seeds: 0", "seeds: .*greater than or equal to 1, got 0"),
+    ("precision: fp8", "precision: .*'no' or 'bf16'"), ("- 3", "must hold names and values, got list"),
+    ("rates: {demo: {cft: quick}}", "rates.demo.cft: .*got 'quick'")])
 def test_bad_settings(tmp_path, text, message):
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -53,11 +58,11 @@ def test_no_settings(tmp_path):
         read_settings("quick")
 
 
-def by_hand(key, models, methods, seeds, originals):
-    """Checkpoints and evaluations of an artefact of the paper's profile, one by one."""
+def by_hand(key, models, methods, seeds):
+    """Checkpoints and evaluations of an artefact of the paper's profile, one by one; the original has one seed."""
     tuned, tested = set(), set()
     for model, method, seed in itertools.product(models, methods, range(seeds)):
-        slug, seed = PAPER.methods[method], 0 if method == "Original" and not originals else seed
+        slug, seed = PAPER.methods[method], 0 if method == "Original" else seed
         if slug != "original":
             tuned.add((PAPER.models[model], slug, seed))
         tested |= {(PAPER.models[model], slug, seed, PAPER.sets[s]) for s in artefact(key).sets}
@@ -67,47 +72,72 @@ def by_hand(key, models, methods, seeds, originals):
 def test_work_is_the_union_of_what_artefacts_need():
     work = Work(read_settings("paper"))
     tuned, tested = set(), set()
-    for a in ARTEFACTS:
-        one, two = by_hand(a.key, a.models, a.methods, a.seeds if a.seeds >= 5 or a.key.startswith("fig") else 1, False)
+    for a in map(artefact, work.keys):
+        seeds = a.seeds if a.key.startswith("fig") else 5 if a.seeds >= 5 else 1  # the ablations have one in the paper
+        one, two = by_hand(a.key, a.models, a.methods, seeds)
         tuned, tested = tuned | one, tested | two
-    assert (work.tuned(), work.tested()) == (tuned, tested)
-    assert work.counts() == {"fine-tunes": len(tuned), "evaluations": len(tested), "pages": len(ARTEFACTS)}
+    assert (work.tuned(), work.tested(), work.seeds) == (tuned, tested, [0, 1, 2, 3, 4])
+    assert work.counts() == {"fine-tunes": len(tuned), "evaluations": len(tested), "pages": len(work.keys)}
+    assert {a.key for a in ARTEFACTS} - set(work.keys) == {"demo"}, "which is made where it is asked for"
+    more = Work(read_settings("paper", ablation_seeds=3))
+    assert {t for t in more.tuned("table6") if t[2] == 0} == work.tuned("table6")
+    assert len(more.tuned("table6")) == 3 * len(work.tuned("table6")) and more.tuned("table1") == work.tuned("table1")
+
+
+def test_related_systems_own_their_work():
+    work = Work(read_settings("demo"), ("table3", "deal"))
+    assert work.related == ("deal",) and work.counts("deal") == {"fine-tunes": 0, "evaluations": 0, "pages": 1}
+    assert work.counts()["pages"] == 2 and work.tuned() == work.tuned("table3")
+    assert Work(read_settings("smoke"), ("deal",)).seeds == [0, 1], "two at least: their claims need an interval"
 
 
 def test_narrowed_work_keeps_the_original():
     work = Work(read_settings("paper"), ("table1",), ("DeiT",), ("RRDA",))
-    tuned, tested = by_hand("table1", ("DeiT",), ("Original", "RRDA"), 5, False)
+    tuned, tested = by_hand("table1", ("DeiT",), ("Original", "RRDA"), 5)
     assert (work.tuned(), work.tested()) == (tuned, tested)
 
 
 def test_our_form_is_added_where_it_makes_sense():
     demo = read_settings("demo")
     one = Work(demo, ("table6",)).tuned()
-    assert {m for _, m, _ in one} == {f + c for f in ("cft-paper", "cft") for c in ("", ".no-classify", ".no-background", ".no-concept", ".labels")}
+    changes = ("", ".no-classify", ".no-background", ".no-concept", ".labels")
+    assert {m for _, m, _ in one} == {form + change for form in ("cft-paper", "cft") for change in changes}
     assert not any(m.startswith("cft.") for _, m, _ in Work(demo, ("ledger",)).tuned())
-    assert {t[3] for t in Work(demo).mapped()} == {"adversarial", "rendition", "object"} and not Work(demo, ("table1",)).mapped()
 
 
-@pytest.mark.parametrize("arguments, message", [({"keys": ("table10",)}, "unknown artefacts: table10"), ({"models": ("ViT-L",)}, "unknown models: ViT-L"),
-                                                ({"methods": ("SGD",)}, "unknown methods: SGD")])
+def test_maps_are_made_for_figures_and_for_the_demos_first_seed():
+    work = Work(read_settings("demo"), ("table1", "fig1", "demo"))
+    assert not work.mapped("table1")
+    both = {("demo", method, 0) for method in ("original", "cft-paper", "cft")}
+    assert work.mapped("fig1") == {(*one, name) for one in both for name in ("adversarial", "rendition")}
+    shown = {("demo", method, 0) for method in ("original", "cft", "cft+")}
+    assert work.mapped("demo") == {(*one, name) for one in shown for name in SHIFTED}
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"keys": ("table10",)}, "unknown artefacts: table10; expected some of fig1, .*, comparison"),
+    ({"models": ("ViT-L",)}, "unknown models: ViT-L"), ({"methods": ("SGD",)}, "unknown methods: SGD")])
 def test_unknown_work(arguments, message):
     with pytest.raises(ValueError, match=message):
         Work(read_settings("demo"), **arguments)
 
 
-def test_files_of_different_jobs_differ():
-    work = Work(read_settings("demo"))
-    names = [*(model_file(*t) for t in work.tuned()), *(rows_file(*t) for t in work.tested()), *(maps_file(*t) for t in work.mapped())]
-    assert len(set(names)) == len(names)
+def test_files_of_different_steps_differ():
+    work = Work(read_settings("demo"), tuple(a.key for a in ARTEFACTS))
+    mapped = {t for key in work.keys for t in work.mapped(key)}
+    names = [model_file(*t) for t in work.tuned()] + [rows_file(*t) for t in work.tested()]
+    names += [*(maps_file(*t) for t in mapped), *map(page_file, work.keys)]
+    assert len(set(names)) == len(names) and len(mapped) == 7 * 3 + 3
 
 
 def test_hours(tmp_path):
     work = Work(read_settings("paper"), ("table3",), ("ViT-B", "DeiT"))
     costs = {"vit_base_patch16_224": Cost("a GPU", 0.5, 0.01, {"cft-paper": 0.4})}
     found = hours(work, {"in-segmentation": 4276}, costs)
-    assert found == {"fine-tuning": pytest.approx(5 * 188 * 50 * 0.4 / 3600), "evaluation": pytest.approx(6 * 4276 * 0.01 / 3600), "unmeasured": 5}
-    (tmp_path / "c.csv").write_text("model,device,what,seconds\nm,d,step,2\nm,d,picture,1\nm,d,swap,3\n")
-    assert measured_costs(tmp_path / "c.csv") == {"m": Cost("d", 2.0, 1.0, {"swap": 3.0})}
+    assert found["fine-tuning"] == pytest.approx(5 * 188 * 50 * 0.4 / 3600)
+    assert found["evaluation"] == pytest.approx(6 * 4276 * 0.01 / 3600) and found["unmeasured"] == 5
+    (tmp_path / "c.csv").write_text("model,device,what,seconds\nm,d,step,2\nm,d,picture,1\nm,d,rrda,3\n")
+    assert measured_costs(tmp_path / "c.csv") == {"m": Cost("d", 2.0, 1.0, {"rrda": 3.0})}
     (tmp_path / "c.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="must have the columns model, device, what and seconds"):
         measured_costs(tmp_path / "c.csv")
