@@ -188,10 +188,10 @@ def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Pat
 def _classes_of(source: Path) -> "tuple[ClassName, ...]":
     """Classes from a CSV file, or from the folders of an image folder, whose names are the class names."""
     from cft.concepts.language import ClassName, read_classes
-    from cft.data.folders import class_folders
+    from cft.data.folders import list_folder
 
     if source.is_dir():
-        return tuple(ClassName(name, name.replace("_", " ")) for name in class_folders(source))
+        return tuple(ClassName(name, name.replace("_", " ")) for name in list_folder(source).classes)
     if not source.is_file():
         raise ValueError(f"nothing at {source}; expected an image folder, or a CSV file with the columns id and name")
     return read_classes(source)

@@ -78,14 +78,14 @@ def use_cores(threads: int) -> None:
 # %% ../../nbs/appendix/14_shell.ipynb #fe5dbbce
 def output_names(model: "nn.Module", data: Path, stored: list[str] | None, file: Path | None) -> list[str]:
     """Names of the model's outputs, by the rule above. Raises ValueError if their number is not the model's."""
-    from cft.data.folders import class_folders
+    from cft.data.folders import class_folders, list_folder
 
     if file is not None and not file.is_file():
         raise ValueError(f"no class list at {file}; expected a text file with one class name a line")
     lines = file.read_text(encoding="utf-8").splitlines() if file else stored or class_folders(data)
     names = [line.strip() for line in lines if line.strip()] if file else list(lines)
     if len(names) != model.num_classes:
-        source = file or ("the checkpoint" if stored else data)
+        source = file or ("the checkpoint" if stored else list_folder(data).root)  # or names an empty class
         raise ValueError(f"the model has {model.num_classes} classes but {source} names {len(names)}; "
                          "give --classes FILE with the name of every model output, one a line")
     return names

@@ -29,7 +29,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 UNUSED = ("gpu", "quic", "background-networking", "component-update", "sync", "dev-shm-usage")
 ARGUMENTS = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in UNUSED)]
 PATIENCE = 120_000  # milliseconds: a busy machine is slow, not wrong
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")]
 
 
 @pytest.fixture(scope="module")

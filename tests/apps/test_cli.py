@@ -20,7 +20,7 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 from typer.main import get_command
 
-from cft.apps import cli
+from cft.apps import cli, shell
 from cft.apps.cli import app, main
 from cft.concepts.filters import ConceptSet
 from cft.concepts.grounding import WEIGHTS
@@ -28,12 +28,16 @@ from cft.concepts.language import ANSWERS, Sampling
 from cft.concepts.store import MaskStore
 from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, scan
-from cft.data.models import SEEDS, TINY, save_model
+from cft.data.models import TINY, base_model, save_model
 from cft.data.testsets import CARDS, miniature, open_set
 from cft.files import ASSETS
+from cft.reproduce.paper import artefact
 from cft.train.objectives import RECIPES
 
 VIT = "vit_tiny_patch16_224"
+START = ("--model", TINY, "--weights", ASSETS / "base_0.safetensors", "--threads", 1)
+RECORDED = ("--record", ANSWERS, "--model", "cft-recorded")
+TOY = ("--grounder", "toy", "--threads", 1)
 CFT = Path(sys.executable).with_name("cft")
 
 
@@ -70,7 +74,7 @@ def album(tmp_path_factory):
 
 
 def run(*words):
-    """The command in this process: exit code, and what was written to standard error is read by capsys."""
+    """The command in this process, and its exit code; what it writes is read by capsys."""
     with pytest.raises(SystemExit) as end:
         main([str(word) for word in words])
     return end.value.code
@@ -79,7 +83,8 @@ def run(*words):
 def arguments(album, out, **changes):
     options = {"model": VIT, "weights": album / "start.safetensors", "masks": album / "masks", "out": out, "rate": 1e-4,
                "epochs": 1, "batch": 3, "threads": 1, **changes}
-    return [album / "photos", *(w for k, v in options.items() if v is not None for w in (f"--{k.replace('_', '-')}", v))]
+    given = {key: value for key, value in options.items() if value is not None}
+    return [album / "photos", *(word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value))]
 
 
 def test_fit_on_a_folder_written_by_something_else(album, tmp_path, capsys):
@@ -96,16 +101,18 @@ def test_fit_on_a_folder_written_by_something_else(album, tmp_path, capsys):
     assert torch.equal(ours(x), theirs(x))
     start = load_file(album / "start.safetensors")
     assert any(not torch.equal(start[k], v) for k, v in ours.state_dict().items())
-    assert run("evaluate", album / "photos", "--model", VIT, "--weights", path, "--objects", album / "masks", "--out",
-               tmp_path / "t.csv", "--threads", 1) == 0
-    table = (tmp_path / "t.csv").read_text()
+    tested = ("--model", VIT, "--weights", path, "--threads", 1)
+    out = tmp_path / "t.csv"
+    assert run("evaluate", album / "photos", *tested, "--objects", album / "masks", "--out", out) == 0
+    table = out.read_text()
     assert "top1" in table and "mean_iou" in table and "photos" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_killed_fit_resumes_and_ends_equal(tmp_path):
     root = backdrop.write(tmp_path / "b", {"train": 4}, seed=1)
-    base = ["fit", root / "images/train", "--masks", root / "masks/train", "--objects", root / "objects/train", "--model", TINY,
-            "--weights", ASSETS / "base_0.safetensors", "--method", "cft+", "--rate", 1e-4, "--epochs", 6, "--threads", 1]
+    base = ["fit", root / "images/train", "--masks", root / "masks/train", "--objects", root / "objects/train", *START,
+            "--method", "cft+", "--rate", 1e-4, "--epochs", 6]
     command = lambda out: [str(CFT), *map(str, [*base, "--out", tmp_path / out, "--save-every", 2])]
     process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
@@ -131,8 +138,6 @@ def _nan_image(album, tmp_path):
 
 def _changed(change):
     def build(album, tmp_path):
-        import shutil
-
         shutil.copytree(album, tmp_path / "a")
         change(tmp_path / "a")
         return arguments(tmp_path / "a", tmp_path / "run")
@@ -144,22 +149,36 @@ def _with(**changes):
     return lambda album, tmp_path: arguments(album, tmp_path / "run", **changes)
 
 
+def _tear(file):
+    file.write_bytes(file.read_bytes()[:9999])
+
+
+def _seven_classes(album):
+    save_model(album / "start.safetensors", timm.create_model(VIT, num_classes=7))
+
+
 MISTAKES = {
     "empty class": (_changed(lambda a: (a / "photos/empty").mkdir()), "empty has no picture"),
-    "mask of another size": (_changed(lambda a: Image.new("L", (9, 9)).save(a / "masks/zebra/2.png")), "9 × 9 pixels; its picture is 224 × 224"),
-    "missing mask": (_changed(lambda a: (a / "masks/zebra/2.png").unlink()), "misses 1 of 9 pictures, first zebra/2.png"),
-    "class count": (_changed(lambda a: save_model(a / "start.safetensors", timm.create_model(VIT, num_classes=7))), "the model has 7 classes but"),
+    "mask of another size": (_changed(lambda a: Image.new("L", (9, 9)).save(a / "masks/zebra/2.png")),
+                             "9 × 9 pixels; its picture is 224 × 224"),
+    "missing mask": (_changed(lambda a: (a / "masks/zebra/2.png").unlink()),
+                     "misses 1 of 9 pictures, first zebra/2.png"),
+    "class count": (_changed(_seven_classes), "the model has 7 classes but"),
     "NaN image": (_nan_image, "NaN or infinite pixels; expected 8- or 16-bit"),
     "corrupt checkpoint": (_changed(lambda a: (a / "start.safetensors").write_bytes(b"junk" * 99)), "cannot read"),
-    "truncated checkpoint": (_changed(lambda a: (a / "start.safetensors").write_bytes((a / "start.safetensors").read_bytes()[:9999])), "cannot read"),
+    "truncated checkpoint": (_changed(lambda a: _tear(a / "start.safetensors")), "cannot read"),
     "no masks": (_with(masks=None), "needs mask masks: give --masks"),
-    "no object masks": (_with(method="swap"), "needs object masks: give --objects"),
+    "no object masks": (_with(method="rrda"), "needs object masks: give --objects"),
     "no weights": (_with(weights=None), "give either --weights FILE or --pretrained"),
     "unknown method": (_with(method="magic"), "method must be one of plain"),
+    "unknown variant": (_with(method="cft.magic"), "no method 'cft.magic'; expected one of plain"),
+    "variant without effect": (_with(method="plain.no-align"), "plain has no weights that 'no-align' could change"),
+    "variant of the masks": (_with(method="cft.class"), "cft.class is cft with other masks; give --method cft"),
     "unknown model": (_with(model="vit_giant_patch3"), "timm knows no model named"),
     "other architecture": (_with(model="vit_small_patch16_224"), "does not fit vit_small_patch16_224"),
     "negative rate": (_with(rate=-1), "expected rate > 0"),
     "rate in words": (_with(rate="fast"), "Invalid value for '--rate'"),
+    "unknown precision": (_with(precision="half"), "Invalid value for '--precision'"),
     "unknown option": (_with(colours="x"), "No such option: --colours"),
     "no cuda": (_with(device="cuda"), "no CUDA device"),
     "class list": (_with(classes="nowhere.txt"), "no class list at nowhere.txt"),
@@ -192,7 +211,8 @@ def test_help_teaches_with_examples_that_parse(capsys, name):
     assert run(*[name] * bool(name), "--help") == 0
     said = capsys.readouterr().out
     assert "Usage: cft" in said
-    examples = [re.split(" {3,}", line.strip())[0].split()[1:] for line in said.splitlines() if line.startswith("  ") and line.split()[:1] == ["cft"]]
+    lines = [line.strip() for line in said.splitlines() if line.startswith("  ") and line.split()[:1] == ["cft"]]
+    examples = [re.split(" {3,}", line)[0].split()[1:] for line in lines]
     assert examples and all(len(line) <= 120 for line in said.splitlines())
     start = ["--model", VIT, "--weights", "start.safetensors"]
     for command, *words in examples:
@@ -203,29 +223,45 @@ def test_help_teaches_with_examples_that_parse(capsys, name):
         assert "`cft demo`" in said and "`cft reproduce`" in said
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], [], ["fit", "--help"], ["fit", "--frobnicate"], ["fiit"],
-                                   ["fit", "x", "--model", "m", "--out", "o", "--method", "magic"], ["demo", "--seeds", "one"]], ids=" ".join)
-def test_what_needs_no_model_loads_none(words, tmp_path):
-    code = f"import sys; from cft.apps.cli import main\ntry: main({words})\nexcept SystemExit: print(sorted({HEAVY} & set(sys.modules)))"
+ASKED = """import sys
+from cft.apps.cli import main
+try:
+    main(%s)
+except SystemExit:
+    print(sorted(%s & set(sys.modules)))
+"""
+LIGHT = ("--help", "--version", "", "fit --help", "fit --frobnicate", "fiit", "fit x --model m --out o --method magic",
+         "demo --seeds one")
+
+
+@pytest.mark.parametrize("line", LIGHT)
+def test_what_needs_no_model_loads_none(line, tmp_path):
+    code = ASKED % (line.split(), HEAVY)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout
 
 
 def test_completion_offers_commands_and_names_without_a_model(tmp_path):
     def offered(line):
-        code = f"import sys; from cft.apps.cli import main\ntry: main()\nexcept SystemExit: assert not {HEAVY} & set(sys.modules)"
-        environment = {**os.environ, "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1), "_CFT_COMPLETE": "complete_bash"}
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True).stdout.split("\n")
+        typed = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1), "_CFT_COMPLETE": "complete_bash"}
+        done = subprocess.run([sys.executable, "-c", ASKED % ("", HEAVY)], capture_output=True, text=True, cwd=tmp_path,
+                              env=os.environ | typed, check=True)
+        *names, loaded = done.stdout.splitlines()
+        assert loaded == "[]"
+        return names
 
-    assert offered("cft va")[0] == "validate"
-    assert {"cft", "cft+", "cft-paper"} <= set(offered("cft fit --method c")) and "plain" not in offered("cft fit --method c")
-    assert set(offered("cft evaluate --suite si-")) >= {"si-size", "si-rotation", "si-location"}
+    assert offered("cft va") == ["validate"]
+    assert {*offered("cft fit --method c")} == {"cft", "cft+", "cft-paper", "cft-official"}
+    assert {*offered("cft evaluate --sets si-")} == {"si-size", "si-rotation", "si-location"}
+    assert {*offered("cft evaluate --sets in-a,in-s")} == {"in-a,in-sketch", "in-a,in-segmentation"}
+    assert offered("cft reproduce --profile s") == ["smoke"] and offered("cft masks --grounder t") == ["toy"]
 
 
 def test_names_listed_without_imports_are_the_real_ones():
-    assert cli.RECIPE_NAMES == tuple(RECIPES) and cli.SUITES == tuple(CARDS)
-    assert cli.LANGUAGE_MODEL == Sampling().model and cli.DEMO_SEEDS == ",".join(map(str, SEEDS))
-    detector, segmenter = cli.GROUNDERS[0].split("+")
+    assert shell.NAMES["method"] == tuple(RECIPES) and shell.NAMES["sets"] == tuple(CARDS)
+    assert cli.LANGUAGE_MODEL == Sampling().model and {*cli.QUICK} < {*artefact("demo").methods}
+    assert set(shell.NAMES["profile"]) == {file.stem for file in (ASSETS / "profiles").glob("*.yaml")}
+    detector, segmenter = shell.NAMES["grounder"][0].split("+")
     assert {detector, segmenter} <= set(WEIGHTS)
 
 
@@ -236,15 +272,16 @@ def settings():
 
 
 def test_every_extra_is_known_by_its_modules():
-    packages = {"segment_anything": "segment-anything", "groundingdino": "groundingdino-py", "open_clip": "open-clip-torch",
-                "sentence_transformers": "sentence-transformers"}
-    for extra, modules in cli.EXTRAS.items():
+    packages = {"segment_anything": "segment-anything", "groundingdino": "groundingdino-py",
+                "open_clip": "open-clip-torch", "sentence_transformers": "sentence-transformers"}
+    for extra, modules in shell.EXTRAS.items():
         listed = {re.split(r"[<>=]", need)[0] for need in settings()[f"{extra}_requirements"].split()}
         assert {packages.get(module, module) for module in modules} <= listed, extra
-    assert {key.removesuffix("_requirements") for key in settings() if key.endswith("_requirements")} == {*cli.EXTRAS, "dev"}
+    listed = {key.removesuffix("_requirements") for key in settings() if key.endswith("_requirements")}
+    assert listed == {*shell.EXTRAS, "dev"}
 
 
-MODULES = [module for modules in cli.EXTRAS.values() for module in modules]
+MODULES = [module for modules in shell.EXTRAS.values() for module in modules]
 BLOCK = f"""
 import importlib.metadata as metadata, sys
 sys.modules.update(dict.fromkeys({MODULES}))  # neither importable nor found by find_spec
@@ -257,66 +294,78 @@ metadata.distribution = distribution
 """
 
 
+@pytest.mark.slow
 def test_the_core_imports_without_any_extra(tmp_path):
-    code = BLOCK + "import importlib, pkgutil, cft\nfor m in pkgutil.iter_modules(cft.__path__): importlib.import_module(f'cft.{m.name}')\nprint('fine')"
+    code = BLOCK + """import importlib, pkgutil, cft
+for module in pkgutil.walk_packages(cft.__path__, "cft."):
+    importlib.import_module(module.name)
+    print(module.name)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout == "fine\n", done.stderr[-2000:]
+    assert done.returncode == 0 and len(done.stdout.split()) > 40, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_named_with_its_install_line(tmp_path, drawn):
     train = drawn / "images/train"
     (tmp_path / "classes.csv").write_text("id,name\nbird,bird\n")
-    demo = ("concepts", train, "--record", ANSWERS, "--model", "cft-recorded", "--replay", "--out", tmp_path / "c.json")
+    asked = ("concepts", tmp_path / "classes.csv", "--yes", "--base-url", "http://127.0.0.1:9")
     cases = {"grounding": ("masks", train, "--concepts", tmp_path / "c.json", "--out", tmp_path / "s"),
-             "llm": ("concepts", tmp_path / "classes.csv", "--yes", "--base-url", "http://127.0.0.1:9", "--out", tmp_path / "d.json")}
-    assert run(*demo) == 0
+             "llm": (*asked, "--out", tmp_path / "d.json")}
+    assert run("concepts", train, *RECORDED, "--replay", "--out", tmp_path / "c.json") == 0
     for extra, words in cases.items():
         code = BLOCK + f"from cft.apps.cli import main\nmain({[str(w) for w in words]})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
         said = [line for line in done.stderr.splitlines() if line.startswith("cft:")]
         assert done.returncode == 2 and len(said) == 1 and f"pip install 'cft[{extra}]'" in said[0], done.stderr
-    for extra, modules in cli.EXTRAS.items():  # whoever forgets to say it
+    for extra, modules in shell.EXTRAS.items():  # whoever forgets to say it
         for module in modules:
             with pytest.raises(ImportError) as error:
                 exec(f"import sys; sys.modules['{module}'] = None; import {module}", {})
             del sys.modules[module]
-            assert f"pip install 'cft[{extra}]'" in str(error.value) + cli._advice(error.value)
+            assert f"pip install 'cft[{extra}]'" in str(error.value) + shell._advice(error.value)
 
 
 def test_mistakes_say_what_to_do_next(capsys):
     assert run("fit", "--frobnicate") == 2 and "See: cft fit --help" in capsys.readouterr().err
     assert run("repair") == 2 and "See: cft --help" in capsys.readouterr().err
-    assert "--batch" in cli._advice(torch.OutOfMemoryError("full")) and cli._is_told(torch.OutOfMemoryError("full"))
+    full = torch.OutOfMemoryError("full")
+    assert "--batch" in shell._advice(full) and shell._is_told(full)
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("cft.demo.experiment.run_demo", lambda *a, **k: {}["table"])
+    monkeypatch.setattr("cft.reproduce.runner.reproduce", lambda *a, **k: {}["table"])
     with pytest.raises(KeyError):
         main(["demo"])
 
 
 def test_dry_runs_of_measuring_count_passes(drawn, tmp_path, capsys):
-    out = tmp_path / "a.json"
-    assert run("audit", drawn / "images/adversarial", *START, "--objects", drawn / "objects/adversarial", "--out", out, "--dry-run") == 0
-    assert "48 pictures: 240 forward passes and 48 relevance maps" in capsys.readouterr().out and not out.exists()
-    assert run("evaluate", drawn / "images/adversarial", *START, "--dry-run") == 0 and "48 on adversarial" in capsys.readouterr().out
+    test, out = drawn / "images/adversarial", tmp_path / "a.json"
+    words = ("audit", test, *START, "--objects", drawn / "objects/adversarial", "--out", out, "--dry-run")
+    assert run(*words) == 0 and not out.exists()
+    assert "48 pictures: 240 forward passes and 48 relevance maps" in capsys.readouterr().out
+    assert run("evaluate", test, *START, "--dry-run") == 0 and "48 on adversarial" in capsys.readouterr().out
 
 
-def test_evaluate_is_right(tmp_path, capsys):
+def test_evaluate_is_right(tmp_path):
     root = backdrop.write(tmp_path / "b", {"val": 2, "adversarial": 2}, seed=3)
-    sets = [root / "images/val", root / "images/adversarial"]
-    assert run("evaluate", *sets, "--model", TINY, "--weights", ASSETS / "base_1.safetensors", "--out", tmp_path / "t.csv", "--threads", 1) == 0
-    import pandas as pd
-
-    from cft.data.models import base_model
-
-    table = pd.read_csv(tmp_path / "t.csv")
-    model = base_model(1)
+    sets, out = [root / "images/val", root / "images/adversarial"], tmp_path / "t.csv"
+    assert run("evaluate", *sets, *START, "--out", out) == 0
+    table, model = pd.read_csv(out), base_model(0)
     for root in sets:
         data = MaskedImages(scan(root, classes=list(backdrop.CLASSES)), Preprocess.of(model))
         hits = sum(int(model(data[i]["image"][None]).argmax()) == data[i]["label"] for i in range(len(data)))
         value = table[(table["set"] == root.name) & (table["metric"] == "top1")]["value"].item()
         assert value == pytest.approx(100 * hits / len(data))
+
+
+def test_evaluate_wants_one_checkpoint_and_one_folder_with_masks(drawn, tmp_path, capsys):
+    test, objects = drawn / "images/adversarial", drawn / "objects/adversarial"
+    assert run("evaluate", test, *START, "--weights", "other.safetensors") == 2
+    assert "expected one checkpoint without --sets" in capsys.readouterr().err
+    assert run("evaluate", test, test, *START, "--objects", objects) == 2
+    assert "one folder with --objects" in capsys.readouterr().err
+    assert run("evaluate", test, "--sets", "in-a", *START, "--objects", objects, "--out", tmp_path / "r") == 2
+    assert "published sets bring their own" in capsys.readouterr().err and not (tmp_path / "r").exists()
 
 
 @pytest.fixture(scope="module")
@@ -328,87 +377,174 @@ def drawn(tmp_path_factory):
     return root
 
 
-START = ("--model", TINY, "--weights", ASSETS / "base_0.safetensors", "--threads", 1)
-
-
 def test_from_class_names_to_a_repaired_model(drawn, tmp_path, capsys):
-    train, concepts = drawn / "images/train", tmp_path / "concepts.json"
-    asking = ("concepts", train, "--record", ANSWERS, "--model", "cft-recorded", "--out", concepts)
-    before = ANSWERS.read_bytes()
-    assert run(*asking, "--dry-run") == 0 and "18 questions, 18 in the record, 0 calls" in capsys.readouterr().out and not concepts.exists()
+    train, concepts, store = drawn / "images/train", tmp_path / "concepts.json", tmp_path / "store"
+    kept_file, table, tuned = tmp_path / "kept.json", tmp_path / "audit.csv", tmp_path / "run"
+    said = lambda: capsys.readouterr().out
+    asking, before = ("concepts", train, *RECORDED, "--out", concepts), ANSWERS.read_bytes()
+    assert run(*asking, "--dry-run") == 0 and not concepts.exists()
+    assert "18 questions, 18 in the record, 0 calls" in said()
     assert run(*asking, "--replay") == 0 and ANSWERS.read_bytes() == before
     found = ConceptSet.load(concepts)
     assert {c.id for c in found.classes} == {"bird", "fish", "car"}
-    grounding = ("masks", train, "--concepts", concepts, "--out", tmp_path / "store", "--grounder", "toy", "--per-class", 5, "--threads", 1)
+    assert f"{len(found.pairs())} pairs of class and concept, {len(found.dropped)} dropped" in said()
+
+    grounding = ("masks", train, "--concepts", concepts, "--out", store, *TOY, "--per-class", 5)
+    assert run(*grounding, "--dry-run") == 0 and "15 pictures of 3 classes" in said() and not store.exists()
+    assert run(*grounding) == 0 and len(MaskStore(store).pictures) == 15
+
+    judging = ("validate", store, "--concepts", concepts, "--out", kept_file, "--audit", table)
     capsys.readouterr()
-    assert run(*grounding, "--dry-run") == 0 and "15 pictures of 3 classes" in capsys.readouterr().out and not (tmp_path / "store").exists()
-    assert run(*grounding) == 0 and len(MaskStore(tmp_path / "store").pictures) == 15
-    judging = ("validate", tmp_path / "store", "--concepts", concepts, "--out", tmp_path / "kept.json", "--audit", tmp_path / "audit.csv")
-    capsys.readouterr()
-    assert run(*judging, "--dry-run") == 0 and "15 pictures, " in capsys.readouterr().out and not (tmp_path / "kept.json").exists()
+    assert run(*judging, "--dry-run") == 0 and "15 pictures, " in said() and not kept_file.exists()
     assert run(*judging) == 0
-    kept, audit = ConceptSet.load(tmp_path / "kept.json"), pd.read_csv(tmp_path / "audit.csv")
+    kept, audit = ConceptSet.load(kept_file), pd.read_csv(table)
     assert 0 < len(kept.pairs()) == audit["accepted"].sum() < len(found.pairs())
+
+    words = ("--method", "cft+", "--rate", 1e-4, "--epochs", 1, "--out", tuned)
+    tuning = ("fit", train, "--masks", store, *START, *words)
     capsys.readouterr()
-    tuning = ("fit", train, "--masks", tmp_path / "store", *START, "--method", "cft+", "--rate", 1e-4, "--epochs", 1, "--out", tmp_path / "run")
-    assert run(*tuning) == 2 and "give --concepts FILE" in capsys.readouterr().err and not (tmp_path / "run").exists()
-    tuning += ("--concepts", tmp_path / "kept.json", "--per-class", 2)
-    assert run(*tuning, "--dry-run") == 0 and "time     about" in capsys.readouterr().out and not (tmp_path / "run/model.safetensors").exists()
+    assert run(*tuning) == 2 and "give --concepts FILE" in capsys.readouterr().err and not tuned.exists()
+    tuning += ("--concepts", kept_file, "--per-class", 2)
+    assert run(*tuning, "--dry-run") == 0 and not (tuned / "model.safetensors").exists()
+    assert "time     about" in said()
     assert run(*tuning) == 0
+    record = json.loads((tuned / "record.json").read_text())
+    assert record["data"]["pictures"] == 6 and load_file(tuned / "model.safetensors")
+    assert (tuned / "README.md").is_file()
+
+
+@pytest.mark.parametrize("method, rate, align", [("cft", "5e-07", True), ("cft+.no-align", "5e-07", False),
+                                                 ("cft-paper.rate-x6", "3e-06", True), ("cft-official", "3e-06", True)])
+def test_fit_has_a_rate_and_does_it_otherwise_after_a_dot(drawn, tmp_path, capsys, method, rate, align):
+    masks = ("--masks", drawn / "masks/train", "--objects", drawn / "objects/train")
+    train = drawn / "images/train"
+    held = ("--validation", train, "--validation-masks", drawn / "masks/train") if method == "cft-official" else ()
+    words = ("fit", train, *masks, *START, "--method", method, "--epochs", 1, *held, "--out", tmp_path / "run")
+    assert run(*words) == 0
+    assert f"method   {method}: 1 epochs of 3 steps, batch 8, learning rate {rate}, seed 0" in capsys.readouterr().out
     record = json.loads((tmp_path / "run/record.json").read_text())
-    assert record["data"]["pictures"] == 6 and load_file(tmp_path / "run/model.safetensors") and (tmp_path / "run/README.md").is_file()
+    assert ("align" in record["epochs"][-1]) == align and record["recipe"]["rate"] == float(rate)
+
+
+def test_nothing_is_asked_for_an_empty_class(drawn, tmp_path, capsys):
+    shutil.copytree(drawn / "images/train", tmp_path / "train")
+    (tmp_path / "train/empty").mkdir()
+    assert run("concepts", tmp_path / "train", *RECORDED, "--replay", "--out", tmp_path / "c.json") == 2
+    assert "empty has no picture" in capsys.readouterr().err and not (tmp_path / "c.json").exists()
 
 
 def test_best_epoch_needs_other_pictures(drawn, tmp_path, capsys):
-    words = ("fit", drawn / "images/train", "--masks", drawn / "masks/train", *START, "--method", "cft-official", "--epochs", 1, "--out", tmp_path / "run")
+    train, masks, out = drawn / "images/train", drawn / "masks/train", tmp_path / "run"
+    words = ("fit", train, "--masks", masks, *START, "--method", "cft-official", "--epochs", 1, "--out", out)
     assert run(*words) == 2 and "--validation" in capsys.readouterr().err
-    assert run(*words, "--validation", drawn / "images/train", "--validation-masks", drawn / "masks/train") == 0
-    assert json.loads((tmp_path / "run/record.json").read_text())["best_step"] == 3
+    assert run(*words, "--validation", train, "--validation-masks", masks) == 0
+    assert json.loads((out / "record.json").read_text())["best_step"] == 3
 
 
 def test_audit_says_what_it_found(drawn, tmp_path, capsys):
     words = ("audit", drawn / "images/adversarial", *START, "--objects", drawn / "objects/adversarial")
     assert run(*words, "--out", tmp_path / "audit.json") == 0
     said, content = capsys.readouterr().out, json.loads((tmp_path / "audit.json").read_text())
-    assert "Audit of 48 pictures" in said and "relevance off object" in said and content["record"]["pictures"] == 48 and "after" not in content
+    assert "Audit of 48 pictures" in said and "relevance off object" in said
+    assert content["record"]["pictures"] == 48 and "after" not in content
     (tmp_path / "run").mkdir()
     shutil.copy(ASSETS / "base_1.safetensors", tmp_path / "run/model.safetensors")
     (tmp_path / "run/record.json").write_text('{"steps": 7}')
     assert run(*words, "--after", tmp_path / "run", "--out", tmp_path / "report.html") == 0
     said, page = capsys.readouterr().out, (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "before: Audit of 48" in said and "after:  Audit of 48" in said
-    assert "After fine-tuning" in page and "<code>7</code>" in page and "--after run" in page and str(tmp_path) not in page and str(drawn) not in page
+    assert "After fine-tuning" in page and "<code>7</code>" in page and "--after run" in page
+    assert str(tmp_path) not in page and str(drawn) not in page
     assert run(*words, "--after", tmp_path / "run/model.safetensors", "--out", tmp_path / "both.json") == 0
     both = json.loads((tmp_path / "both.json").read_text())
     assert both["run"] == {"steps": 7} and both["after"]["record"]["sha256"] != both["record"]["sha256"]
 
 
+def test_audit_without_masks_says_what_is_missing(drawn, capsys):
+    assert run("audit", drawn / "images/adversarial", *START) == 0
+    said = capsys.readouterr().out
+    assert "Audit of 48 pictures: cannot tell" in said and said.count("not measured: ") == 1
+    assert "gap" not in said and "nan" not in said
+
+
 def test_audit_on_found_objects(drawn, tmp_path, capsys):
-    train = drawn / "images/train"
-    assert run("concepts", train, "--record", ANSWERS, "--model", "cft-recorded", "--replay", "--out", tmp_path / "c.json") == 0
-    assert run("masks", train, "--concepts", tmp_path / "c.json", "--out", tmp_path / "store", "--grounder", "toy", "--per-class", 4, "--threads", 1) == 0
+    train, concepts, store = drawn / "images/train", tmp_path / "c.json", tmp_path / "store"
+    assert run("concepts", train, *RECORDED, "--replay", "--out", concepts) == 0
+    assert run("masks", train, "--concepts", concepts, "--out", store, *TOY, "--per-class", 4) == 0
     capsys.readouterr()
-    assert run("audit", train, *START, "--objects", tmp_path / "store", "--out", tmp_path / "a.json") == 0
-    assert "Audit of 12 pictures" in capsys.readouterr().out
+    assert run("audit", train, *START, "--objects", store, "--out", tmp_path / "a.json") == 0
+    said = capsys.readouterr().out
+    assert "objects  of 12 of 18 pictures" in said and "Audit of 12 pictures" in said
     content = json.loads((tmp_path / "a.json").read_text())
-    assert "found by the name of the class, by toy" in content["record"]["objects"] and "gap" in {row["metric"] for row in content["numbers"]}
+    assert "found by the name of the class, by toy" in content["record"]["objects"]
+    assert "gap" in {row["metric"] for row in content["numbers"]}
+    assert run("audit", drawn / "images/adversarial", *START, "--objects", store) == 0, "some have the same names"
+    assert "objects  of 9 of 48 pictures" in capsys.readouterr().out
+    shutil.copytree(drawn / "images/adversarial/turtle", tmp_path / "others/turtle")
+    assert run("audit", tmp_path / "others", *START, "--objects", store) == 2
+    assert "none of the pictures in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words, expected", [(("--out", "report.pdf"), "must end with .html or .json"), (("--after", "nothing.pth"), "no checkpoint at nothing.pth"),
-                                             (("--objects", "nowhere"), "object mask folder nowhere misses")])
+@pytest.mark.parametrize("words, expected", [
+    (("--out", "report.pdf"), "must end with .html or .json"),
+    (("--after", "nothing.pth"), "no checkpoint at nothing.pth"),
+    (("--objects", "nowhere"), "object mask folder nowhere misses")])
 def test_audit_mistakes(drawn, tmp_path, capsys, monkeypatch, words, expected):
     monkeypatch.chdir(tmp_path)
     assert run("audit", drawn / "images/train", *START, *words) == 2
     assert expected in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_suite_on_miniatures(tmp_path, capsys, monkeypatch):
+@pytest.mark.slow
+def test_published_sets_on_miniatures(tmp_path, capsys, monkeypatch):
     root = miniature("in-a", tmp_path / "sets")
-    save_model(tmp_path / "a.safetensors", timm.create_model(VIT, num_classes=1000))
-    words = ("evaluate", root, "--suite", "in-a", "--model", VIT, "--weights", tmp_path / "a.safetensors", "--out", tmp_path / "results", "--threads", 1)
-    assert run(*words) == 2 and "7,500" in capsys.readouterr().err.replace("7500", "7,500")  # the real set has as many pictures
+    files = [tmp_path / "a.safetensors", tmp_path / "tuned/model.safetensors"]
+    for file in files:
+        save_model(file, timm.create_model(VIT, num_classes=1000))
+    weights = [word for file in files for word in ("--weights", file)]
+    words = ("evaluate", root, "--sets", "in-a", "--model", VIT, *weights, "--out", tmp_path / "out", "--threads", 1)
+    assert run(*words) == 2 and "expected 7,500 pictures" in capsys.readouterr().err
     monkeypatch.setattr("cft.data.testsets.open_set", partial(open_set, check_counts=False))
-    assert run(*words) == 0 and "top1" in capsys.readouterr().out
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "results").rglob("pictures/**/*.parquet")}
-    assert stamps and run(*words) == 0 and stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "results").rglob("pictures/**/*.parquet")}
-    assert run("evaluate", root, "--suite", "in-a,in-r", "--model", VIT, "--weights", tmp_path / "a.safetensors", "--out", tmp_path / "r") == 2
+    n = len(open_set("in-a", root, check_counts=False))
+    assert run(*words, "--dry-run") == 0 and f"{2 * n} on in-a" in capsys.readouterr().out
+    assert run(*words) == 0
+    said = capsys.readouterr().out
+    assert "top1" in said and re.search(r"^a ", said, re.M) and re.search(r"^tuned ", said, re.M)
+    stamps = lambda: {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("pictures/**/*.parquet")}
+    made = stamps()
+    assert len(made) == 2 and run(*words) == 0 and stamps() == made
+    assert run("evaluate", root, "--sets", "in-a,in-r", "--model", VIT, *weights, "--out", tmp_path / "r") == 2
+    assert "one name for each folder" in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+def test_plans_are_told_without_a_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("reproduce", "--profile", "smoke", "--only", "table1,demo", "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line][:4] == ["artefact", "table1", "demo", "together"]
+    assert run("reproduce", "--only", "table99", "--dry-run") == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_demo_of_one_seed(tmp_path):
+    command = [str(CFT), "demo", "--seeds", "1", "--out", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {line.split("  ")[0] for line in done.stdout.splitlines()}
+    assert {"Original", "plain fine-tuning", "CFT", "CFT+", "CFT+ without alignment"} <= rows
+    assert "GradMask" not in done.stdout and "no claim is judged" in done.stdout
+    assert (tmp_path / "demo/pages/demo.ipynb").is_file() and list((tmp_path / "demo/artefacts/demo").glob("*.csv"))
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert again.stdout == done.stdout, "what is there is not made again"
+
+
+def test_the_commands_of_the_readme_parse():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    start = re.search(r'MODEL="(.*)"', text)[1].split()
+    lines = [line.split("#")[0].split()[1:] for line in text.splitlines() if line.startswith("cft ")]
+    told = re.findall("`cft ([^`…]+)`", text)
+    assert len(lines) >= 9 and len(told) >= 15
+    for name, *words in [*lines, *map(str.split, told)]:
+        given = [w for word in words for w in (start if word == "$MODEL" else [word])]
+        assert COMMANDS[name].make_context(name, given).params
