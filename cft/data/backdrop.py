@@ -15,7 +15,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -208,17 +208,7 @@ class View:
 
 
 SETS: dict[str, View] = {
-    "train": View(),
-    "val": View(),
-    "v2": View((20, 31), 11, 0.35, 0.15, 0.8, hidden=0.18, jitter=0.045),
-    "adversarial": View((20, 29), 9, 0.3, 0.12, 0.6, "away", hidden=0.15),
-    "object": View((20, 30), 9, 1.0, 0.35, 0.5, "any", hidden=0.15, jitter=0.045),
-    "rendition": View((22, 31), 7, 0.3, 0.15, 0.0, "any", "rendition", jitter=0.05),
-    "sketch": View((22, 31), 6, 0.25, 0.1, 0.9, "any", "sketch", jitter=0.04),
-    "si_location": View((16, 20), 20, 0.1, 0.05, 0.9, "any", hidden=0.1),
-    "si_size": View((10, 34), 3, 0.1, 0.05, 0.9, "any", hidden=0.1),
-    "si_rotation": View((20, 27), 3, math.pi, 0.05, 0.9, "any", hidden=0.1),
-    "segmentation": View()}  # yapf: disable
+    name: replace(View(**view), scale=tuple(view.get("scale", View.scale))) for name, view in _WORLD["sets"].items()}
 SHIFTED = ("adversarial", "object", "rendition", "sketch", "si_location", "si_size", "si_rotation")
 CORRELATION = 0.97  # how often a class is at home in the "home" sets
 

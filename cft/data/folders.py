@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import IO
@@ -286,25 +287,20 @@ class MaskedImages(Dataset):
             raise ValueError(f"{folder.root} has no pictures to load; expected at least one")
         self.folder, self.preprocess, self.train = folder, preprocess, train
         self.transform = preprocess.transform(train)
-        self._kept: dict[int, tuple] | None = {} if cached else None
+        self._decoded = cache(self._decode) if cached else self._decode
 
     def __len__(self) -> int:
         return len(self.folder)
 
     def _decode(self, index: int) -> tuple:
-        if self._kept is not None and index in self._kept:
-            return self._kept[index]
         sample = self.folder.samples[index]
         image = open_image(sample.path)
         files = {"mask": sample.mask, "object": sample.object}
         masks = {key: tv_tensors.Mask(open_mask(path, image.size)) for key, path in files.items() if path}
-        decoded = tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1)), masks
-        if self._kept is not None:
-            self._kept[index] = decoded
-        return decoded
+        return tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1)), masks
 
     def __getitem__(self, index: int) -> dict:
-        image, masks = self.transform(*self._decode(index))
+        image, masks = self.transform(*self._decoded(index))
         plain = {key: mask.as_subclass(Tensor) for key, mask in masks.items()}
         return {"image": image.as_subclass(Tensor), "label": self.folder.samples[index].label, "index": index, **plain}
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TINY', 'BROAD', 'SPURIOUS', 'SEEDS', 'ConvStem', 'cft_vit_tiny64', 'LinearProbe', 'dinov2_vitb14', 'join_dinov2',
            'read_weights', 'load_model', 'weights_digest', 'write_safetensors', 'save_model', 'Stage', 'Layers',
-           'train_stage', 'accuracy_on', 'make_base', 'on_every_core', 'make_bases', 'base_model']
+           'train_stage', 'accuracy_on', 'make_base', 'make_bases', 'base_model']
 
 # %% ../../nbs/02_models.ipynb #da4b9237
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -293,18 +293,6 @@ def make_base(seed: int, broad: Stage = BROAD, spurious: Stage = SPURIOUS,
 # %% ../../nbs/02_models.ipynb #91032ad7
 SEEDS = (0, 1, 2, 3, 4)
 
-def on_every_core(function: Callable, items: Iterable, workers: int = 2, desc: str = "") -> list:
-    """`[function(item) for item in items]` in `workers` processes of one torch thread each, with a progress bar.
-
-    One process per core is far faster here than several threads in one: the matrices are small. With one worker or
-    one item nothing is spawned. The first exception is raised when the items that have begun are done.
-    """
-    items = list(items)
-    if workers <= 1 or len(items) == 1:
-        return [function(item) for item in tqdm(items, desc=desc)]
-    with ProcessPoolExecutor(min(workers, len(items)), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        return list(tqdm(pool.map(function, items), total=len(items), desc=desc))
-
 def _make_and_save(job: tuple[int, Path, Stage, Stage]) -> dict:
     seed, folder, broad, spurious = job
     model, record = make_base(seed, broad, spurious, progress=False)
@@ -313,9 +301,14 @@ def _make_and_save(job: tuple[int, Path, Stage, Stage]) -> dict:
 
 def make_bases(folder: str | Path, seeds: Sequence[int] = SEEDS, workers: int = 2, broad: Stage = BROAD,
                spurious: Stage = SPURIOUS) -> Path:
-    """Train bases into `folder` as base_<seed>.safetensors, with their hashes and accuracies in bases.json."""
+    """Train bases into `folder` as base_<seed>.safetensors, with their hashes and accuracies in bases.json.
+
+    One process of one thread per core is far faster here than several threads in one: the matrices are small.
+    """
     jobs = [(seed, Path(folder), broad, spurious) for seed in seeds]
-    write_json(Path(folder) / "bases.json", on_every_core(_make_and_save, jobs, workers, "training bases"))
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        records = list(tqdm(pool.map(_make_and_save, jobs), "training bases", len(jobs)))
+    write_json(Path(folder) / "bases.json", records)
     return Path(folder)
 
 def base_model(seed: int = 0, folder: str | Path | None = None) -> nn.Module:

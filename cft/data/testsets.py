@@ -11,7 +11,6 @@ __all__ = ['Targets', 'CARDS', 'MAPPINGS', 'synsets', 'class_names', 'same_thing
 # %% ../../nbs/21_testsets.ipynb #da4b9237
 import hashlib
 import io
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -67,6 +66,7 @@ class DatasetCard:
     layout: str
     notes: str = ""
     splits: Mapping[str, int] = field(default_factory=dict)  # pictures of each, where there are several
+    tiny: Mapping[str, Any] = field(default_factory=dict)  # folders, picture and texts of a miniature
 
     def problem(self, at: Path, why: str) -> ValueError:
         """The error for a copy that lies there: what is wrong, what was expected, where to get it, how large it is."""
@@ -88,9 +88,6 @@ def read_cards(path: str | Path) -> dict[str, DatasetCard]:
 CARDS = read_cards(ASSETS / "testsets/cards.yaml")
 
 # %% ../../nbs/21_testsets.ipynb #9e6a55b6
-_NAMES = {
-    "in-v": "ILSVRC2012_val_{:08d}.JPEG", "in-v2": "{:040x}.jpeg", "in-a": "0.{:06d}_digital clock _ lynx_0.8.jpg",
-    "in-r": "art_{}.jpg", "in-sketch": "sketch_{}.JPEG"}
 _h5py = partial(need, "h5py", "h5py", "h5py", "ImageNet-Segmentation")
 
 def noise_picture(rng: np.random.Generator, height: int = 32, width: int = 40) -> Image.Image:
@@ -103,28 +100,20 @@ def numbered_files(home: Path, folders: Iterable[str], count: int, name: str) ->
         (home / folder).mkdir(parents=True, exist_ok=True)
         yield home / folder / name.format(k)
 
-def _mini_folders(key: str, home: Path, count: int, rng: np.random.Generator) -> None:
-    """IN-V, IN-V2, IN-A, IN-R, IN-Sketch: three class folders; a README beside those of IN-A and IN-R."""
-    folders = ("0", "2", "10") if key == "in-v2" else (*synsets(key)[:2], synsets(key)[-1])
-    for path in numbered_files(home, folders, count, _NAMES[key]):
+def _mini_pictures(key: str, home: Path, count: int, rng: np.random.Generator) -> None:
+    """The class folders and the texts beside them, as in the card; for SI-Score also the table of what was changed."""
+    tiny = CARDS[key].tiny
+    for path in numbered_files(home, tiny["folders"], count, tiny["picture"]):
         noise_picture(rng).save(path)
-    if key in ("in-a", "in-r"):
-        write_text(home / "README.txt", "Natural adversarial examples, renditions, …\n")
-
-def _mini_siscore(home: Path, count: int, rng: np.random.Generator) -> None:
-    """SI-Score: folders with blanks and brackets in their names, and three CSV files beside them."""
-    classes = {"band-aid": 419, "pitcher (container)": 725, "zebra": 340}
-    for path in numbered_files(home, classes, count, "{}.jpg"):
-        noise_picture(rng).save(path)
-    k = np.arange(len(classes) * count)
-    metadata = pd.DataFrame({
-        "image_id": k, "x_coord": 0.5, "y_coord": k % 2 / 4, "area": np.where(k % 2, 0.35, 0.2),
-        "rotation": 20 * (k % 2) + 1, "foreground_class": k // count, "foreground_instance": 0, "background": 0,
-        "bg_resolution_width": 500, "bg_resolution_height": 500, "pct_inside_image": 1.0})
-    write_text(home / "metadata.csv", metadata.to_csv(index=False, lineterminator="\r\n"))
-    write_text(home / "backgrounds.csv", "int,label\r\n0,beach2.jpg\r\n")
-    lines = ["int,label", *(f"{number},{name}" for name, number in classes.items()), ""]
-    write_text(home / "foreground_classes.csv", "\r\n".join(lines))
+    for name, text in tiny.get("texts", {}).items():
+        write_text(home / name, text)
+    if key.startswith("si-"):
+        k = np.arange(len(tiny["folders"]) * count)
+        metadata = pd.DataFrame({
+            "image_id": k, "x_coord": 0.5, "y_coord": k % 2 / 4, "area": np.where(k % 2, 0.35, 0.2),
+            "rotation": 20 * (k % 2) + 1, "foreground_class": k // count, "foreground_instance": 0, "background": 0,
+            "bg_resolution_width": 500, "bg_resolution_height": 500, "pct_inside_image": 1.0})
+        write_text(home / "metadata.csv", metadata.to_csv(index=False, lineterminator="\r\n"))
 
 # %% ../../nbs/21_testsets.ipynb #91032ad7
 MAPPINGS = ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json", "pytorch_to_imagenet_2012_id.json",
@@ -165,8 +154,8 @@ def miniature(key: str, root: str | Path, count: int = 2, seed: int = 0) -> Path
         raise ValueError(f"no set {key!r}; expected one of {', '.join(CARDS)}")
     home, rng = Path(root) / CARDS[key].folders[0], np.random.default_rng(seed)
     home.parent.mkdir(parents=True, exist_ok=True)
-    write = {"objectnet": _mini_objectnet, "in-segmentation": _mini_segmentation}.get(key, _mini_siscore)
-    (partial(_mini_folders, key) if key in _NAMES else write)(home, count, rng)
+    write = {"objectnet": _mini_objectnet, "in-segmentation": _mini_segmentation}
+    write.get(key, partial(_mini_pictures, key))(home, count, rng)
     return home
 
 # %% ../../nbs/21_testsets.ipynb #4d134bc0
@@ -358,15 +347,15 @@ def open_set(key: str, root: str | Path, check_counts: bool = True, crop_border:
 class SegmentationSet(Dataset):
     """ImageNet-Segmentation. Item i is (picture: RGB, mask: uint8 (height, width), 1 on the object).
 
-    Opened on first use, once in every process. Raises ValueError for a file of another form, ImportError without h5py.
+    The file is opened for each picture. Raises ValueError for a file of another form, ImportError without h5py.
     """
 
     key = "in-segmentation"
 
     def __init__(self, path: str | Path):
-        self.path, self._handle, self._process = Path(path), None, None
+        self.path = Path(path)
         try:
-            with _h5py().File(self.path, "r") as file:
+            with _h5py().File(self.path) as file:
                 shapes = [file["value"][name].shape for name in ("img", "gt")]
         except (OSError, KeyError) as error:
             raise CARDS[self.key].problem(self.path, "not a file of HDF5 with value/img and value/gt") from error
@@ -377,19 +366,10 @@ class SegmentationSet(Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_handle": None, "_process": None}
-
-    def _file(self) -> Any:
-        if self._process != os.getpid():
-            if self._handle is not None:
-                self._handle.close()  # the copy that came with the fork; the parent keeps its own
-            self._handle, self._process = _h5py().File(self.path, "r"), os.getpid()
-        return self._handle
-
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        row, file = int(self.ids[index]), self._file()
-        picture, mask = file[file["value/img"][row, 0]][()], file[file[file["value/gt"][row, 0]][0, 0]][()]
+        row = int(self.ids[index])
+        with _h5py().File(self.path) as file:
+            picture, mask = file[file["value/img"][row, 0]][()], file[file[file["value/gt"][row, 0]][0, 0]][()]
         fits = picture.ndim == 3 and picture.shape[1:] == mask.shape and picture.dtype == np.uint8
         if not fits or not np.isin(mask, (0, 1)).all():
             raise ValueError(f"{self.key}: picture {row} must be uint8 (3, width, height) with a mask of 0 and 1, "

@@ -19,7 +19,6 @@ from cft.data.models import (
     load_model,
     make_base,
     make_bases,
-    on_every_core,
     read_weights,
     save_model,
     write_safetensors,
@@ -126,19 +125,6 @@ def test_training_is_a_function_of_the_seed(tmp_path):
     assert read_json(folder / "bases.json") == [record | {"sha256": sha256(folder / "base_3.safetensors")}]
     assert save_model(tmp_path / "a.safetensors", a, backdrop.CLASSES, half=True).read_bytes() == (
         folder / "base_3.safetensors").read_bytes(), "a base that is made again on this machine has equal bytes"
-
-
-@pytest.mark.slow
-def test_on_every_core_keeps_order_and_raises():
-    assert on_every_core(abs, iter([-3, 1, -2]), 2) == [3, 1, 2]
-    with pytest.raises(TypeError):
-        on_every_core(abs, ["x", 1], 2)
-
-
-def test_one_worker_or_one_item_spawn_nothing():
-    seen = []
-    assert on_every_core(seen.append, [1, 2], 1) == [None, None] and on_every_core(seen.append, [3], 2) == [None]
-    assert seen == [1, 2, 3] and on_every_core(abs, [], 1) == []
 
 
 def test_join_dinov2(tmp_path):

@@ -512,25 +512,18 @@ def test_segmentation_against_loops(minis):
 @pytest.mark.parametrize("start,workers", [("fork", 2), pytest.param("spawn", 1, marks=pytest.mark.slow)])
 def test_segmentation_in_workers(tmp_path, start, workers):
     found = open_set("in-segmentation", miniature("in-segmentation", tmp_path, count=16), check_counts=False)
-    here = [(np.asarray(image), mask) for image, mask in found]  # the handle is open when the workers start
+    here = [(np.asarray(image), mask) for image, mask in found]
     loader = DataLoader(found, batch_size=None, num_workers=workers, multiprocessing_context=start, collate_fn=tuple)
     for _ in range(2 if start == "fork" else 1):
         there = [(np.asarray(image), np.asarray(mask)) for image, mask in loader]
         assert all(np.array_equal(a, c) and np.array_equal(b, d) for (a, b), (c, d) in zip(here, there, strict=True))
-    assert np.array_equal(np.asarray(found[5][0]), here[5][0])  # and still open here
+    assert np.array_equal(np.asarray(found[5][0]), here[5][0])
 
 
-def test_segmentation_opens_late_and_travels_closed(minis):
+def test_segmentation_travels(minis):
     found = open_set("in-segmentation", minis, check_counts=False)
-    assert found._handle is None
-    found[0]
-    handle = found._handle
-    found[1]
-    assert found._handle is handle and handle
     twin = pickle.loads(pickle.dumps(found))
-    assert twin._handle is None and twin.ids == found.ids and np.array_equal(twin[2][1], found[2][1])
-    found._process = -1  # as after a fork
-    assert np.array_equal(found[0][1], twin[0][1]) and found._handle is not handle and not handle
+    assert twin.ids == found.ids and np.array_equal(twin[2][1], found[2][1])
 
 
 def test_segmentation_of_another_form(tmp_path, minis):

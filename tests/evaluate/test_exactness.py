@@ -273,7 +273,7 @@ def test_bad_input(batch):
     model = make()
     for call, message in (
         (lambda: e.gradient(model, batch, "lrp"), "way must be one of exact"),
-        (lambda: e.gradient(model, batch._replace(masks=None)), "concept masks"),
+        (lambda: e.gradient(model, batch._replace(masks=None)), "batch with masks"),
         (lambda: e.gradient(make().requires_grad_(False), batch), "require gradients"),
         (lambda: e.compare({"norm.bias": torch.ones(1)}, {"head.bias": torch.ones(1)}), "same parameters"),
         (lambda: e.slope(model, batch, {}), "every parameter"),

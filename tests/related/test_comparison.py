@@ -1,4 +1,4 @@
-"""The comparison in small: every kind of method from both starting points, on a few pictures, and the parts against loops."""
+"""The comparison in small: every kind of method from both starting points, and the parts against loops."""
 
 import numpy as np
 import pandas as pd
@@ -7,24 +7,30 @@ import torch
 
 from cft.data import backdrop
 from cft.data.backdrop import CLASSES
+from cft.data.folders import MaskedImages, Preprocess, list_folder
 from cft.data.models import base_model
-from cft.demo.experiment import LABELS as OF_DEMO
-from cft.demo.experiment import read_set
+from cft.evaluate.metrics import COLUMNS
 from cft.explain.maps import relevance
 from cft.related import comparison
 from cft.related.comparison import (
     BASES,
-    CLAIMS,
     DUALS,
     LABELS,
     comparison_scores,
+    comparison_steps,
     comparison_table,
     relevance_on_object,
-    run_comparison,
 )
-from cft.related.segmil import SegMilRecipe
-from cft.reproduce.paper import verdicts
+from cft.reproduce.paper import claims, verdicts
+from cft.reproduce.settings import Work, read_settings
+from cft.reproduce.steps import PaperSteps, in_order, make_steps
+from cft.reproduce.tables import LABELS as OF_DEMO
 
+CLAIMS = claims("comparison")
+
+def read_set(world, name, model):
+    folder = list_folder(world / "images" / name, list(CLASSES)).with_masks(object=world / "objects" / name)
+    return MaskedImages(folder, Preprocess.of(model))
 
 def test_relevance_on_the_object_against_pixels(tmp_path):
     world = backdrop.write(tmp_path / "world", {"val": 1, "adversarial": 1}, seed=3)
@@ -46,48 +52,48 @@ def test_relevance_on_the_object_against_pixels(tmp_path):
     assert relevance_on_object(model, world) == pytest.approx(100 * np.mean(shares), abs=1e-3)
     assert relevance_on_object(model, world, ("val",)) == pytest.approx(100 * np.mean(shares[:12]), abs=1e-3)
 
-
 def test_who_takes_part():
-    assert set(LABELS) == {*BASES, "segmil", *DUALS} and set(BASES) <= set(OF_DEMO)
+    assert set(LABELS) == {*BASES, "segmil", *(f"dual.{m}" for m in DUALS)} and set(BASES) <= set(OF_DEMO)
     assert {c.method for c in CLAIMS} | {c.against for c in CLAIMS} <= set(LABELS)
 
-
-def test_the_comparison_runs_and_goes_on(tmp_path, monkeypatch):
-    def small(root, seed):
-        return backdrop.write(root, {"train": 3, "val": 3, "adversarial": 1}, seed=60000 + seed)
-
-    real, real_deal = comparison.settings, comparison.deal_settings
-    short = lambda recipe: recipe.__class__(**{**recipe.__dict__, "epochs": 1})
-    monkeypatch.setattr(comparison, "write_world", small)
-    monkeypatch.setattr(comparison, "settings", lambda *a: short(real(*a)))
-    monkeypatch.setattr(comparison, "deal_settings", lambda *a: short(real_deal(*a)))
-    monkeypatch.setattr(comparison, "DEMO_RECIPE", SegMilRecipe(rate=1e-3, backbone_rate=0, epochs=2))
-    methods = ("original", "cft", "segmil", "dual contrastive")
-    rows = run_comparison(tmp_path / "out", (1,), methods, tmp_path / "work", progress=False)
+@pytest.mark.slow
+def test_the_comparison_runs(tmp_path, monkeypatch):
+    names = ("original", "cft", "segmil", "dual.contrastive")
+    for what, methods in (("LABELS", {m: LABELS[m] for m in names}), ("BASES", ("cft",)), ("DUALS", ("contrastive",))):
+        monkeypatch.setattr(comparison, what, methods)
+    settings = read_settings("smoke", pool=3, test_per_class=3, segmentation_per_class=1)
+    steps = PaperSteps(Work(settings, ("comparison",)), tmp_path)
+    (step,) = comparison_steps(steps, (1,))
+    row = lambda metric, value, part="all": ("segmil", 1, "groups", part, metric, value, None, None, 36)
+    made = [row("top1", 50.0), row("top1", 20.0, "worst group"), row("attention", 70.0), row("preparing", 2.0)]
+    table = pd.DataFrame([*made, row("training", 3.0), row("answering", 9.0)], columns=["method", "seed", *COLUMNS])
+    (tmp_path / "related/segmil").mkdir(parents=True)
+    table.to_csv(tmp_path / "related/segmil/1.csv", index=False)  # as if SEG-MIL-CBM had run
+    needs = [need for need in step.needs if need.kind != "segmil"]
+    assert len(needs) == len(step.needs) - 1 and make_steps(in_order(needs), tmp_path)
+    step.make("1")
+    rows = pd.read_csv(tmp_path / step.writes[0])
     wide = comparison_scores(rows).pivot(index="method", columns="column", values="value")
-    assert list(dict.fromkeys(rows["method"])) == list(methods) and (tmp_path / "out/comparison.csv").is_file()
-    assert (wide["answering, ×"] > 0).all() and wide["on object"].between(0, 100).all() and wide["groups, worst group"].le(wide["groups"]).all()
-    assert (wide["training, s"] > 0).to_dict() == {m: m != "original" for m in methods}
-    assert (wide["preparing, s"] > 0).to_dict() == {m: m in ("cft", "segmil") for m in methods}
-    assert wide.loc["segmil", "answering, ×"] > 1.5  # it grounds every picture and runs on every segment
-    model, world = base_model(1), tmp_path / "work/pictures_1"
-    hits = [int(model(item["image"][None]).argmax()) == item["label"] for item in (read_set(world, "val", model)[k] for k in range(3 * len(CLASSES)))]
+    assert set(rows["method"]) == set(names) and set(rows["seed"]) == {1}
+    assert (wide["answering, ×"] > 0).all() and wide["on object"].between(0, 100).all()
+    assert wide["groups, worst group"].le(wide["groups"]).all() and wide.loc["segmil", "on object"] == 70
+    assert (wide["training, s"] > 0).to_dict() == {m: m != "original" for m in names}
+    assert (wide["preparing, s"] > 0).to_dict() == {m: m in ("cft", "segmil") for m in names}
+    images = read_set(tmp_path / "worlds/1", "val", model := base_model(1))
+    hits = [int(model(item["image"][None]).argmax()) == item["label"] for item in map(images.__getitem__, range(36))]
     assert wide.loc["original", "val"] == pytest.approx(100 * np.mean(hits), abs=1e-3)
     assert not wide.loc["original"].equals(wide.loc["cft"])
-    monkeypatch.setattr(comparison, "_Seed", None)
-    assert run_comparison(tmp_path / "out", (1,), methods, tmp_path / "work", progress=False).equals(rows), "nothing is run twice"
-    with pytest.raises(ValueError, match="expected some of original, plain.*; got magic"):
-        run_comparison(tmp_path / "out", (1,), ("magic",))
     table = comparison_table(rows)
-    assert table.loc["SEG-MIL-CBM", "on object"] == f"{wide.loc['segmil', 'on object']:.1f}" and table.loc["Original", "training, s"] == "0.0"
+    assert table.loc["SEG-MIL-CBM", "on object"] == "70.0" and table.loc["Original", "training, s"] == "0.0"
     assert (verdicts(comparison_scores(rows), CLAIMS)["verdict"] == "not run").sum() >= 1
 
-
 def test_claims_read_the_rows():
-    rows = pd.DataFrame([{"method": m, "seed": s, "set": "groups", "split": "worst group", "metric": "top1", "value": v + s, "n": 5}
-                         for m, v in (("original", 10.0), ("cft", 20.0), ("segmil", 25.0)) for s in range(4)]
-                        + [{"method": m, "seed": s, "set": "groups", "split": "all", "metric": "on_object", "value": v, "n": 5}
-                           for m, v in (("original", 20.0), ("cft", 20.0)) for s in range(4)])
-    found = verdicts(comparison_scores(rows), CLAIMS).set_index("claim")["verdict"]
-    assert found["CFT helps the worst group"] == "holds" and found["CFT beats SEG-MIL-CBM in the worst group"] == "contradicted"
-    assert found["CFT moves evidence onto the object"] == "open" and found["DEAL moves evidence onto the object"] == "not run"
+    columns = ["method", "seed", "set", "split", "metric", "value", "n"]
+    worst, evidence = {"original": 10.0, "cft": 20.0, "segmil": 25.0}, {"original": 20.0, "cft": 20.0}
+    rows = [(m, s, "groups", "worst group", "top1", v + s, 5) for m, v in worst.items() for s in range(4)]
+    rows += [(m, s, "groups", "all", "on_object", v, 5) for m, v in evidence.items() for s in range(4)]
+    found = verdicts(comparison_scores(pd.DataFrame(rows, columns=columns)), CLAIMS).set_index("claim")["verdict"]
+    assert found["CFT helps the worst group"] == "holds"
+    assert found["CFT beats SEG-MIL-CBM in the worst group"] == "contradicted"
+    assert found["CFT moves evidence onto the object"] == "open"
+    assert found["DEAL moves evidence onto the object"] == "not run"

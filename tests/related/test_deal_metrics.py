@@ -1,6 +1,5 @@
 """DEAL's metrics against slow references, the released bugs against what they do, part masks, a small experiment."""
 
-import json
 import math
 
 import numpy as np
@@ -13,29 +12,28 @@ from torch import nn
 
 from cft.data import backdrop
 from cft.data.backdrop import CLASSES
-from cft.data.folders import MaskedImages, Preprocess, scan
-from cft.data.models import base_model, write_safetensors
+from cft.data.folders import Preprocess
+from cft.data.models import write_safetensors
 from cft.evaluate.faithfulness import widen
 from cft.files import read_json, sha256, write_json
 from cft.related import deal
 from cft.related import deal_metrics as metrics
 from cft.related.deal import DUAL, Lessons, as_classifier, balanced, demo_prompts, dual_encoder, make_dual, save_dual
-from cft.related.deal_metrics import AS_IS, disentanglability, insertion_scores, miniature_parts, part_table, pixels
+from cft.related.deal_metrics import DualSteps, disentanglability, insertion_scores, miniature_parts, part_table, pixels
+from cft.reproduce.paper import claims
+from cft.reproduce.settings import Work, read_settings
+from cft.reproduce.steps import Notes, in_order, make_steps, undone
 
 torch.set_num_threads(1)
 
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
 
 @pytest.fixture(scope="module")
 def dual():
     return dual_encoder()
 
-
 # ---- apart ----
-
 
 def test_disentanglability_is_the_logistic_of_the_notebook():
     one = torch.zeros(49)
@@ -47,15 +45,12 @@ def test_disentanglability_is_the_logistic_of_the_notebook():
     assert nothing.overlap == 0 and nothing.value == pytest.approx(1 / (1 + math.exp(-2)))
     assert nothing.minus(found) == pytest.approx(nothing.value - found.value)
 
-
 @pytest.mark.parametrize("shape", [(1, 5, 8, 8), (1, 4, 7, 7)])
 def test_other_grids_are_not_compared(shape):
     with pytest.raises(ValueError, match=r"depends on the grid and the number of concepts: expected \(7, 7\) and 5"):
         disentanglability(torch.rand(1, 5, 7, 7)).minus(disentanglability(torch.rand(*shape)))
 
-
 # ---- insertion ----
-
 
 class Watcher(nn.Module):
     """A dual encoder that keeps what it is shown; its embedding depends on every channel and place."""
@@ -66,7 +61,6 @@ class Watcher(nn.Module):
     def encode_image(self, x):
         self.seen.append(x.clone())
         return x.flatten(1) @ self.weights.T
-
 
 def slow_insertion(model, images, texts, maps, steps, buggy):
     """Pair by pair and pixel by pixel, as the text of the metric says, or as the released notebook does."""
@@ -89,7 +83,6 @@ def slow_insertion(model, images, texts, maps, steps, buggy):
             scores[i, j, step - 1] = min(1.0, abs(cosine(mixed, texts[i, j]) - start) / abs(end - start))
     return scores
 
-
 @pytest.mark.parametrize("buggy", [False, True])
 def test_insertion_is_what_the_loops_say(buggy):
     images = torch.randn(3, 3, 16, 16, generator=generator(1), dtype=torch.float64)
@@ -100,7 +93,6 @@ def test_insertion_is_what_the_loops_say(buggy):
     assert torch.allclose(ours, slow, atol=1e-9)
     assert metrics.localizability(ours) == pytest.approx(slow.mean().item())
     assert insertion_scores(model, images, texts, maps, steps=3).shape == (3, 2, 3)
-
 
 def test_the_full_picture_scores_one_and_all_channels_come_back():
     images = torch.randn(2, 3, 16, 16, generator=generator(4), dtype=torch.float64)
@@ -118,12 +110,10 @@ def test_the_full_picture_scores_one_and_all_channels_come_back():
     last, shown = model.seen[-1], images.repeat(3, 1, 1, 1)
     assert torch.equal(last[:, 0], shown[:, 0]) and torch.equal(last[:, 1:], metrics.half_blur(shown)[:, 1:])
 
-
 def test_a_picture_without_detail_has_no_score():
     flat, texts, maps = (torch.ones(shape, dtype=torch.float64) for shape in ((1, 3, 8, 8), (1, 2, 4), (1, 2, 2, 2)))
     scores = insertion_scores(Watcher(8), flat, texts, maps)
     assert scores.isnan().all() and math.isnan(metrics.localizability(scores))
-
 
 def test_insertion_refuses_what_does_not_fit():
     images, texts, maps = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 4), torch.rand(2, 3, 2, 2)
@@ -134,9 +124,7 @@ def test_insertion_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="and 0"):
         insertion_scores(Watcher(8), images, texts, maps, steps=0)
 
-
 # ---- accuracy ----
-
 
 def test_accuracy_is_the_mean_cosine_over_a_class_s_texts(dual):
     prompts = demo_prompts()
@@ -155,9 +143,7 @@ def test_accuracy_is_the_mean_cosine_over_a_class_s_texts(dual):
     with pytest.raises(ValueError, match="by must be concepts or name"):
         metrics.concept_rows(dual, prompts, "smell")
 
-
 # ---- parts ----
-
 
 def slow_part_iou(maps, masks, parts, part):
     both = either = pictures = 0
@@ -172,7 +158,6 @@ def slow_part_iou(maps, masks, parts, part):
             either += sum(a or b for a, b in zip(found, true))
             pictures += 1
     return pictures, 100 * both / either
-
 
 def test_part_iou_is_what_the_loops_say():
     maps, masks = torch.rand(6, 3, 4, generator=generator(1)), torch.rand(6, 12, 16, generator=generator(2)) > 0.7
@@ -192,7 +177,6 @@ def test_part_iou_is_what_the_loops_say():
         with pytest.raises(ValueError, match="bool masks"):
             part_table(*bad)
 
-
 @pytest.mark.parametrize("kind", ["cub", "partimagenet"])
 def test_miniatures_are_read(kind, tmp_path):
     root = miniature_parts(kind, tmp_path, count=3)
@@ -205,7 +189,6 @@ def test_miniatures_are_read(kind, tmp_path):
         assert cls == "black footed albatross" and names == {"head", "tail"} and len(metrics.CUB_PARTS) == 10
     else:
         assert cls == "tench" and names == {"head", "fin"} and 40 in numbers and 40 not in found.names
-
 
 def test_part_sets_say_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="no pictures in"):
@@ -230,7 +213,6 @@ def test_part_sets_say_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="kind must be cub or partimagenet"):
         miniature_parts("coco", tmp_path)
 
-
 def test_part_scores_ask_for_the_parts_that_are_there(dual, tmp_path):
     asked = []
 
@@ -249,9 +231,7 @@ def test_part_scores_ask_for_the_parts_that_are_there(dual, tmp_path):
     with pytest.raises(ValueError, match="expected pictures with parts"):
         metrics.part_scores(dual, empty, small)
 
-
 # ---- the drawn world ----
-
 
 def test_every_concept_of_the_demo_names_parts_of_its_class():
     prompts = demo_prompts()
@@ -266,7 +246,6 @@ def test_every_concept_of_the_demo_names_parts_of_its_class():
     masks = metrics.true_masks(pictures, prompts)
     beak = 1 + [p.name for p in CLASSES["bird"]].index("beak")
     assert masks.shape == (24, 5, 64, 64) and np.array_equal(masks[0, 0].numpy(), pictures.parts[0] == beak)
-
 
 def test_scores_of_maps_are_those_of_the_pieces(dual):
     prompts, pictures = demo_prompts(), backdrop.render("val", 1, 8)
@@ -287,22 +266,15 @@ def test_scores_of_maps_are_those_of_the_pieces(dual):
     rest = metrics.explanation_scores(dual, prompts, pictures, "val", insertion=False)
     assert set(rest["metric"]) == set(table.index) - {"localizability"}
 
-
-def test_tests_are_the_demo_s_pictures(tmp_path, monkeypatch):
-    from cft.demo.experiment import batches, read_set
-
-    monkeypatch.setattr(metrics, "TESTS", ("v2",))
-    monkeypatch.setattr(metrics, "SEGMENTATION_PER_CLASS", 1)
-
-    world = backdrop.write(tmp_path / "w", {"v2": 24}, seed=60003)
-    ours, theirs = metrics.drawn_tests(3)["v2"], batches(read_set(world, "v2", base_model(0)))
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.allclose(a["image"], b["image"], atol=1e-6)
-        assert torch.equal(a["label"], b["label"]) and torch.equal(a["object"], b["object"])
-
+def test_maps_are_scored_on_the_pictures_of_the_world(tmp_path):
+    settings = read_settings("smoke", segmentation_per_class=2)
+    steps = DualSteps(Work(settings, ("deal",)), tmp_path)
+    steps.drawn.draw(3)
+    files = sorted((steps.drawn.place(3) / "images/segmentation").rglob("*.png"))
+    drawn = backdrop.render("segmentation", 2, settings.drawn_from + 3)
+    assert {np.asarray(Image.open(f)).tobytes() for f in files} == {image.tobytes() for image in drawn.images}
 
 # ---- the dual encoder ----
-
 
 def test_lessons_are_true():
     lesson = Lessons(3, objects=8, scenes=4).batch(24, np.random.default_rng(0))
@@ -318,7 +290,6 @@ def test_lessons_are_true():
     again = Lessons(3, objects=8, scenes=4).batch(24, np.random.default_rng(0))
     assert torch.equal(again.images, lesson.images) and again.captions == lesson.captions
 
-
 def test_balanced_is_the_sum_of_two_means():
     logits, match = torch.randn(5, 4, generator=generator(1)), torch.rand(5, 4, generator=generator(2)) > 0.6
     counts = torch.rand(5, 4, generator=generator(3)) > 0.3
@@ -327,7 +298,6 @@ def test_balanced_is_the_sum_of_two_means():
         loss = lambda z, m: math.log(1 + math.exp(-z if m else z))
         sides = [[loss(z, m) for z, m, counted in taken if counted and m == want] for want in (True, False)]
         assert balanced(logits, match, among).item() == pytest.approx(sum(sum(s) / len(s) for s in sides), rel=1e-5)
-
 
 @pytest.mark.slow
 def test_the_dual_encoder_learns_and_is_read_back(tmp_path, monkeypatch):
@@ -353,29 +323,27 @@ def test_the_dual_encoder_learns_and_is_read_back(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="does not fit the dual encoder"):
         dual_encoder(tmp_path)
 
-
 # ---- the experiment ----
 
-
 def test_variants_are_named():
-    prompts = demo_prompts()
-    recipe = metrics.deal_settings("released code", 3, prompts)
+    prompts, settings = demo_prompts(), read_settings("demo")
+    recipe = metrics.deal_recipe("deal.released", 3, prompts, settings)
     assert recipe.objective.detach and recipe.objective.twins == "ignored" and (recipe.seed, recipe.epochs) == (7003, 8)
-    assert (recipe.objective.disentangle, recipe.objective.localise) == (0.1, 0.01)
-    for name in (AS_IS, "magic"):
-        with pytest.raises(ValueError, match="variant must be one of contrastive"):
-            metrics.deal_settings(name, 0, prompts)
-
+    assert (recipe.objective.disentangle, recipe.objective.localise, recipe.rate) == (0.1, 0.01, metrics.RATE)
+    alone = metrics.deal_recipe("contrastive", 0, prompts, settings).objective
+    assert (alone.disentangle, alone.localise, alone.detach) == (0.0, 0.0, False)
+    with pytest.raises(KeyError):
+        metrics.deal_recipe("magic", 0, prompts, settings)
 
 def synthetic(shift):
     rows = []
-    for m, method in enumerate((*metrics.VARIANTS, "plain", "cft")):
+    for m, method in enumerate(("original", *metrics.METHODS, *metrics.RIVALS)):
         for seed in range(5):
             value = lambda base, m=m, seed=seed: base + shift[m] + 0.01 * seed
             for name in ("val", "v2", *backdrop.SHIFTED):
                 rows += [(method, seed, name, split, "top1", value(50), 10) for split in ("all", "fine-tuned", "other")]
             rows.append((method, seed, "segmentation", "all", "mean_iou", value(50), 10))
-            if method in metrics.VARIANTS:
+            if method not in metrics.RIVALS:
                 for name in ("segmentation", "adversarial"):
                     of_maps = ("disentanglability", "overlap", "part_miou", "pointing")
                     rows += [(method, seed, name, "all", metric, value(0), 10) for metric in of_maps]
@@ -384,50 +352,40 @@ def synthetic(shift):
                 rows.append((method, seed, "val", "all", "top1_by_name", value(50), 10))
     return pd.DataFrame(rows, columns=["method", "seed", "set", "split", "metric", "value", "n"])
 
-
 def test_claims_have_the_sign_of_the_numbers():
     results = synthetic([0.0, -1.0, 2.0, 0.5, 1.0, -1.0, 0.0, 3.0])  # in the order of the methods
-    claims = metrics.deal_claims(results).set_index("claim")
-    assert len(claims) == len(metrics.CLAIMS) + 7 and (claims["seeds"] == 5).all()
-    verdict = claims["verdict"].to_dict()
+    told = metrics.deal_claims(results).set_index("claim")
+    assert len(told) == len(claims("deal")) > 7 and (told["seeds"] == 5).all()
+    verdict = told["verdict"].to_dict()
     assert verdict["DEAL's maps are further apart than the model's own"] == "holds"
     assert verdict["Contrastive fine-tuning brings the maps closer together"] == "holds"
     assert verdict["Without localisation accuracy at home drops"] == "contradicted"
     assert verdict["CFT from the same weights is more accurate than DEAL on adversarial backgrounds"] == "holds"
-    paper = claims["in the paper"]
+    paper = told["in the paper"]
     assert paper["DEAL's maps are further apart than the model's own"] == pytest.approx(0.397 - 0.361)
     assert paper["Without disentanglement accuracy at home drops"] == pytest.approx(60.4 - 70.8)
     parts = (15.69 + 12.73 - 10.49 - 8.79) / 2
     assert paper["DEAL's maps segment parts better than the model's own"] == pytest.approx(parts)
     assert paper[[c for c in paper.index if "CFT" in c]].isna().all()
     columns = metrics.deal_columns(results)
-    specific = columns.query("column == 'specificity' and method == 'DEAL' and seed == 0")["value"]
+    specific = columns.query("column == 'specificity' and method == 'deal' and seed == 0")["value"]
     assert specific.item() == pytest.approx(0.0)
     table = metrics.deal_table(results)
-    assert table.loc["cft", "part_miou"] == "" and table.loc["DEAL", "val"] == "51.0 ± 0.0"
-
+    assert table.loc["cft", "part_miou"] == "" and table.loc["deal", "val"] == "51.0 ± 0.0"
 
 @pytest.mark.slow
-def test_the_run_resumes_and_the_released_code_is_contrastive_bit_for_bit(dual, tmp_path, monkeypatch):
-    world = backdrop.write(tmp_path / "small", {"train": 2}, seed=1)
-    folder = scan(world / "images/train", world / "masks/train", world / "objects/train", list(CLASSES)).only([0, 1])
-    images = MaskedImages(folder, Preprocess.of(dual.visual, margin=1.0), train=True, cached=True)
-    monkeypatch.setattr(metrics, "training_images", lambda *_: images)
-    monkeypatch.setattr(metrics, "write_world", lambda *_: None)
-    for name in ("EPOCHS", "TEST_PER_CLASS", "SEGMENTATION_PER_CLASS"):
-        monkeypatch.setattr(metrics, name, 1)
-    monkeypatch.setattr(metrics, "TESTS", ("val", "adversarial"))
-    methods = ("contrastive", "DEAL", "released code", "plain")
-    found = metrics.run_deal(tmp_path / "out", (0,), methods, tmp_path / "work", dual, progress=False)
-    same = found["results"].query("metric == 'same_weights_as_contrastive'")
+def test_the_released_code_is_contrastive_bit_for_bit_and_nothing_is_made_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "TESTS", ("val", "segmentation"))
+    settings = read_settings("smoke", test_per_class=1, segmentation_per_class=1, per_class=1)
+    steps = DualSteps(Work(settings, ("deal",)), tmp_path)
+    wanted = [steps.scores(method, 0) for method in ("contrastive", "deal", "deal.released", "plain")]
+    assert make_steps(in_order(wanted), tmp_path)
+    rows = {step.item[0]: pd.read_csv(tmp_path / step.writes[0]) for step in wanted}
+    assert all(set(table["method"]) == {method} and set(table["seed"]) == {0} for method, table in rows.items())
+    same = rows["deal.released"].query("metric == 'same_weights_as_contrastive'")
     assert same["value"].tolist() == [1.0]
-    weights = lambda method: (tmp_path / "work/seed_0" / method / "weights.txt").read_text()
-    assert weights("released_code") == weights("contrastive") != weights("DEAL")
-    record = json.loads((tmp_path / "out/deal.json").read_text())
-    assert record["demo"] and record["methods"] == list(methods)
-    kept = tmp_path / "work/seed_0/DEAL/scores.csv"
-    kept.write_text(kept.read_text().replace("disentanglability", "overlap_kept"))
-    again = metrics.run_deal(tmp_path / "out", (0,), methods, tmp_path / "work", dual, progress=False)["results"]
-    assert len(again.query("metric == 'overlap_kept'")) == 2  # finished methods are read back
-    with pytest.raises(ValueError, match="methods must be among"):
-        metrics.run_deal(tmp_path / "out", (0,), ("magic",))
+    weights = {m: sha256(tmp_path / f"models/dual/{m}/0/model.safetensors") for m in rows}
+    assert weights["deal.released"] == weights["contrastive"] != weights["deal"]
+    assert "disentanglability" in set(rows["deal"]["metric"]) - set(rows["plain"]["metric"])
+    assert set(rows["plain"]["set"]) == {"val", "segmentation", "train"}
+    assert not undone(wanted, Notes(tmp_path))
