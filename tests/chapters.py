@@ -9,7 +9,7 @@ NBS = Path(__file__).parents[1] / "nbs"
 
 
 def from_chapter(notebook: str, module: ModuleType, *names: str) -> list[Any]:
-    """Functions, classes and constants of nbs/`notebook`, whose exported `module` they may use. The rest does not run."""
+    """Functions, classes and constants of nbs/`notebook`, which may use its `module`. The rest does not run."""
     cells = json.loads((NBS / notebook).read_text(encoding="utf-8"))["cells"]
     tree = [node for cell in cells if cell["cell_type"] == "code" for node in ast.parse("".join(cell["source"])).body]
     space = dict(vars(module))

@@ -62,7 +62,8 @@ def directional_error(f, parameters, direction, h=1e-5):
 
 def make_convnext(dtype=torch.float64, conv_mlp=False, **changes):
     torch.manual_seed(0)
-    model = ConvNeXt(num_classes=5, depths=(1, 1, 2, 1), dims=(4, 4, 6, 8), **({"use_grn": True, "ls_init_value": None} | changes), conv_mlp=conv_mlp)
+    changes = {"use_grn": True, "ls_init_value": None} | changes
+    model = ConvNeXt(num_classes=5, depths=(1, 1, 2, 1), dims=(4, 4, 6, 8), **changes, conv_mlp=conv_mlp)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.2 * torch.randn_like(p)
@@ -76,7 +77,8 @@ class Stem(nn.Module):
         super().__init__()
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid_size[0] ** 2
-        self.layers = nn.Sequential(nn.Conv2d(in_chans, 4, 3, 2, 1), nn.GELU(), nn.Conv2d(4, embed_dim, patch_size // 2, patch_size // 2))
+        last = nn.Conv2d(4, embed_dim, patch_size // 2, patch_size // 2)
+        self.layers = nn.Sequential(nn.Conv2d(in_chans, 4, 3, 2, 1), nn.GELU(), last)
 
     def forward(self, x):
         return self.layers(x).flatten(2).transpose(1, 2)

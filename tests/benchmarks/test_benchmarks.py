@@ -1,6 +1,7 @@
 """The bench counts what a hand counts, and writes what it says it writes."""
 
 import csv
+from functools import partial
 from pathlib import Path
 
 import cost
@@ -57,7 +58,8 @@ def vit_flops_by_hand(model, batch, size):
 
 
 def test_flops_of_a_vision_transformer():
-    model = VisionTransformer(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=5, mlp_ratio=2).eval()
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3, "mlp_ratio": 2}
+    model = VisionTransformer(**sizes, num_classes=5).eval()
     images, labels = torch.randn(2, 3, 16, 16), torch.tensor([1, 4])
     forward, both = vit_flops_by_hand(model, 2, 16)
     with torch.no_grad():
@@ -109,7 +111,8 @@ def test_memory_sees_checkpointing():
         return x
 
     whole = cost.peak_bytes(lambda: piece(piece(x)).sum().backward())
-    spared = cost.peak_bytes(lambda: checkpoint(piece, checkpoint(piece, x, use_reentrant=False), use_reentrant=False).sum().backward())
+    spare = lambda x: checkpoint(piece, x, use_reentrant=False)
+    spared = cost.peak_bytes(lambda: spare(spare(x)).sum().backward())
     assert 32 * 4000 <= whole < 36 * 4000 and 17 * 4000 <= spared < 21 * 4000
 
 
@@ -133,18 +136,21 @@ def test_official_rollout_is_gae(tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "cft_loss", spy)
         loss = cost.official_objective(tiny.model, tiny.model, tiny.batch)[0]
-    map_ = relevance(tiny.model, tiny.batch.images, labels, "gae", differentiable=False).map("minmax", tuple(tiny.batch.masks.shape[1:]))
+    found = relevance(tiny.model, tiny.batch.images, labels, "gae", differentiable=False)
+    map_ = found.map("minmax", tuple(tiny.batch.masks.shape[1:]))
     assert seen["phi"].shape[1:] == (64, 64)
     torch.testing.assert_close(seen["phi"], map_, rtol=1e-4, atol=1e-4)
     last = tiny.model.blocks[-1]
-    grads = torch.autograd.grad(loss, [last.attn.proj.weight, last.mlp.fc1.weight, last.attn.qkv.weight], allow_unused=True)
+    weights = [last.attn.proj.weight, last.mlp.fc1.weight, last.attn.qkv.weight]
+    grads = torch.autograd.grad(loss, weights, allow_unused=True)
     assert grads[0] is None and grads[1] is None and grads[2].abs().max() > 0
 
 
 def test_rows_and_file(tiny, tmp_path):
     rows = [*cost.cost_rows(tiny, suffix="_here"), *cost.wall_rows(tiny, ("cft_step",), 1, "_here")]
     kinds = ("cft_step", "checkpointed", "official_step")
-    assert [r["name"] for r in rows] == [*(f"{kind}_{what}_ratio_here" for kind in kinds for what in ("flops", "memory")), "cft_step_wall_ratio_here"]
+    names = [f"{kind}_{what}_ratio_here" for kind in kinds for what in ("flops", "memory")]
+    assert [r["name"] for r in rows] == [*names, "cft_step_wall_ratio_here"]
     assert all(r["value"] > 0.5 and "cft_vit_tiny64, batch 2" in r["note"] for r in rows)
     ratios = {r["name"].removesuffix("_ratio_here"): r["value"] for r in rows}
     assert 1.8 < ratios["cft_step_flops"] < 2.1 < ratios["official_step_flops"]
@@ -186,14 +192,16 @@ def test_every_row_of_the_table_is_made_and_every_measurement_has_its_rows():
 def test_choosing():
     names = lambda *given: [each.name for each in run.choose(given)]
     assert names() == [each.name for each in run.MEASUREMENTS if each.name != "compiled"]
-    assert names("peers", "import_cft_seconds", "cft_help_seconds") == ["peers", "start"] and names("compiled") == ["compiled"]
+    assert names("peers", "import_cft_seconds", "cft_help_seconds") == ["peers", "start"]
+    assert names("compiled") == ["compiled"]
     with pytest.raises(ValueError, match="expected some of rendering, demo, cost, .* got nonsense"):
         names("peers", "nonsense")
 
 
 def test_the_command_writes_what_it_measures(tmp_path, monkeypatch, capsys):
     values = iter([1.0, 2.0, 3.0])
-    fake = [run.Measurement(name, (f"{name}_s",), lambda name=name: [row(f"{name}_s", next(values), "s")]) for name in "ab"]
+    measured = lambda name: [row(name, next(values), "s")]
+    fake = [run.Measurement(name, (f"{name}_s",), partial(measured, f"{name}_s")) for name in "ab"]
     monkeypatch.setattr(run, "MEASUREMENTS", fake)
     out = tmp_path / "new" / "bench.csv"
     run.main(["--out", str(out)])
@@ -258,7 +266,8 @@ def test_our_loop_and_timms_give_the_same_answers(tmp_path):
     model = timm.create_model("test_vit", num_classes=10)
     (pictures,) = run_pass(folder_set(tmp_path), [Checkpoint("a", model, "")], reading_of(model), Loop(batch=4))
     top1, top5 = pipeline.timm_validation(model, list_folder(tmp_path), 4)
-    assert top1 == pytest.approx(100 * pictures.full_top1.mean(), abs=1e-3) and top5 == pytest.approx(100 * pictures.full_top5.mean(), abs=1e-3)
+    assert top1 == pytest.approx(100 * pictures.full_top1.mean(), abs=1e-3)
+    assert top5 == pytest.approx(100 * pictures.full_top5.mean(), abs=1e-3)
 
 
 def test_evaluation_against_timm(tmp_path):
@@ -270,7 +279,8 @@ def test_a_rehearsal_of_the_papers_run(tmp_path, monkeypatch):
     real = pipeline.noise_folder
     monkeypatch.setattr(pipeline, "noise_folder", lambda root: real(root, 6, 3))
     step, hours, *memory = pipeline.paper_run_rows(tmp_path, "cft_vit_tiny64", 1)
-    assert step["name"] == "paper_run_step_seconds" and hours["name"] == "paper_run_hours" and len(memory) == torch.cuda.is_available()
+    assert (step["name"], hours["name"]) == ("paper_run_step_seconds", "paper_run_hours")
+    assert len(memory) == torch.cuda.is_available()
     assert step["value"] > 0 and "18 pictures, 150 steps of 8, no autocast" in step["note"]
 
 

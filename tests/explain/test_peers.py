@@ -108,8 +108,9 @@ def cp_of_torchvision():
 def lxt():
     if importlib.util.find_spec("lxt") is None:
         pytest.skip("lxt is not installed")
-    paths = os.pathsep.join([str(Path(__file__).parents[2] / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, "-W", "ignore", __file__], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+    places = [str(Path(__file__).parents[2] / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    done = subprocess.run([sys.executable, "-W", "ignore", __file__], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -100,7 +100,7 @@ def test_what_has_changed_is_made_again_and_nothing_else(kitchen):
 def test_steps_that_were_not_asked_for_are_not_made(kitchen):
     first = kitchen.step("a")
     second = kitchen.step("b", first)
-    assert make_steps([second], kitchen.root) is False and not kitchen.made and not list((kitchen.root).iterdir())
+    assert make_steps([second], kitchen.root) is False and not kitchen.made and not list(kitchen.root.iterdir())
     assert kitchen.run(second)[0] and make_steps([second], kitchen.root)
 
 
@@ -465,8 +465,8 @@ def test_the_same_run_is_not_done_twice(drawn, monkeypatch):
 def test_steps_that_cannot_be_made_say_why_and_leave_nothing(drawn):
     steps = [drawn.evaluate("demo", "cft.sideways", 0, "val"), drawn.maps("demo", "original", 0, "segmentation")]
     assert not make(drawn, *steps)
-    told = {name: read_json(failure_file(drawn.root, name))["error"] for name in (steps[0].needs[0].name, steps[1].name)}
-    assert "no method 'cft.sideways'" in told[steps[0].needs[0].name] and "segmentation has none" in told[steps[1].name]
+    told = lambda step: read_json(failure_file(drawn.root, step.name))["error"]
+    assert "no method 'cft.sideways'" in told(steps[0].needs[0]) and "segmentation has none" in told(steps[1])
     assert not failure_file(drawn.root, steps[0].name).exists(), "it was not tried"
     assert not (drawn.root / "models/demo/cft.sideways").exists()
     assert not (drawn.root / rows_file("demo", "cft.sideways", 0, "val")).exists()

@@ -26,7 +26,8 @@ FIELDS = {
     "gradcam": "objective.method", "gradient-rollout": "objective.method", "iia": "objective.method",
     "cp": "objective.method", "eq2": "objective.method", "gae": "objective.method", "frozen": "objective.method",
     "predicted": "objective.explain", "saturating": "objective.normalize", "image-means": "objective.norm",
-    "patches": "objective.grid", "constant-rate": "decay", "no-decay": "weight_decay", "rate-x6": "rate", "best": "best"}
+    "patches": "objective.grid", "constant-rate": "decay", "no-decay": "weight_decay", "rate-x6": "rate",
+    "best": "best"}
 OF_DATA = ("no-augmentation", "class", "annotated", "superclasses", "unvalidated", "strict", "loose", "context")
 
 

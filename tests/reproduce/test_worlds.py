@@ -10,7 +10,6 @@ from PIL import Image
 from cft.concepts.filters import ConceptSet, merge
 from cft.concepts.grounding import small_grounded_sam
 from cft.concepts.language import ClassName
-from cft.data.backdrop import CLASSES
 from cft.data.models import read_weights, save_model
 from cft.data.testsets import CARDS, miniature, synsets
 from cft.data.testsets import open_set as real_open_set
@@ -20,7 +19,7 @@ from cft.reproduce import worlds
 from cft.reproduce.paper import PAPER
 from cft.reproduce.settings import Work, read_settings
 from cft.reproduce.steps import PaperSteps, in_order, make_steps
-from cft.reproduce.worlds import folder_digest, names_of, open_world
+from cft.reproduce.worlds import folder_digest, open_world
 
 VIT = "vit_base_patch16_224"
 
@@ -33,10 +32,11 @@ def test_a_drawn_world(tmp_path):
     tuned = world.tuned(3)
     assert len(tuned) == 6 and sorted({s.label for s in world.folder("3").samples}) == sorted(tuned)
     held = world.validation(3)
-    assert {s.label for s in held.samples} == set(range(12)) - set(tuned) and all(s.mask.is_file() for s in held.samples)
+    assert {s.label for s in held.samples} == set(range(12)) - set(tuned)
+    assert all(s.mask.is_file() for s in held.samples)
     picture, mask = world.test_set("segmentation", 3)[0]
     assert mask.shape == (picture.height, picture.width) and set(np.unique(mask)) == {0, 1}
-    assert names_of(world.settings) == list(CLASSES) and world.start("demo", 3) == world.start("demo", 3) != world.start("demo", 4)
+    assert world.start("demo", 3) == world.start("demo", 3) != world.start("demo", 4)
     assert "no base 9" in world.start("demo", 9)
 
 
@@ -115,7 +115,8 @@ def test_other_weights_or_pictures_are_another_start(imagenet, tmp_path):
     new.write_bytes(b"a picture")
     assert open_world(settings, tmp_path).pictures("all") != pictures
     new.unlink()
-    assert open_world(settings, tmp_path).tested("in-a") == tested != open_world(settings, tmp_path).tested("in-segmentation")
+    again = open_world(settings, tmp_path)
+    assert again.tested("in-a") == tested != again.tested("in-segmentation")
 
 
 def test_places_that_are_empty_are_named(imagenet, tmp_path):
@@ -123,7 +124,7 @@ def test_places_that_are_empty_are_named(imagenet, tmp_path):
     for change, call, message in (
             ({"train": None}, lambda w: w.folder("all"), "train is empty in the settings"),
             ({"weights": {}}, lambda w: w.network(VIT, 0), f"weights.{VIT} is empty"),
-            ({"sets": {"in-r": tmp_path / "none"}}, lambda w: w.test_set("in-r", 0), "sets.in-r is .*none in the settings"),
+            ({"sets": {"in-r": tmp_path / "none"}}, lambda w: w.test_set("in-r", 0), "sets.in-r is .*none in the"),
             ({"answers": None}, lambda w: w.concepts(), "answers is empty")):
         with pytest.raises(ValueError, match=message):
             call(open_world(settings.model_copy(update=change), root))

@@ -1,0 +1,407 @@
+"""The runner as its user calls it: whole, again, after a kill, after a change, and with something broken in it."""
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pandas as pd
+import pytest
+from filelock import FileLock
+
+from cft.files import read_json, write_json
+from cft.reproduce.paper import PAPER
+from cft.reproduce.runner import (
+    OF_RELATED,
+    device_slot,
+    empty_places,
+    jobs_of,
+    page_problem,
+    page_steps,
+    plan_text,
+    prepare,
+    progress_of,
+    report,
+    reproduce,
+    run_job,
+)
+from cft.reproduce.settings import RELATED, Work, model_file, read_settings, rows_file, write_settings
+from cft.reproduce.steps import Notes, Step, in_order, undone
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+CFT = str(Path(sys.executable).with_name("cft"))
+KEYS, METHODS = ("fig1", "table2", "table3", "table8"), ("CFT", "RRR", "RRDA")  # a few pages and methods, for all runs
+
+
+def again(root, profile="smoke", keys=KEYS, **changes):
+    """Reproduce, and show neither bars nor lines."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return reproduce(profile, keys, methods=METHODS, out=root, cores=2, progress=False, **changes)
+
+
+def made(root, since=0):
+    """The steps that were made, in order, from some number on."""
+    return [json.loads(line)["step"] for line in (root / "done.jsonl").read_text().splitlines()][since:]
+
+
+def files(root):
+    """Everything that steps left, with the time of its last change."""
+    places = ("models", "results", "pages", "artefacts", "maps", "worlds", "store", "kept", "guides", "steps")
+    found = (path for place in places for path in (root / place).rglob("*"))
+    return {path.relative_to(root).as_posix(): path.stat().st_mtime_ns for path in found if path.is_file()}
+
+
+def numbers(root, tested):
+    return pd.concat([pd.read_parquet(root / rows_file(*t)).drop(columns="commit") for t in sorted(tested)])
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """Some artefacts, by the command line."""
+    root = tmp_path_factory.mktemp("all") / "smoke"
+    command = [CFT, "reproduce", "--profile", "smoke", "--only", ",".join(KEYS), "--methods", ",".join(METHODS)]
+    done = subprocess.run([*command, "--out", root], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return SimpleNamespace(root=root, said=done.stdout, work=Work(read_settings("smoke"), KEYS, methods=METHODS))
+
+
+@pytest.fixture
+def copy(smoke, tmp_path):
+    """The same, to change it."""
+    return Path(shutil.copytree(smoke.root, tmp_path / "smoke"))
+
+
+@pytest.mark.slow
+def test_every_page_is_made_once(smoke):
+    assert f"{len(KEYS)} of {len(KEYS)} pages are in {smoke.root / 'pages'}" in smoke.said
+    pages = page_steps(smoke.work, smoke.root)
+    found = report(smoke.root, smoke.work, pages)
+    assert found.ok and found.failures.empty and (found.pages["seconds"] > 0).all()
+    for key in KEYS:
+        page = nbformat.read(smoke.root / f"pages/{key}.ipynb", 4)
+        assert not [o for c in page.cells for o in c.get("outputs", ()) if o.output_type == "error"]
+        tables = {p.stem: len(pd.read_csv(p)) for p in (smoke.root / "artefacts" / key).glob("*.csv")}
+        assert tables and all(tables.values()), (key, tables)
+        html = "".join(p.read_text() for p in (smoke.root / "artefacts" / key).glob("*.html"))
+        assert "SMOKE TEST, numbers mean nothing" in html and "DEMO, drawn" not in html
+    done = made(smoke.root)
+    assert sorted(done) == sorted(step.name for step in in_order(pages)), "each step once"
+    assert sum(name.startswith("fine-tune") for name in done) == len(smoke.work.tuned()) == 3
+    assert len(numbers(smoke.root, smoke.work.tested())) and not list(smoke.root.rglob("*.tmp"))
+    plan = read_json(smoke.root / "plan.json")
+    assert set(plan["jobs"]) == {"concepts", "masks-0", "demo-0", "pages"}
+    assert {path.stem for path in (smoke.root / "jobs").iterdir()} == set(plan["jobs"])
+    assert (smoke.root / "settings.yaml").read_text() == write_settings(
+        smoke.work.settings, smoke.root.parent / "s.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_a_second_run_starts_nothing(smoke, copy):
+    for root in (smoke.root, copy):  # also where it was moved to
+        before = files(root)
+        assert again(root).ok and files(root) == before and made(root) == made(smoke.root)
+    assert again(copy, keys=("table3",)).ok and files(copy) == before, "nor does a part of it"
+
+
+@pytest.mark.slow
+def test_a_deleted_checkpoint_redoes_only_what_hangs_on_it(copy):
+    before, known = files(copy), len(made(copy))
+    gone = copy / model_file("demo", "rrr", 0)
+    content = gone.read_bytes()
+    gone.unlink()
+    assert again(copy).ok and gone.read_bytes() == content
+    assert made(copy, known) == ["fine-tune demo rrr 0"], "it comes out the same, and the rest stays"
+    changed = {name for name, date in files(copy).items() if date != before.get(name)}
+    assert all(name.startswith("models/demo/rrr/0/") for name in changed - {"steps/fine-tune--demo--rrr--0.json"})
+
+
+@pytest.mark.slow
+def test_a_changed_rate_and_a_failure(smoke, copy, tmp_path):
+    """RRR has another rate, RRDA has none: the first is made again, the second fails, and nothing else is touched."""
+    rates = {name: rate for name, rate in smoke.work.settings.rates["demo"].items() if name != "rrda"}
+    changed = smoke.work.settings.model_copy(update={"rates": {"demo": rates | {"rrr": 1e-4}}})
+    mine, before, known = write_settings(changed, tmp_path / "mine.yaml"), files(copy), len(made(copy))
+    found = again(copy, mine)
+    of_rrr = {f"evaluate demo rrr 0 {name}" for name in ("si_location", "si_rotation", "si_size")}
+    assert set(made(copy, known)) == {"fine-tune demo rrr 0", *of_rrr, "page table8"}, "which shows all settings"
+    own = ("demo.rrr.", "demo/rrr/", "demo--rrr--", "demo.rrda.", "demo/rrda/", "demo--rrda--", "table8")
+    now = files(copy)
+    touched = {name for name in {*before, *now} if before.get(name) != now.get(name)}
+    assert not [name for name in touched if not any(word in name for word in own) and "table2" not in name]
+
+    status = found.pages.set_index("artefact")["status"]
+    assert not found.ok and status.to_dict() == dict.fromkeys(KEYS, "done") | {"table2": "missing"}
+    assert found.failures["step"].tolist() == ["fine-tune demo rrda 0"]
+    told = ("3 of 4 pages", "no learning rate for rrda on demo; set rates.demo.rrda in the settings", "again: cd ",
+            "-m cft.reproduce.runner 'fine-tune demo rrda 0'", "inputs are missing, first: evaluate demo rrda 0")
+    for part in told:
+        assert part in str(found), str(found)
+    assert str(found).splitlines()[-1].strip().startswith("again: ")
+    log = (copy / found.failures["log"].iloc[0]).read_text()
+    assert log.count("Traceback") == 1 and found.failures["tail"].iloc[0][-1] in log
+    command = found.failures["command"].iloc[0].replace("python", sys.executable, 1)
+    alone = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=ENV)
+    assert alone.returncode == 1 and "no learning rate" in alone.stderr
+
+    assert again(copy, keys=("table2",)).ok and not list((copy / "failed").glob("*"))
+    pd.testing.assert_frame_equal(numbers(copy, smoke.work.tested()), numbers(smoke.root, smoke.work.tested()))
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def works_in(root):
+    """The processes whose working directory is this folder."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            found += [int(place.parent.name)] if place.resolve() == root and alive(place.parent.name) else []
+    return found
+
+
+def wait_for(condition, seconds=120):
+    """What the condition gives once it gives something."""
+    until = time.time() + seconds
+    while time.time() < until:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"waited for {seconds} seconds")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds processes by /proc")
+def test_a_killed_run_completes_with_the_same_numbers(smoke, copy):
+    for name in ("models", "results"):
+        shutil.rmtree(copy / name)
+    known = len(made(copy))
+    command = [CFT, "reproduce", "--profile", "smoke", "--only", ",".join(KEYS), "--methods", ",".join(METHODS)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": ENV}
+    runner = subprocess.Popen([*command, "--out", copy], **quiet)
+    try:
+        wait_for(lambda: runner.poll() is not None or len(made(copy)) > known)
+        assert runner.poll() is None and works_in(copy)
+        with pytest.raises(ValueError, match="another `cft reproduce` works in"):
+            again(copy, epochs=7)
+    finally:
+        runner.send_signal(signal.SIGKILL)
+        runner.wait()
+    wait_for(lambda: not works_in(copy), 60)  # the children notice
+    assert "epochs: 1\n" in (copy / "settings.yaml").read_text()
+    done = made(copy, known)
+    assert again(copy).ok
+    whole = made(copy, known)
+    assert len(set(whole)) == len(whole) > len(done) > 0, "what was done is not done again"
+    tested = {"evaluate " + " ".join(map(str, t)) for t in smoke.work.tested()}
+    tuned = {"fine-tune " + " ".join(map(str, t)) for t in smoke.work.tuned()}
+    assert set(whole) == tested | tuned, "with the same bytes: no map or page is made again"
+    pd.testing.assert_frame_equal(numbers(copy, smoke.work.tested()), numbers(smoke.root, smoke.work.tested()))
+    same = [path.relative_to(smoke.root) for path in smoke.root.glob("models/*/*/*/model.safetensors")]
+    assert len(same) == 3 and all((copy / name).read_bytes() == (smoke.root / name).read_bytes() for name in same)
+
+
+# ---- the parts ----
+
+
+def test_the_steps_of_pages(tmp_path):
+    work = Work(read_settings("smoke"), ("table2", "table8"), methods=("RRR",))
+    table2, table8 = page_steps(work, tmp_path)
+    names = [step.name for step in in_order([table2, table8])]
+    assert sorted(name for name in names if name.startswith("fine-tune")) == ["fine-tune demo rrr 0"]
+    assert {name for name in names if name.startswith("page")} == {"page table2", "page table8"} and not table8.needs
+    assert (table2.folder, table2.writes) == ("artefacts/table2", ("pages/table2.ipynb",))
+    assert table2.depends["methods"] == ["RRR"]
+    other = lambda **changes: page_steps(Work(read_settings("smoke", **changes), ("table2", "table8")), tmp_path)
+    pages = other(), other(epochs=9), other(stamp="X")
+    assert [page.depends == pages[0][0].depends for page, _ in pages] == [True, True, False]
+    assert [page.depends == pages[0][1].depends for _, page in pages] == [True, False, False]
+    assert set(OF_RELATED) == set(RELATED)
+
+
+def planned(*told):
+    """Steps by name, job, part and what they need."""
+    known = {}
+    for name, job, part, *needs in told:
+        known[name] = Step("s", (name,), (name,), print, needs=tuple(known[n] for n in needs), job=job, part=part,
+                           gpu=part == "gpu")
+    return list(known.values())
+
+
+def test_jobs():
+    steps = planned(("w", "masks", ""), ("a", "tune", "A", "w"), ("b", "tune", "B", "w"), ("c", "tune", "C", "w"),
+                    ("ta", "tune", "A", "a"), ("tc", "tune", "C", "c"), ("g", "maps", "gpu", "ta"))
+    jobs = jobs_of(steps, 3)
+    assert {name: job.steps for name, job in jobs.items()} == {
+        "masks": ("s w",), "tune": ("s a", "s b", "s c", "s ta", "s tc"), "maps": ("s g",)}
+    assert {name: job.after for name, job in jobs.items()} == {"masks": (), "tune": ("masks",), "maps": ("tune",)}
+    assert [job.gpu for job in jobs.values()] == [False, False, True]
+    split = jobs_of(steps, 2)
+    assert {name: job.steps for name, job in split.items() if name.startswith("tune")} == {
+        "tune-0": ("s a", "s b", "s ta"), "tune-1": ("s c", "s tc")}
+    assert split["maps"].after == ("tune-0",)
+    alone = jobs_of(steps, 1)
+    assert set(alone) == {"masks", "tune-0", "tune-1", "tune-2", "maps"}
+    assert jobs_of(steps[4:], 3)["tune"].after == (), "only what is not done gets into a job, or is waited for"
+    assert jobs_of([], 3) == {}
+
+
+@pytest.mark.parametrize("profile, keys", [("smoke", ()), ("demo", ("table1", "demo")), ("paper", ())])
+def test_jobs_hold_every_step_once_and_wait_for_no_circle(tmp_path, profile, keys):
+    work = Work(read_settings(profile, seeds=2), *([keys] if keys else []), models=("ViT-B",))
+    steps = undone(page_steps(work, tmp_path), Notes(tmp_path))
+    jobs = jobs_of(steps, work.settings.together)
+    held = [name for job in jobs.values() for name in job.steps]
+    assert sorted(held) == sorted(step.name for step in steps) and len(set(held)) == len(held)
+    place, ended = {name: job for job, of in jobs.items() for name in of.steps}, set()
+    for step in steps:
+        assert {place[need.name] for need in step.needs} <= {*jobs[place[step.name]].after, place[step.name]}
+    while ready := [name for name, job in jobs.items() if name not in ended and set(job.after) <= ended]:
+        ended |= set(ready)
+    assert ended == set(jobs)
+    assert max(len({step.part for step in steps if place[step.name] == job}) for job in jobs) <= work.settings.together
+
+
+def test_one_job(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("CFT_RUNNER", raising=False)
+    write_settings(read_settings("smoke"), tmp_path / "settings.yaml")
+    plan = {"keys": ["table3"], "models": [], "methods": [], "jobs": {"first": {"steps": ["concepts"]}}}
+    write_json(tmp_path / "plan.json", plan)
+    assert run_job(["first"], tmp_path) and (tmp_path / "concepts.json").is_file()
+    assert read_json(tmp_path / "jobs/first.json") == {"done": True} and run_job(["concepts"], tmp_path)
+    with pytest.raises(ValueError, match="no job or step 'dance' in"):
+        run_job(["first", "dance"], tmp_path)
+    assert not run_job(["guide 0 kept"], tmp_path), "what it needs is not there, and it does not make it"
+    write_json(tmp_path / "plan.json", plan | {"jobs": {"second": {"steps": ["guide 0 kept"]}}})
+    assert run_job(["second"], tmp_path), "a job goes well even so: what does not need its steps goes on"
+    assert read_json(tmp_path / "jobs/second.json") == {"done": False} and made(tmp_path) == ["concepts"]
+
+
+def hold(root, log):
+    """Hold a slot for a moment and say which device was seen."""
+    os.environ["CFT_GPUS"] = "2"
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    with device_slot(root, "cuda"):
+        began = time.time()
+        time.sleep(0.4)
+        log.put((os.environ["CUDA_VISIBLE_DEVICES"], began, time.time()))
+
+
+def test_no_two_jobs_see_the_same_gpu(tmp_path, monkeypatch):
+    context = multiprocessing.get_context("fork")
+    log = context.Queue()
+    workers = [context.Process(target=hold, args=(tmp_path, log)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    seen = [log.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert {device for device, _, _ in seen} == {"0", "1"}
+    for device in ("0", "1"):
+        spans = sorted((began, ended) for name, began, ended in seen if name == device)
+        assert all(ended <= began for (_, ended), (began, _) in zip(spans, spans[1:]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,9")  # of which two are ours
+    monkeypatch.setenv("CFT_GPUS", "2")
+    with device_slot(tmp_path, "cpu"):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,7,9"
+    with FileLock(tmp_path / "gpu-0.lock"), device_slot(tmp_path, "cuda:0"):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+    monkeypatch.setenv("CFT_GPUS", "1")
+    with device_slot(tmp_path / "none", "cuda"):
+        assert not (tmp_path / "none").exists()
+
+
+def test_one_folder_one_reproduction(tmp_path):
+    """Who comes second changes nothing, the settings of the first included."""
+    root, _ = prepare("smoke", ("table3",), out=tmp_path / "r")
+    with FileLock(root / "lock"), pytest.raises(ValueError, match="another `cft reproduce` works in .*/r; wait for it"):
+        again(root, keys=("table3",), epochs=9)
+    assert [path.name for path in root.iterdir()] == ["lock"]
+
+
+def test_progress_counts_finished_steps(tmp_path, capsys):
+    (tmp_path / "done.jsonl").write_text("{}\n")
+    with progress_of(tmp_path, 2, True), (tmp_path / "done.jsonl").open("a") as file:
+        file.write("{}\n{}\n")
+    assert "2/2" in capsys.readouterr().err
+    with progress_of(tmp_path / "none", 2, False):
+        pass
+    assert not capsys.readouterr().err
+
+
+def test_a_page_is_done_by_what_it_holds(tmp_path):
+    error = nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])
+    code = nbformat.v4.new_code_cell("1 / 0", outputs=[error])
+    problem = lambda: page_problem(tmp_path, "table1")
+    assert problem() == "pages/table1.ipynb is not there"
+    for folder in ("pages", "artefacts/table1"):
+        (tmp_path / folder).mkdir(parents=True)
+    page = tmp_path / "pages/table1.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[code]), page)
+    assert problem() == "pages/table1.ipynb holds an error"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), page)
+    assert problem() == "artefacts/table1 has no table"
+    (tmp_path / "artefacts/table1/table.csv").write_text("a,b\n")
+    assert problem() == "artefacts/table1 has an empty table"
+    (tmp_path / "artefacts/table1/table.csv").write_text("a,b\n1,2\n")
+    assert problem() == ""
+
+
+def test_the_plan_of_the_paper(tmp_path):
+    text, work = plan_text("paper", out=tmp_path / "p"), Work(read_settings("paper"))
+    lines = {line.split()[0]: line.split() for line in text.splitlines()}
+    counts = work.counts()
+    assert lines["together"][1:3] == [str(counts["fine-tunes"]), str(counts["evaluations"])]
+    for key in work.keys:
+        assert [int(lines[key][k]) for k in (1, 3)] == [len(work.tuned(key)), len(work.tested(key))]
+    assert sum(int(lines[key][2]) for key in work.keys) == counts["fine-tunes"], "new: each is counted once"
+    assert sum(int(lines[key][4]) for key in work.keys) == counts["evaluations"]
+    assert "to be filled in: train, answers, grounder_weights, sets.in-v" in text and "hours of fine-tuning" in text
+    assert text.endswith("measure your own device: cft reproduce --rehearse")
+    assert not (tmp_path / "p/settings.yaml").exists(), "a plan changes nothing"
+    costs = "".join(f"{model},a GPU,step,0.36\n{model},a GPU,picture,0.001\n" for model in PAPER.models.values())
+    (tmp_path / "p").mkdir(exist_ok=True)
+    (tmp_path / "p/costs.csv").write_text(f"model,device,what,seconds\n{costs}")
+    text = plan_text("paper", ("table3",), out=tmp_path / "p")
+    assert f"measured on a GPU: {20 * 9400 * 0.36 / 3600:,.0f} hours of fine-tuning" in text and "rehearse" not in text
+    assert "cost: minutes on a CPU" in plan_text("demo", ("table3",), out=tmp_path)
+    assert empty_places(read_settings("demo")) == ""
+
+
+def test_fewer_seeds(tmp_path):
+    root, work = prepare("demo", ("table1",), seeds=2, out=tmp_path / "x", epochs=3)
+    assert (work.settings.seeds, work.settings.ablation_seeds, work.settings.epochs) == (2, 2, 3) and not root.exists()
+    root, work = prepare("demo", seeds=9)
+    assert work.settings == read_settings("demo") and root == Path("runs/demo").resolve()
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    ({"only": ("table10",)}, ValueError, "unknown artefacts: table10; expected some of"),
+    ({"methods": ("SGD",)}, ValueError, "unknown methods: SGD"),
+    ({"models": ("ViT-L",)}, ValueError, "unknown models: ViT-L"), ({"epochs": 0}, ValueError, "smoke.yaml: epochs: "),
+    ({"profile": "quick"}, ValueError, "profile must be one of demo, paper, smoke"),
+    ({"executor": "abacus"}, ImportError, "pip install snakemake-executor-plugin-abacus")])
+def test_bad_input(tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        reproduce(**({"profile": "smoke", "out": tmp_path / "x"} | arguments))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_bad_input_on_the_command_line(tmp_path):
+    done = subprocess.run([CFT, "reproduce", "--profile", "smoke", "--only", "table10", "--out", tmp_path / "x"],
+                          capture_output=True, text=True, env=ENV)
+    assert done.returncode == 2 and not done.stdout and not (tmp_path / "x").exists()
+    assert done.stderr.startswith("cft: unknown artefacts: table10; expected some of fig1, ")
+    assert done.stderr.count("\n") == 1
