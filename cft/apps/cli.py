@@ -19,7 +19,7 @@ import typer
 from typer import echo as say
 
 import cft
-from .shell import NAMES, command, open_model, output_names, run_app, say_folder, use_cores
+from .shell import CHOICES, command, open_model, output_names, run_app, say_folder, use_cores
 from ..files import read_json, write_csv
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _classes_of(source: Path) -> "tuple[ClassName, ...]":
          weights="Folder with the grounder's weights; default: the one that CFT_WEIGHTS names.",
          per_class="Pictures of each class; 0: all.", seed="Seed of the choice of pictures.",
          shards="Parts of the store; default: one for 64 pictures.", shard="Build this part only.")
-def masks(data: Path, concepts: Path, out: Path, grounder: str = NAMES["grounder"][0], weights: Path | None = None,
+def masks(data: Path, concepts: Path, out: Path, grounder: str = CHOICES["grounder"][0], weights: Path | None = None,
           per_class: int = 30, seed: int = 0, shards: int | None = None, shard: int | None = None, device: str = "cpu",
           threads: int = 0, dry_run: bool = False) -> None:
     """Find the concepts in the pictures, and mark them.
@@ -212,7 +212,7 @@ def masks(data: Path, concepts: Path, out: Path, grounder: str = NAMES["grounder
     Example:
       cft masks PICTURES --concepts concepts.json --out store --weights WEIGHTS --device cuda
     """
-    from cft.concepts.masks import plan
+    from cft.concepts.masks import plan_masks
     from cft.data.folders import list_folder
     from cft.demo.toy_grounder import toy_grounder
 
@@ -220,7 +220,7 @@ def masks(data: Path, concepts: Path, out: Path, grounder: str = NAMES["grounder
     folder, found = list_folder(data), cft.ConceptSet.load(concepts)
     how: dict[str, Any] = {"per_class": per_class or None, "seed": seed, "shards": shards}
     if dry_run:
-        return say(str(plan(folder, found, None, out if out.exists() else None, **how)))
+        return say(str(plan_masks(folder, found, None, out if out.exists() else None, **how)))
     ground = toy_grounder() if grounder == "toy" else cft.load_grounder(grounder, weights, device=device)
     try:
         store = cft.build_masks(folder, found, ground, out, shard=shard, **how)
@@ -263,7 +263,7 @@ def validate(store: Path, concepts: Path, out: Path = Path("validated.json"), oc
          masks="Concept masks: MASKS/<class>/<picture>.png, or a mask store.",
          concepts="With a mask store: the concept set to take from it.",
          per_class="With a mask store: pictures of each class.",
-         method=f"One of {', '.join(NAMES['method'])}; or, after a dot, done otherwise: cft.object, cft+.no-align, ….",
+         method=f"One of {', '.join(CHOICES['method'])}; or, after a dot, done otherwise: cft.object, cft+.no-align, ….",
          rate="Learning rate; default: the paper's for the network and method, or else the method's (cft: 5e-7).",
          epochs="Passes over the pictures.", batch="Pictures a step.",
          chunk="Pictures at a time, to save memory; 0: the whole batch.", precision="no or bf16.",
@@ -319,8 +319,8 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
 def _recipe(method: str, network: str, rate: float | None) -> "tuple[Recipe, bool]":
     """What a method's name stands for, at a rate or at the paper's, and whether pictures are augmented."""
     base = method.partition(".")[0]
-    if base not in NAMES['method']:
-        raise ValueError(f"method must be one of {', '.join(NAMES['method'])}, perhaps with a variant; got {method}")
+    if base not in CHOICES['method']:
+        raise ValueError(f"method must be one of {', '.join(CHOICES['method'])}, perhaps with a variant; got {method}")
     from cft.reproduce.settings import read_settings
     from cft.reproduce.variants import varied
 
@@ -362,7 +362,7 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
 @command(app, data="Image folders, or with --sets those of published sets.",
          weights="Checkpoint, .safetensors or .pth; several with --sets.",
          objects="Object masks of the (single) folder: relevance as a segmentation.",
-         sets=f"Which sets the folders hold, with commas: {', '.join(NAMES['sets'])}.",
+         sets=f"Which sets the folders hold, with commas: {', '.join(CHOICES['sets'])}.",
          protocol="With --sets: model, or official for the released code's pre-processing.",
          out="CSV file for the table; with --sets a folder for the results.", workers="Processes that read pictures.")
 def evaluate(data: list[Path], model: str, weights: list[Path] | None = None, pretrained: bool = False,

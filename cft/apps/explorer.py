@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIGNED', 'EXPLAIN', 'KEPT', 'DROPPED', 'OFF', 'UNASKED', 'WHICH', 'SIDE', 'MOVES', 'Material', 'output_names', 'Seen',
-           'see', 'View', 'first_view', 'Line', 'judge', 'candidates', 'lines', 'union', 'explained', 'Panel', 'Answer',
-           'Scene', 'page_part', 'scene', 'summary', 'edited', 'save_version', 'Explorer']
+           'see', 'Choices', 'first_view', 'Line', 'judge', 'candidates', 'lines', 'union', 'explained', 'Panel',
+           'Ranked', 'Scene', 'page_part', 'scene', 'threshold_text', 'edited', 'save_version', 'Explorer']
 
 # %% ../../nbs/appendix/12_explorer.ipynb #da4b9237
 import getpass
@@ -172,7 +172,7 @@ SIGNED = "signed"  # relevance as it is, without a normalisation
 EXPLAIN = ("predicted", "label")  # for which class relevance is computed
 
 @dataclass(frozen=True)
-class View:
+class Choices:
     """A class, a picture of it, thresholds, the concepts that are switched off, and how relevance is shown.
 
     Raises ValueError for thresholds or a strength outside [0, 1], and for an unknown method, normalisation or class to
@@ -198,12 +198,12 @@ class View:
             if getattr(self, what) not in allowed:
                 raise ValueError(f"{what} must be one of {', '.join(allowed)}, got {getattr(self, what)!r}")
 
-def first_view(material: Material, class_id: str | None = None) -> View:
+def first_view(material: Material, class_id: str | None = None) -> Choices:
     """Where to begin: the first class that has masks, or `class_id`, and its first picture."""
     if class_id is None:
         masked = {name.partition("/")[0] for name in material.with_masks}
         class_id = min(material.folder.classes, key=lambda known: known not in masked)
-    return View(class_id, material.pictures(class_id)[0])
+    return Choices(class_id, material.pictures(class_id)[0])
 
 # %% ../../nbs/appendix/12_explorer.ipynb #f1abd670
 KEPT, DROPPED, OFF, UNASKED = "in the mask", "too rare", "switched off", "not looked for here"
@@ -231,7 +231,7 @@ def judge(material: Material, occurrence: float, coverage: float) -> tuple[pd.Da
     """The two tables of `Evidence.judge`; None without evidence."""
     return material.evidence and material.evidence.judge(occurrence, coverage)
 
-def candidates(material: Material, view: View) -> Iterable[tuple]:
+def candidates(material: Material, view: Choices) -> Iterable[tuple]:
     """The concepts of the view's class, the most frequent first, and whether they occur often enough.
 
     With the evidence, also occurrence, hits, pictures and inside, as in `Line`.
@@ -242,7 +242,7 @@ def candidates(material: Material, view: View) -> Iterable[tuple]:
     mine = tables[0][tables[0]["class_id"] == view.class_id]
     return zip(*(mine[c] for c in ("concept", "accepted", "occurrence", "hits", "pictures", "inside")))
 
-def lines(material: Material, view: View) -> list[Line]:
+def lines(material: Material, view: Choices) -> list[Line]:
     """What is known of each of the `candidates`."""
     seen, found = material.recall(see, view.picture, view.class_id), []
     for concept, accepted, *numbers in candidates(material, view):
@@ -261,7 +261,7 @@ def union(seen: Seen, shown: Iterable[Line]) -> Tensor:
 # %% ../../nbs/appendix/12_explorer.ipynb #9e6a55b6
 WHICH = ("before", "after")
 
-def explained(material: Material, which: str, view: View) -> Relevance:
+def explained(material: Material, which: str, view: Choices) -> Relevance:
     """Relevance by the model before or after, remembered. Raises ValueError if the model or the method has none."""
     label = view.class_id if view.explain == "label" and view.class_id in material.classes else None
     return material.recall(_explain, which, view.picture, view.class_id, view.method, label, keep=512)
@@ -289,7 +289,7 @@ class Panel(NamedTuple):
         """The picture inside a URI."""
         return data_uri(self.picture)
 
-class Answer(NamedTuple):
+class Ranked(NamedTuple):
     """One of the best answers of a model."""
 
     model: str  # "before" or "after"
@@ -302,10 +302,10 @@ class Answer(NamedTuple):
 class Scene:
     """All there is to see of a view. In a notebook it shows itself, without widgets."""
 
-    view: View
+    view: Choices
     lines: tuple[Line, ...]
     panels: tuple[Panel, ...]
-    answers: tuple[Answer, ...]
+    answers: tuple[Ranked, ...]
     summary: str  # what the thresholds do to all classes
     notes: tuple[str, ...]
 
@@ -316,7 +316,7 @@ def page_part(name: str, content: object) -> str:
     """A part of the page as HTML: notes, panels, answers, summary or whole of a scene, words of a line, status."""
     return str(getattr(html_template("scene.html.j2").module, name)(content))
 
-def scene(material: Material, view: View) -> Scene:
+def scene(material: Material, view: Choices) -> Scene:
     """What there is to see. Raises ValueError for a class or picture that is not there or does not decode."""
     known, class_id = material.pictures(view.class_id), view.class_id
     if view.picture not in known:
@@ -334,9 +334,9 @@ def scene(material: Material, view: View) -> Scene:
             panel, best = _map_panel(material, which, view, seen, mask)
             panels.append(panel)
             answers += best
-    return Scene(view, tuple(shown), tuple(panels), tuple(answers), summary(material, view), tuple(notes))
+    return Scene(view, tuple(shown), tuple(panels), tuple(answers), threshold_text(material, view), tuple(notes))
 
-def _mask_panel(view: View, seen: Seen, shown: Iterable[Line], mask: Tensor) -> Panel:
+def _mask_panel(view: Choices, seen: Seen, shown: Iterable[Line], mask: Tensor) -> Panel:
     """The picture with the outline of the mask."""
     picture, what = overlay(seen.shown, None, mask, side=SIDE), f"A picture of {view.class_id}"
     if seen.note:
@@ -347,7 +347,7 @@ def _mask_panel(view: View, seen: Seen, shown: Iterable[Line], mask: Tensor) -> 
                f"{covers if seen.own.any() else 'the class itself was not found here'}. Outlined: {kept or 'nothing'}")
     return Panel(picture, f"{what} with the outline of {kept or 'no concept'}", caption)
 
-def _map_panel(material: Material, which: str, view: View, seen: Seen, mask: Tensor) -> tuple[Panel, list[Answer]]:
+def _map_panel(material: Material, which: str, view: Choices, seen: Seen, mask: Tensor) -> tuple[Panel, list[Ranked]]:
     """The map of a model with the outline of the mask, and its best answers."""
     try:
         found = explained(material, which, view)
@@ -366,9 +366,9 @@ def _map_panel(material: Material, which: str, view: View, seen: Seen, mask: Ten
     panel = Panel(picture, f"Relevance {which} fine-tuning for {target}", caption)
     chances, numbers = found.logits[0].softmax(-1).topk(min(3, len(material.classes)))
     best = [(material.classes[k], chance) for k, chance in zip(numbers.tolist(), chances.tolist())]
-    return panel, [Answer(which, rank, name, p, name == view.class_id) for rank, (name, p) in enumerate(best, 1)]
+    return panel, [Ranked(which, rank, name, p, name == view.class_id) for rank, (name, p) in enumerate(best, 1)]
 
-def summary(material: Material, view: View) -> str:
+def threshold_text(material: Material, view: Choices) -> str:
     """What the thresholds do to the class and to all classes, in words."""
     tables = material.recall(judge, view.occurrence, view.coverage)
     if tables is None:
@@ -382,7 +382,7 @@ def summary(material: Material, view: View) -> str:
             f"{(~classes['covered']).sum()} of {len(classes)} classes are flagged, {off} switched off by hand.")
 
 # %% ../../nbs/appendix/12_explorer.ipynb #6a1c0d11
-def edited(material: Material, view: View, by: str, why: str = "") -> ConceptSet:
+def edited(material: Material, view: Choices, by: str, why: str = "") -> ConceptSet:
     """The concept set that a view shows, with the edit in its settings.
 
     Raises ValueError without a concept set, without a name in `by`, and if nothing would change.
@@ -420,11 +420,11 @@ def save_version(concepts: ConceptSet, file: str | Path) -> Path:
     raise ValueError(f"too many versions of {file}")
 
 # %% ../../nbs/appendix/12_explorer.ipynb #6a1c0d14
-MOVES = ("picture", "occurrence", "coverage", "method", "normalize", "explain", "strength")  # widgets, fields of a View
+MOVES = ("picture", "occurrence", "coverage", "method", "normalize", "explain", "strength")  # widgets, fields of a Choices
 
 class Explorer:
     """Sliders and lists over a `Material`, for JupyterLab. Raises ImportError that says what to install."""
-    def __init__(self, material: Material, view: View | None = None, by: str = ""):
+    def __init__(self, material: Material, view: Choices | None = None, by: str = ""):
         self.material, self.view = material, view or first_view(material)
         self.timings: deque[tuple[str, float]] = deque(maxlen=1000)  # what was moved, and seconds until the answer
         self._quiet, self._w = False, need("ipywidgets", "ipywidgets", "cft[lab]", "the explorer")
@@ -493,7 +493,7 @@ class Explorer:
         rows = [w.VBox(pair, layout=w.Layout(flex="0 0 auto")) for pair in self.boxes.values()]
         self.concepts.children = rows or [w.HTML("no concepts of this class")]
 
-    def _read(self) -> View:
+    def _read(self) -> Choices:
         """The view that the widgets are set to."""
         mine = {(self.view.class_id, concept) for concept, (box, _) in self.boxes.items() if not box.value}
         others = {pair for pair in self.view.off if pair[0] != self.view.class_id}

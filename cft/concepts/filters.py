@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MASK_KINDS', 'Share', 'Concept', 'Dropped', 'merge', 'ConceptSet', 'unfit', 'gather', 'Encoder', 'NGrams',
-           'SentenceEncoder', 'ClipText', 'Similarity', 'class_names', 'near_class', 'near_twins', 'Rules',
+           'SentenceEncoder', 'ClipText', 'Similarity', 'named_classes', 'near_class', 'near_twins', 'Rules',
            'filter_concepts', 'discover', 'demo_concepts', 'Feedback', 'Round', 'refine']
 
 # %% ../../nbs/04_filters.ipynb #0f11a403
@@ -282,7 +282,7 @@ class Similarity:
         return both[:len(a)] @ both[len(a):].T
 
 # %% ../../nbs/04_filters.ipynb #667be543
-def class_names(texts: Sequence[str], names: Sequence[str]) -> dict[int, str]:
+def named_classes(texts: Sequence[str], names: Sequence[str]) -> dict[int, str]:
     """Filter 2a: the index of every text that is a class name, perhaps after an article, in capitals or capitalised."""
     forms: dict[str, str] = {}
     for name in names:
@@ -344,7 +344,7 @@ def filter_concepts(
     limit, abstract = rules.length, set(words()["abstract"] if rules.abstract else ())
     left = drop({k: f"{len(text)} characters, at most {limit}" for k, text in enumerate(texts()) if len(text) > limit})
     left = drop({k: "cannot be seen" for k, text in enumerate(texts()) if abstract & set(text.split())})
-    left = drop({k: f"names the class {name!r}" for k, name in class_names(texts(), names).items()})
+    left = drop({k: f"names the class {name!r}" for k, name in named_classes(texts(), names).items()})
     vectors = similarity.vectors([*names, *texts()])
     near, vectors = vectors[:len(names)] @ vectors[len(names):].T, vectors[len(names):]
     hits = near_class(near, rules.class_cutoff, rules.bug_compatible)

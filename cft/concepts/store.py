@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Array', 'AREA', 'FORMAT', 'GROUP', 'SHARD', 'ASIDE', 'SCHEMA', 'encode_mask', 'decode_mask', 'status_of', 'unite',
-           'write_shard', 'Record', 'MaskStore', 'write_pngs', 'read_back']
+           'write_shard', 'Finding', 'MaskStore', 'write_pngs', 'read_back']
 
 # %% ../../nbs/07_store.ipynb #da4b9237
 import contextlib
@@ -91,7 +91,7 @@ def write_shard(file: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]], rec
             writer.write_table(pa.Table.from_pylist(group, schema), row_group_size=len(group))
 
 # %% ../../nbs/07_store.ipynb #5a5b0f9b
-class Record(NamedTuple):
+class Finding(NamedTuple):
     """A phrase in a picture: its best score (None if nothing was found), share of the pixels, status, and code."""
 
     picture: str
@@ -110,7 +110,7 @@ class Record(NamedTuple):
         """The mask, bool (height, width)."""
         return decode_mask(self.code, self.size)
 
-_COLUMNS = (*Record._fields[:-3], "height", "width", "rle", "note")
+_COLUMNS = (*Finding._fields[:-3], "height", "width", "rle", "note")
 
 # %% ../../nbs/07_store.ipynb #2a459380
 class MaskStore:
@@ -174,14 +174,14 @@ class MaskStore:
             groups = group or range(len(firsts))
             return shard.read_row_groups(groups, columns=list(columns), use_threads=False).select(columns)
 
-    def _decode(self, file: Path, group: int) -> dict[str, list[Record]]:
+    def _decode(self, file: Path, group: int) -> dict[str, list[Finding]]:
         """The records of the pictures of one row group."""
         found, columns = {}, self._read(file, _COLUMNS, group).columns
         for *row, height, width, code, note in zip(*(column.to_pylist() for column in columns)):
-            found.setdefault(row[0], []).append(Record._make([*row, (height, width), code, note]))
+            found.setdefault(row[0], []).append(Finding._make([*row, (height, width), code, note]))
         return found
 
-    def _find(self, picture: str) -> list[Record]:
+    def _find(self, picture: str) -> list[Finding]:
         """All rows of a picture, folder by folder."""
         found = []
         for root, recipe in zip(self.roots, self._recipes):
@@ -192,7 +192,7 @@ class MaskStore:
                 found += self._decoded(file, group).get(picture, [])
         return found
 
-    def records(self, picture: str) -> dict[str, Record]:
+    def records(self, picture: str) -> dict[str, Finding]:
         """The records of a picture by phrase, the class's name among them.
 
         Raises ValueError if the store does not have the picture, or had to set it aside.

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATOMS', 'PARTS', 'VOCABULARY', 'MEANINGS', 'MODIFIERS', 'ENDINGS', 'Rng', 'NOT_VISIBLE', 'NOT_DRAWN', 'BUCKETS',
-           'WEIGHTS', 'atom_map', 'Meaning', 'read_vocabulary', 'as_rows', 'plural', 'known_words', 'invented',
+           'TOY_WEIGHTS', 'atom_map', 'Meaning', 'read_vocabulary', 'as_rows', 'plural', 'known_words', 'invented',
            'paraphrase', 'distractor', 'read_phrase', 'letter_groups', 'TextEncoder', 'ImageEncoder', 'normalise',
            'ToyConfig', 'regions', 'ToyNet', 'ToyGrounder', 'vocabulary_digest', 'toy_grounder']
 
@@ -343,7 +343,7 @@ class ToyGrounder:
         return [replace(found[key], phrase=phrase) for phrase, key in zip(phrases, clean, strict=True)]
 
 # %% ../../nbs/06_toy_grounder.ipynb #b7eb6c68
-WEIGHTS = "toy_grounder.safetensors"
+TOY_WEIGHTS = "toy_grounder.safetensors"
 
 def vocabulary_digest() -> str:
     """SHA-256 of all that word vectors and atoms depend on: the book, and the known words in order."""
@@ -355,10 +355,10 @@ def toy_grounder(folder: str | Path | None = None, config: ToyConfig | None = No
     Without a `config` it has the threshold of its record. Raises ValueError for weights that are missing, differ
     from their record, were trained with another vocabulary, or do not fit.
     """
-    path = (Path(folder) if folder else ASSETS / "toy") / WEIGHTS
+    path = (Path(folder) if folder else ASSETS / "toy") / TOY_WEIGHTS
     listing, again = path.with_suffix(".json"), "install the package again, or train anew in the chapter toy_grounder"
     if not path.is_file() or not listing.is_file():
-        raise ValueError(f"expected {WEIGHTS} and {listing.name} in {path.parent}; {again}")
+        raise ValueError(f"expected {TOY_WEIGHTS} and {listing.name} in {path.parent}; {again}")
     record, digest = read_json(listing), sha256(path)
     if digest != record.get("sha256"):
         raise ValueError(f"{path} does not have the SHA-256 that {listing.name} records; {again}")
@@ -370,4 +370,4 @@ def toy_grounder(folder: str | Path | None = None, config: ToyConfig | None = No
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit: {str(error).splitlines()[1].strip()[:100]}") from error
     config = config or ToyConfig(threshold=record.get("threshold", ToyConfig.threshold))
-    return ToyGrounder(net.to(memory_format=torch.channels_last), config, {WEIGHTS: digest})
+    return ToyGrounder(net.to(memory_format=torch.channels_last), config, {TOY_WEIGHTS: digest})

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..data.models import LinearProbe
-from .rules import Pullback, Step, Tape, UnsupportedModule, activation, block
+from .rules import Pullback, Layer, Tape, UnsupportedModule, activation, block
 from .rules import convnext_block, is_plain, linear, norm
 
 # %% ../../nbs/11_anatomy.ipynb #ac3478d6
@@ -55,7 +55,7 @@ def pool(model: VisionTransformer, x: Tensor, tape: Tape) -> tuple[Tensor, Pullb
 
     return torch.cat([x[:, first:last].mean(1) for first, last in ranges], 1), pullback
 
-def vit_steps(model: VisionTransformer) -> list[Step]:
+def vit_steps(model: VisionTransformer) -> list[Layer]:
     """Everything between the input of the first block and the logits."""
     blocks = [(block, module) for module in model.blocks]
     return [*blocks, (norm, model.norm), (pool, model), (norm, model.fc_norm), (linear, model.head)]
@@ -72,9 +72,9 @@ def flatten(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]
     """(batch, channels, 1, 1) → (batch, channels)."""
     return x.flatten(1), lambda g: g[..., None, None]
 
-def convnext_steps(model: ConvNeXt, stage: int) -> list[Step]:
+def convnext_steps(model: ConvNeXt, stage: int) -> list[Layer]:
     """Everything between the output of stage `stage` (0 to 3) and the logits."""
-    steps: list[Step] = []
+    steps: list[Layer] = []
     for module in model.stages[stage + 1:]:
         if not is_plain(module, ConvNeXtStage) or not is_plain(module.downsample, nn.Identity, nn.Sequential):
             raise UnsupportedModule(module, "ConvNeXtStage")
@@ -156,7 +156,7 @@ class Parts:
     x: Tensor  # (batch, tokens, features), or (batch, channels, height, width) for ConvNeXt
     grid: tuple[int, int]  # (height, width)
     prefix: int  # class and register tokens in front
-    steps: list[Step]
+    steps: list[Layer]
 
     def per_token(self, values: Tensor) -> Tensor:
         """`values` of the shape of x as (batch, tokens, features)."""

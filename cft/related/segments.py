@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as V
 
 from ..concepts.filters import ClipText, Encoder
 from ..concepts.grounding import Grounder
-from ..concepts.masks import Work, ground_pictures
+from ..concepts.masks import Search, ground_pictures
 from ..concepts.store import MaskStore
 from ..data.folders import Preprocess
 from ..data.testsets import PictureFiles
@@ -116,7 +116,7 @@ def ground(source: PictureFiles, phrases: Sequence[Sequence[str]], grounder: Gro
     for name, some in zip(source.ids, phrases):
         there = known.phrases(name) if known else ()
         if missing := tuple(p for p in dict.fromkeys(some) if p not in there):
-            work.append(Work(name, Path(name).parent.name, 0, "", missing))
+            work.append(Search(name, Path(name).parent.name, 0, "", missing))
     if known and not work:
         return known
     ground_pictures(work, source.root, lambda item, image: grounder(image, item.phrases), root,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'RATE', 'VARIANTS', 'LABELS', 'Like', 'BagAnswer', 'SegMil', 'backbone_of', 'Standard', 'segment_targets',
            'alignment', 'ConceptAlignment', 'segmil_recipe', 'BagBatches', 'predict_bags', 'worst_group', 'featured',
-           'Explanation', 'explain', 'Variant', 'demo_vocabulary', 'drawn_bags', 'new_heads', 'attention_on',
+           'Explanation', 'explain', 'BagVariant', 'demo_vocabulary', 'drawn_bags', 'new_heads', 'attention_on',
            'group_rows', 'metric_rows', 'few_of', 'seed_step', 'run_segmil', 'segmil_steps', 'named_scores',
            'segmil_table']
 
@@ -294,7 +294,7 @@ RULES = SegmentRules(top=15, least=0.005)  # of the experiment
 RATE = 3e-3
 
 @dataclass(frozen=True)
-class Variant:
+class BagVariant:
     """One row of the experiment: how bags are made and the model is trained."""
 
     label: str
@@ -305,14 +305,14 @@ class Variant:
     level: Literal["bag", "segment"] = "bag"
 
 VARIANTS = {
-    "cbm": Variant("CBM, whole picture", rules=None), "segmil": Variant("SEG-MIL-CBM"),
-    "segmil.lambda-0": Variant("SEG-MIL-CBM, λ = 0", weight=0.0),
-    "segmil.lambda-0.5": Variant("SEG-MIL-CBM, λ = 0.5", weight=0.5),
-    "segmil.segments-aligned": Variant("SEG-MIL-CBM, segments aligned", level="segment"),
-    "segmil.bag-5": Variant("SEG-MIL-CBM, bags of 5", most=5),
-    "segmil.bag-1": Variant("SEG-MIL-CBM, bags of 1", most=1),
-    "segmil.large": Variant("SEG-MIL-CBM, segments above 2 %", rules=SegmentRules(top=15)),
-    "segmil.context": Variant("SEG-MIL-CBM, context concepts kept", context=True)}
+    "cbm": BagVariant("CBM, whole picture", rules=None), "segmil": BagVariant("SEG-MIL-CBM"),
+    "segmil.lambda-0": BagVariant("SEG-MIL-CBM, λ = 0", weight=0.0),
+    "segmil.lambda-0.5": BagVariant("SEG-MIL-CBM, λ = 0.5", weight=0.5),
+    "segmil.segments-aligned": BagVariant("SEG-MIL-CBM, segments aligned", level="segment"),
+    "segmil.bag-5": BagVariant("SEG-MIL-CBM, bags of 5", most=5),
+    "segmil.bag-1": BagVariant("SEG-MIL-CBM, bags of 1", most=1),
+    "segmil.large": BagVariant("SEG-MIL-CBM, segments above 2 %", rules=SegmentRules(top=15)),
+    "segmil.context": BagVariant("SEG-MIL-CBM, context concepts kept", context=True)}
 LABELS = {"original": "Original", "plain": "plain fine-tuning", **{name: v.label for name, v in VARIANTS.items()}}
 
 def demo_vocabulary(context: bool = False) -> tuple[str, ...]:
@@ -402,7 +402,7 @@ def run_segmil(steps: PaperSteps, seed: int) -> pd.DataFrame:
         took = clock() - began
         return train, featured(test.under(rules), backbone_of(base)), took
 
-    def of_variant(name: str, v: Variant) -> pd.DataFrame:
+    def of_variant(name: str, v: BagVariant) -> pd.DataFrame:
         (*both, took), (_, _, like, prepared) = ready(v.context, v.rules), bags(v.context)
         train, test = (replace(b, kept=[bag[:v.most] for bag in b.kept]) for b in both)
         if v.level == "segment":

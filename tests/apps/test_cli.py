@@ -258,10 +258,10 @@ def test_completion_offers_commands_and_names_without_a_model(tmp_path):
 
 
 def test_names_listed_without_imports_are_the_real_ones():
-    assert shell.NAMES["method"] == tuple(RECIPES) and shell.NAMES["sets"] == tuple(CARDS)
+    assert shell.CHOICES["method"] == tuple(RECIPES) and shell.CHOICES["sets"] == tuple(CARDS)
     assert cli.LANGUAGE_MODEL == Sampling().model and {*cli.QUICK} < {*artefact("demo").methods}
-    assert set(shell.NAMES["profile"]) == {file.stem for file in (ASSETS / "profiles").glob("*.yaml")}
-    detector, segmenter = shell.NAMES["grounder"][0].split("+")
+    assert set(shell.CHOICES["profile"]) == {file.stem for file in (ASSETS / "profiles").glob("*.yaml")}
+    detector, segmenter = shell.CHOICES["grounder"][0].split("+")
     assert {detector, segmenter} <= set(WEIGHTS)
 
 

@@ -19,9 +19,9 @@ from cft.apps.explorer import (
     KEPT,
     OFF,
     UNASKED,
+    Choices,
     Explorer,
     Material,
-    View,
     edited,
     explained,
     first_view,
@@ -210,12 +210,12 @@ def test_a_picture_without_masks_and_one_set_aside(made, tmp_path):
     shutil.copy(train / "fish/fish_0000.png", train / "fish/new.png")
     material = Material.open(train, TINY, made / "base.safetensors", store=tmp_path / "store",
                              concepts=made / "concepts.json")
-    new = scene(material, View("fish", "fish/new.png"))
+    new = scene(material, Choices("fish", "fish/new.png"))
     assert any("it was not among those that were looked at" in note for note in new.notes)
     assert "without masks" in new.panels[0].alt
     assert len(new.panels) == 2 and not any("lies on the mask" in panel.caption for panel in new.panels)
     with pytest.raises(ValueError, match="torn.png"):
-        scene(material, View("bird", "bird/torn.png"))
+        scene(material, Choices("bird", "bird/torn.png"))
     live = Explorer(material, first_view(material, "bird"))
     live.picture.value = "bird/torn.png"
     assert "torn.png" in live.notes.value
@@ -250,7 +250,7 @@ def test_classes_that_concepts_or_model_do_not_know(made, tmp_path):
     assert "Coverage of unicorn is unknown" in now.summary and not any(a.right for a in now.answers)
     assert scene(material, replace(first_view(material, "unicorn"), explain="label")).panels
     for call in (lambda: material.pictures("dragon"), lambda: first_view(material, "dragon"),
-                 lambda: scene(material, View("dragon", "dragon/1.png"))):
+                 lambda: scene(material, Choices("dragon", "dragon/1.png"))):
         with pytest.raises(ValueError, match="no class 'dragon' in train; expected one of bird"):
             call()
 

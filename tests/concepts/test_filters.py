@@ -22,12 +22,12 @@ from cft.concepts.filters import (
     Rules,
     SentenceEncoder,
     Similarity,
-    class_names,
     demo_concepts,
     discover,
     filter_concepts,
     gather,
     merge,
+    named_classes,
     near_class,
     near_twins,
     refine,
@@ -187,7 +187,7 @@ def test_edges_of_the_cutoffs():
     assert [len(c.text) for c in found.concepts] == [30]
     names = ["Persian cat", "bird"]
     texts = ["persian cat", "a Persian cat", "PERSIAN CAT", "the bird", "BIRD", "Bird", "An bird", "birds", "my bird"]
-    assert class_names(texts, names) == dict.fromkeys(range(3), names[0]) | dict.fromkeys(range(3, 7), "bird")
+    assert named_classes(texts, names) == dict.fromkeys(range(3), names[0]) | dict.fromkeys(range(3, 7), "bird")
 
 
 class Table:

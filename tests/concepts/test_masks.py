@@ -21,7 +21,7 @@ from PIL import Image
 
 from cft.concepts import masks
 from cft.concepts.grounding import PAPER_GROUNDING, small_grounded_sam
-from cft.concepts.masks import Work, build_masks, ground_pictures, plan, training_pictures, work_list
+from cft.concepts.masks import Search, build_masks, ground_pictures, plan_masks, training_pictures, work_list
 from cft.concepts.store import MaskStore
 from cft.data import folders as data
 from cft.data.folders import list_folder
@@ -382,7 +382,7 @@ def test_of_two_different_builds_one_founds_the_store(world, tmp_path):
 
 def test_anybody_may_bring_a_list_of_work(world, tmp_path):
     folder, _ = world
-    work = [Work(name, name[:2], 0, "", ("tail", "leg")[: 1 + k % 2]) for k, name in enumerate(folder.names)][::-1]
+    work = [Search(name, name[:2], 0, "", ("tail", "leg")[: 1 + k % 2]) for k, name in enumerate(folder.names)][::-1]
     made_by = {"grounder": "bright", "settings": {}}
 
     def build(work, log=None):
@@ -485,7 +485,7 @@ def test_later_concepts_go_into_a_second_store(world, store, tmp_path):
     image = data.open_image(folder.root / "c0/0000.png")
     assert np.array_equal(both.union("c0/0000.png", ["antenna", "leg"]), where(image, "antenna") | where(image, "leg"))
     assert both.provenance["concepts"] == [concepts.digest(), richer.digest()]
-    assert plan(folder, richer, known=both).records == 0
+    assert plan_masks(folder, richer, known=both).records == 0
     with pytest.raises(ValueError, match="nothing to ground"):
         built(folder, richer, grounder, tmp_path / "third", known=both)
     built(folder, concepts, Bright(threshold=5), tmp_path / "different")
@@ -507,11 +507,11 @@ def test_the_plan_counts(world, tmp_path):
         def prompts(self, phrases):
             return [phrases[:2], phrases[2:4], phrases[4:]]
 
-    want = plan(*world, Prompts(), per_class=4, shards=2)
+    want = plan_masks(*world, Prompts(), per_class=4, shards=2)
     assert (want.pictures, want.classes, want.phrases, want.records, want.shards) == (8, 2, 6, 40, 2)
-    assert (want.encodings, want.passes, want.done) == (8, 24, 0) and plan(*world).passes == 12
+    assert (want.encodings, want.passes, want.done) == (8, 24, 0) and plan_masks(*world).passes == 12
     built(*world, Bright(), tmp_path / "s", per_class=4, shards=2, shard=1)
-    left = plan(*world, Prompts(), tmp_path / "s", per_class=4, shards=2)
+    left = plan_masks(*world, Prompts(), tmp_path / "s", per_class=4, shards=2)
     assert (left.done, left.encodings, left.passes) == (4, 4, 12) and "4 of them done" in str(left)
 
 
@@ -519,7 +519,7 @@ def test_the_plan_counts(world, tmp_path):
 def test_the_real_grounder_keeps_to_its_plan(tmp_path):
     grounder = small_grounded_sam(replace(PAPER_GROUNDING, per_prompt=2))
     folder, concepts = pictures(tmp_path / "i", each=1, size=(48, 40)), concept_set("c0", "c1")
-    expected = plan(folder, concepts, grounder)
+    expected = plan_masks(folder, concepts, grounder)
     store = built(folder, concepts, grounder, tmp_path / "s")
     assert store.set_aside == () and expected.passes == grounder.counts["detector_passes"] == 6
     assert expected.encodings == 2 >= grounder.counts["sam_encodings"] > 0

@@ -450,7 +450,7 @@ def test_training_saving_and_loading(few, tmp_path, monkeypatch, bird):
 
 
 def test_the_shipped_weights(find, tmp_path):
-    path = ASSETS / "toy" / toy.WEIGHTS
+    path = ASSETS / "toy" / toy.TOY_WEIGHTS
     record = json.loads((ASSETS / "toy/toy_grounder.json").read_text())
     state = load_file(path)
     assert path.stat().st_size < 1_000_000 and find.settings()["weights"][path.name] == record["sha256"]
@@ -462,7 +462,7 @@ def test_the_shipped_weights(find, tmp_path):
 def spoil(folder, find, **changes):
     """A folder with the trained weights, some tensors changed, and a fitting record."""
     lessons.save_toy_grounder(folder, find.net)
-    path = folder / toy.WEIGHTS
+    path = folder / toy.TOY_WEIGHTS
     save_file({**load_file(path), **changes}, path)
     record = json.loads((folder / "toy_grounder.json").read_text())
     record["sha256"] = sha256(path)
@@ -474,7 +474,7 @@ def test_bad_weights(find, tmp_path):
     with pytest.raises(ValueError, match="expected toy_grounder.safetensors and toy_grounder.json in"):
         toy.toy_grounder(tmp_path / "nowhere")
     lessons.save_toy_grounder(tmp_path, find.net)
-    path, data = tmp_path / toy.WEIGHTS, (tmp_path / toy.WEIGHTS).read_bytes()
+    path, data = tmp_path / toy.TOY_WEIGHTS, (tmp_path / toy.TOY_WEIGHTS).read_bytes()
     for bad in (data[:-1], data[:-2] + b"!!", b"", b"weights"):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="does not have the SHA-256"):

@@ -168,7 +168,7 @@ def test_three_ways_give_one_map_and_three_gradients(batch, family):
         other = e.WAYS[way](model, batch.images, batch.labels)
         assert torch.allclose(other.tokens, exact.tokens, rtol=1e-10, atol=1e-12)
         assert torch.allclose(other.logits, exact.logits, rtol=1e-10) and other.grid == exact.grid
-        cosine = e.compare(e.gradient(model, batch, way, SMOOTH), truth)["cosine"].iloc[-1]
+        cosine = e.compare_gradients(e.gradient(model, batch, way, SMOOTH), truth)["cosine"].iloc[-1]
         assert -1 < cosine < 0.99
 
 
@@ -234,7 +234,7 @@ def test_compare_against_numpy():
               "head.weight": (2, 4)}
     a, b = ({k: torch.tensor(rng.normal(size=s)) for k, s in shapes.items()} for _ in range(2))
     a["head.weight"] = torch.zeros(2, 4, dtype=torch.float64)
-    table = e.compare(a, b).set_index("group")
+    table = e.compare_gradients(a, b).set_index("group")
     assert list(table.index) == ["stem", "0 MLP", "head", "all"]
     for group, names in {"stem": ["cls_token"], "0 MLP": list(shapes)[1:3], "all": list(shapes)}.items():
         x, y = (np.concatenate([g[name].numpy().ravel() for name in names]) for g in (a, b))
@@ -248,7 +248,7 @@ def test_slope_measures_length_and_cosine(batch):
     exact, naive = e.gradient(model, batch, "exact", SMOOTH), e.gradient(model, batch, "naive", SMOOTH)
     size = math.sqrt(sum(g.square().sum().item() for g in exact.values()))
     assert e.slope(model, batch, exact, SMOOTH) == pytest.approx(size, rel=1e-6)
-    cosine = e.compare(naive, exact)["cosine"].iloc[-1]
+    cosine = e.compare_gradients(naive, exact)["cosine"].iloc[-1]
     assert e.slope(model, batch, naive, SMOOTH) == pytest.approx(size * cosine, rel=1e-5)
     rollout = e.gradient(model, batch, "true rollout", SMOOTH)
     size = math.sqrt(sum(g.square().sum().item() for g in rollout.values()))
@@ -263,7 +263,7 @@ def test_study_compares_with_both_truths(batch):
     assert list(table.columns) == ["model", "way", "group", "cosine", "length", "own"]
     assert whole.loc["exact", "cosine"] == pytest.approx(1) and whole.loc["true rollout", "own"] == pytest.approx(1)
     assert whole.loc["naive", "own"] == whole.loc["naive", "cosine"]
-    own = e.compare(ways["rollout"], ways["true rollout"])["cosine"].iloc[-1]
+    own = e.compare_gradients(ways["rollout"], ways["true rollout"])["cosine"].iloc[-1]
     assert whole.loc["rollout", "own"] == pytest.approx(own)
 
 
@@ -276,7 +276,7 @@ def test_bad_input(batch):
         (lambda: e.gradient(model, batch, "lrp"), "way must be one of exact"),
         (lambda: e.gradient(model, batch._replace(masks=None)), "batch with masks"),
         (lambda: e.gradient(make().requires_grad_(False), batch), "require gradients"),
-        (lambda: e.compare({"norm.bias": torch.ones(1)}, {"head.bias": torch.ones(1)}), "same parameters"),
+        (lambda: e.compare_gradients({"norm.bias": torch.ones(1)}, {"head.bias": torch.ones(1)}), "same parameters"),
         (lambda: e.slope(model, batch, {}), "every parameter"),
         (lambda: e.slope(model, batch, {k: 0 * p for k, p in model.named_parameters()}), "must not be zero"),
     ):

@@ -15,7 +15,7 @@ from torch import nn
 
 from cft import RECIPES, MaskStore, build_masks, load_model, relevance, save_model, validate
 from cft.apps.cli import main
-from cft.apps.shell import NAMES
+from cft.apps.shell import CHOICES
 from cft.concepts.filters import demo_concepts
 from cft.concepts.grounding import Grounding
 from cft.data import backdrop
@@ -119,7 +119,7 @@ class Smoothed:
 
 def test_a_method_of_ones_own_is_trained_by_the_command_and_stands_in_a_table(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(RECIPES, "smoothed", Recipe(Smoothed(), rate=1e-4))
-    monkeypatch.setitem(NAMES, "method", (*NAMES["method"], "smoothed"))
+    monkeypatch.setitem(CHOICES, "method", (*CHOICES["method"], "smoothed"))
     start = ("--model", TINY, "--weights", ASSETS / "base_0.safetensors", "--threads", 1)
     words = ("--method", "smoothed", "--epochs", 1, "--batch", 24, "--out", tmp_path / "run")
     assert run("fit", world / "images/train", *start, *words) == 0
@@ -211,7 +211,7 @@ def test_a_card_makes_a_published_set(tmp_path, monkeypatch, capsys):
         "in-fog: {name: ImageNet in fog, pictures: 4, classes: 2, size: 1 MiB, source: https://fog.invalid, "
         "folders: [fog], layout: <WordNet id>/*.png}")
     monkeypatch.setitem(CARDS, "in-fog", read_cards(tmp_path / "cards.yaml")["in-fog"])
-    monkeypatch.setitem(NAMES, "sets", (*NAMES["sets"], "in-fog"))
+    monkeypatch.setitem(CHOICES, "sets", (*CHOICES["sets"], "in-fog"))
     for wnid in ("n01440764", "n02123045"):
         for k in range(2):
             file = tmp_path / f"fog/{wnid}/{k}.png"

@@ -24,10 +24,10 @@ from cft.reproduce.runner import (
     device_slot,
     empty_places,
     jobs_of,
+    open_work,
     page_problem,
     page_steps,
     plan_text,
-    prepare,
     progress_of,
     report,
     reproduce,
@@ -324,7 +324,7 @@ def test_no_two_jobs_see_the_same_gpu(tmp_path, monkeypatch):
 
 def test_one_folder_one_reproduction(tmp_path):
     """Who comes second changes nothing, the settings of the first included."""
-    root, _ = prepare("smoke", ("table3",), out=tmp_path / "r")
+    root, _ = open_work("smoke", ("table3",), out=tmp_path / "r")
     with FileLock(root / "lock"), pytest.raises(ValueError, match="another `cft reproduce` works in .*/r; wait for it"):
         again(root, keys=("table3",), epochs=9)
     assert [path.name for path in root.iterdir()] == ["lock"]
@@ -380,9 +380,9 @@ def test_the_plan_of_the_paper(tmp_path):
 
 
 def test_fewer_seeds(tmp_path):
-    root, work = prepare("demo", ("table1",), seeds=2, out=tmp_path / "x", epochs=3)
+    root, work = open_work("demo", ("table1",), seeds=2, out=tmp_path / "x", epochs=3)
     assert (work.settings.seeds, work.settings.ablation_seeds, work.settings.epochs) == (2, 2, 3) and not root.exists()
-    root, work = prepare("demo", seeds=9)
+    root, work = open_work("demo", seeds=9)
     assert work.settings == read_settings("demo") and root == Path("runs/demo").resolve()
 
 
