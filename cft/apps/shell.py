@@ -55,7 +55,7 @@ def command(app: typer.Typer, **helps: str) -> Callable[[Function], Function]:
             taken = typer.Option(default, *flag, help=text, autocompletion=_completes(p.name))
             is_argument = default is ... and not parameters
             parameters.append(p.replace(default=typer.Argument(help=text) if is_argument else taken))
-        vars(function)["__signature__"] = signature.replace(parameters=parameters)  # typer's eyes only; calls stay plain
+        vars(function)["__signature__"] = signature.replace(parameters=parameters)  # for typer's eyes only
         return app.command()(function)
 
     return register

@@ -530,7 +530,7 @@ def test_plans_are_told_without_a_run(tmp_path, capsys, monkeypatch):
 def test_the_demo_of_one_seed(tmp_path):
     command = [str(CFT), "demo", "--seeds", "1", "--out", "demo"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     rows = {line.split("  ")[0] for line in done.stdout.splitlines()}
     assert {"Original", "plain fine-tuning", "CFT", "CFT+", "CFT+ without alignment"} <= rows
     assert "GradMask" not in done.stdout and "no claim is judged" in done.stdout
