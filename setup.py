@@ -11,7 +11,7 @@ parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
 extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in ("grounding", "llm", "lab", "batch")}
-extras["dev"] = shlex.split(cfg["dev_requirements"]) + extras["lab"] + extras["batch"] + extras["grounding"] + extras["llm"]
+extras["dev"] = sum(extras.values(), shlex.split(cfg["dev_requirements"]))
 extras["all"] = sorted({need for needs in extras.values() for need in needs})
 
 pages = {"cft.notebooks": "nbs", "cft.notebooks.paper": "nbs/paper", "cft.notebooks.related": "nbs/related"}
@@ -29,7 +29,8 @@ setup(
                  "Natural Language :: English", "Programming Language :: Python :: 3"],
     packages=[*find_packages(include=["cft", "cft.*"]), *pages],
     package_dir=pages,  # the pages that `cft reproduce` executes travel with the package
-    package_data={"cft": ["assets/**", "py.typed"], **dict.fromkeys(pages, ["*.ipynb"]), "cft.notebooks": ["24_demo.ipynb"]},
+    package_data={"cft": ["assets/**", "py.typed"], **dict.fromkeys(pages, ["*.ipynb"]),
+                  "cft.notebooks": ["24_demo.ipynb"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg["requirements"]),
     extras_require=extras,

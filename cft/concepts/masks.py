@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 import cft
 from .filters import ConceptSet
 from .grounding import Grounder, Grounding
-from .store import AREA, ASIDE, FORMAT, SCHEMA, SHARD, Array, MaskStore, encode_mask, status_of, write_shard
+from .store import AREA, ASIDE, FORMAT, SCHEMA, SHARD, Mask, MaskStore, encode_mask, status_of, write_shard
 from ..data.folders import Folder, open_image
 from ..files import read_json, sha256, write_json
 
@@ -321,8 +321,8 @@ class Plan:
                 f"encodings and {self.passes} detector passes")
 
 def plan_masks(folder: Folder, concepts: ConceptSet, grounder: object | None = None, root: str | Path | None = None, *,
-         per_class: int | None = None, seed: int = 0, shards: int | None = None,
-         known: MaskStore | None = None) -> Plan:
+               per_class: int | None = None, seed: int = 0, shards: int | None = None,
+               known: MaskStore | None = None) -> Plan:
     """Count what `build_masks` with the same arguments will do; opens no picture and calls no grounder."""
     work = work_list(folder, concepts, per_class, seed, known)
     parts, done = _deal(work, Path(root or ""), shards) if work else [], set()
@@ -376,7 +376,7 @@ def training_pictures(store: MaskStore, concepts: ConceptSet, per_class: int = 3
 # %% ../../nbs/08_masks.ipynb #b37f6ddc
 IGNORED = 1000
 
-def read_imagenet_s(path: str | Path, size: tuple[int, int]) -> Array:
+def read_imagenet_s(path: str | Path, size: tuple[int, int]) -> Mask:
     """An ImageNet-S mask as bool (height, width): true on the object, false on background and ignored pixels.
 
     `size` is (height, width) of the picture. Raises ValueError if the file is missing, not RGB, or of another size.

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .filters import ConceptSet, Feedback
 from .grounding import Grounder
 from .masks import build_masks, work_list
-from .store import Array, MaskStore
+from .store import Mask, MaskStore
 from ..data.folders import Folder
 from ..files import html_template
 
@@ -56,12 +56,12 @@ def occurrences(store: MaskStore, concepts: ConceptSet, pictures: int = 30) -> p
     return table.sort_values(["class_id", "occurrence", "concept"], ascending=[True, False, True], ignore_index=True)
 
 # %% ../../nbs/09_validation.ipynb #17ba0791
-def iou(a: Array, b: Array) -> float:
+def iou(a: Mask, b: Mask) -> float:
     """|A ∩ B| / |A ∪ B| of two masks; 1 if both are empty."""
     union = np.logical_or(a, b).sum()
     return float(np.logical_and(a, b).sum() / union) if union else 1.0
 
-def _average(values: list[list[float]], columns: int) -> Array:
+def _average(values: list[list[float]], columns: int) -> np.ndarray:
     """Means of the columns without NaN, NaN where nothing is left."""
     numbers = np.array(values, np.float64).reshape(-1, columns)
     known = np.isfinite(numbers)

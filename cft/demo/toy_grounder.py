@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ATOMS', 'PARTS', 'VOCABULARY', 'MEANINGS', 'MODIFIERS', 'ENDINGS', 'Rng', 'NOT_VISIBLE', 'NOT_DRAWN', 'BUCKETS',
-           'TOY_WEIGHTS', 'atom_map', 'Meaning', 'read_vocabulary', 'as_rows', 'plural', 'known_words', 'invented',
-           'paraphrase', 'distractor', 'read_phrase', 'letter_groups', 'TextEncoder', 'ImageEncoder', 'normalise',
-           'ToyConfig', 'regions', 'ToyNet', 'ToyGrounder', 'vocabulary_digest', 'toy_grounder']
+           'TOY_WEIGHTS', 'Meaning', 'read_vocabulary', 'as_rows', 'plural', 'known_words', 'invented', 'paraphrase',
+           'read_phrase', 'letter_groups', 'TextEncoder', 'ImageEncoder', 'normalise', 'ToyConfig', 'regions', 'ToyNet',
+           'ToyGrounder', 'vocabulary_digest', 'toy_grounder']
 
 # %% ../../nbs/06_toy_grounder.ipynb #da4b9237
 import functools
@@ -37,12 +37,6 @@ _OWNED = [(cls, part.name) for cls, parts in CLASSES.items() for part in parts]
 ATOMS = (*_OWNED, *(("", background) for background in BACKGROUNDS))  # owner and name
 PARTS = len(_OWNED)  # atoms before this one are parts
 _FIRST = np.array([_OWNED.index((cls, parts[0].name)) for cls, parts in CLASSES.items()])  # a class's first atom
-
-def atom_map(pictures: Pictures) -> Array:
-    """The atom of every pixel, (pictures, height, width), from the exact masks. For training and for judging."""
-    part = pictures.parts.astype(int)
-    scene = PARTS + pictures.backgrounds[:, None, None]
-    return np.where(part > 0, part - 1 + _FIRST[pictures.labels][:, None, None], scene)
 
 # %% ../../nbs/06_toy_grounder.ipynb #17ba0791
 @dataclass(frozen=True)
@@ -146,14 +140,6 @@ def paraphrase(meaning: Meaning, rng: Rng) -> tuple[str, frozenset[int]]:
     if many and style < 0.3:
         return f"a {_pick(rng, ('pair', 'set', 'group', 'row', 'couple'))} of {text}", atoms
     return ("a " if style < 0.5 else "the " if style < 0.65 else "") + text, atoms
-
-def distractor(rng: Rng) -> tuple[str, frozenset[int]]:
-    """A phrase that names nothing in this world."""
-    kind = rng.random()
-    text = _pick(rng, NOT_VISIBLE) if kind < 0.3 else _pick(rng, NOT_DRAWN) if kind < 0.7 else invented(rng)
-    if rng.random() < 0.4:
-        text = f"{_pick(rng, MODIFIERS)} {re.sub('^(a|an|the) ', '', text)}"
-    return (f"{text} {_pick(rng, ENDINGS)}" if rng.random() < 0.1 else text), frozenset()
 
 # %% ../../nbs/06_toy_grounder.ipynb #d435a6cd
 _ARTICLES = frozenset("a an the its some his her their".split())

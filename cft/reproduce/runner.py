@@ -35,7 +35,8 @@ from ..evaluate.passes import Loop, checkpoint, reading_of, run_pass
 from ..files import ASSETS, read_json, sha256, write_csv, write_json
 from ..related import comparison, deal_metrics, segmil
 from .publish import make_page, notebook_of
-from .settings import RELATED, Settings, Work, hours, measured_costs, page_file, read_settings, write_settings
+from .settings import (RELATED, Settings, Work, hours, measured_costs, page_file, read_settings,
+                                    write_settings)
 from .steps import Notes, PaperSteps, Step, failure_file, in_order, make_steps, undone
 from ..train.loop import noise_folder, rehearse
 from ..train.objectives import RECIPES
@@ -165,7 +166,7 @@ def _snakemake(root: Path, arguments: Sequence[str], local: bool) -> None:
         os.chdir(here)
 
 def open_work(profile: str | Path, only: Sequence[str] = (), models: Sequence[str] = (), methods: Sequence[str] = (),
-            seeds: int | None = None, out: str | Path | None = None, **changes: Any) -> tuple[Path, Work]:
+              seeds: int | None = None, out: str | Path | None = None, **changes: Any) -> tuple[Path, Work]:
     """The folder of a reproduction, and its work; nothing is written. Raises ValueError for unknown names."""
     settings = read_settings(profile, **changes)
     if seeds is not None:
@@ -215,7 +216,7 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
         return report(root, work, pages, time.time() - began)
 
 def _write_plan(root: Path, work: Work, jobs: dict[str, Job]) -> None:
-    for folder in ("jobs", "failed"):
+    for folder in ("jobs", "failed", "logs"):
         shutil.rmtree(root / folder, ignore_errors=True)
     command = f"{shlex.quote(sys.executable)} -m cft.reproduce.runner"
     names = {"keys": list(work.keys), "models": list(work.models), "methods": list(work.methods)}
@@ -297,9 +298,13 @@ def report(root: Path, work: Work, pages: Sequence[Step], seconds: float = 0.0) 
         spent = [notes.read(step).get("seconds", 0.0) for step in in_order([page]) if step.kind not in SHARED]
         rows.append((key, "done" if not problem else "failed" if failed else "missing", sum(spent), problem))
     jobs = read_json(root / "plan.json")["jobs"] if (root / "plan.json").is_file() else {}
+    again = f"cd {shlex.quote(str(root))} && {Path(sys.executable).name} -m cft.reproduce.runner "
+    for name in jobs:
+        if (root / f"logs/{name}.log").is_file() and not (root / f"jobs/{name}.json").is_file():
+            died = "its process ended before its work was done: was it killed, or out of memory?"
+            failures.append((f"job {name}", died, None, [], f"logs/{name}.log", again + name))
     for note in map(read_json, sorted((root / "failed").glob("*.json"))):
-        where, what = shlex.quote(str(root)), shlex.quote(note["step"])
-        command = f"cd {where} && {Path(sys.executable).name} -m cft.reproduce.runner {what}"
+        command = again + shlex.quote(note["step"])
         log = next((f"logs/{name}.log" for name, job in jobs.items() if note["step"] in job["steps"]), "")
         failures.append(
             (note["step"], note["error"].splitlines()[0][:300], note["cell"], note["traceback"][-4:], log, command))

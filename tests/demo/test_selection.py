@@ -6,21 +6,20 @@ import torch
 from chapters import from_chapter
 from PIL import Image
 
+from cft.demo import selection
 from cft.demo.selection import (
     ALLOWED_LOSS,
     DEAL_TRIALS,
-    SEGMIL_TRIALS,
     TRIALS,
     TUNING_SEEDS,
     search_rates,
-    segmil_trials,
     select,
     swapped_batches,
     tuning_settings,
 )
 from cft.files import ASSETS, read_json
 from cft.related import deal_metrics
-from cft.related.segmil import RATE, BAG_RULES
+from cft.related.segmil import BAG_RULES, HEAD_RATE
 from cft.reproduce.settings import Work, read_settings
 from cft.reproduce.steps import PaperSteps, in_order, make_steps
 
@@ -54,11 +53,12 @@ def test_nothing_better_lies_below_the_smallest_rate():
 def test_the_settings_of_the_related_systems_follow_too():
     trials = pd.read_csv(ASSETS / "related/deal_tuning.csv")
     (selected_rate,) = from_chapter("related/04_deal_metrics.ipynb", deal_metrics, "selected_rate")
-    assert selected_rate(trials) == deal_metrics.RATE and set(DEAL_TRIALS) < set(trials["method"])
+    assert selected_rate(trials) == deal_metrics.DUAL_RATE and set(DEAL_TRIALS) < set(trials["method"])
+    (of_heads,) = from_chapter("appendix/17_selection.ipynb", selection, "SEGMIL_TRIALS")
     tried = pd.read_csv(ASSETS / "related/segmil_tuning.csv").query("backbone_rate == 0")
-    assert len(tried) == len(SEGMIL_TRIALS) == 12
+    assert len(tried) == len(of_heads) == 12
     best = tried.sort_values(["val", "rate"], ascending=[False, True], kind="stable").iloc[0]
-    assert (best["rate"], best["top"], best["least"]) == (RATE, BAG_RULES.top, BAG_RULES.least)
+    assert (best["rate"], best["top"], best["least"]) == (HEAD_RATE, BAG_RULES.top, BAG_RULES.least)
 
 def test_swapped_pictures_keep_their_objects():
     images, objects = torch.rand(6, 3, 16, 16), torch.zeros(6, 16, 16, dtype=torch.bool)
@@ -104,7 +104,8 @@ def test_a_trial_gives_the_same_numbers_twice(tmp_path):
 
 @pytest.mark.slow
 def test_trials_of_heads(tmp_path, monkeypatch):
-    monkeypatch.setattr("cft.demo.selection.SEGMIL_TRIALS", SEGMIL_TRIALS[:2])
+    trials, segmil_trials = from_chapter("appendix/17_selection.ipynb", selection, "SEGMIL_TRIALS", "segmil_trials")
+    monkeypatch.setitem(segmil_trials.__globals__, "SEGMIL_TRIALS", trials[:2])
     small = tuning_settings(test_per_class=2, bases="shipped", pool=4, segmentation_per_class=1)
     found = segmil_trials(tmp_path, 1, trained=False, settings=small)
     assert found["rate"].tolist() == [1e-3, 3e-3] and found["val"].between(20, 100).all()

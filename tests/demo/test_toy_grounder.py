@@ -22,8 +22,8 @@ from cft.files import ASSETS, sha256
 RNG, CHAPTER = np.random.default_rng(0), "06_toy_grounder.ipynb"
 LEAST, Judgement, score_grounder, calibrate = from_chapter(CHAPTER, toy, "LEAST", "Judgement", "score_grounder",
                                                            "calibrate")
-OF_TRAINING = ("train_text", "Scenes", "logits_at", "sample_pixels", "orthogonalise", "Muon", "train_image",
-               "train_toy_grounder", "save_toy_grounder")
+OF_TRAINING = ("atom_map", "distractor", "train_text", "Scenes", "logits_at", "sample_pixels", "orthogonalise", "Muon",
+               "train_image", "train_toy_grounder", "save_toy_grounder")
 lessons = SimpleNamespace(**dict(zip(OF_TRAINING, from_chapter(CHAPTER, toy, *OF_TRAINING))))
 HELD_OUT, HELD_OUT_ABSENT = yaml.safe_load((ASSETS / "toy/held_out.yaml").read_text(encoding="utf-8")).values()
 
@@ -280,7 +280,7 @@ def test_muon_is_nesterov_momentum_made_orthogonal():
 
 
 def test_atom_map_pixel_by_pixel(pictures):
-    fast, classes = toy.atom_map(pictures), list(backdrop.CLASSES)
+    fast, classes = lessons.atom_map(pictures), list(backdrop.CLASSES)
     for n in range(0, len(pictures), 9):
         cls = classes[pictures.labels[n]]
         for r, c in RNG.integers(64, size=(60, 2)):
@@ -292,7 +292,7 @@ def test_atom_map_pixel_by_pixel(pictures):
 def test_judgement_by_counting(find, pictures):
     some = backdrop.Pictures(*(getattr(pictures, f)[::7] for f in ("images", "labels", "backgrounds", "parts")))
     asked = {"a beak": MEANINGS["beak"].atoms, "an animal": MEANINGS["animal"].atoms, "freedom": frozenset()}
-    judged, atoms = score_grounder(find, some, asked), toy.atom_map(some)
+    judged, atoms = score_grounder(find, some, asked), lessons.atom_map(some)
     table = judged.table(list(asked))
     for phrase, means in asked.items():
         there = found = right = 0
@@ -348,7 +348,7 @@ def test_lessons_say_what_they_mean():
             owned += 1
             _, modifiers, rest = toy.read_phrase(phrase)
             assert {ATOMS[a][0] for a in atoms} <= {*modifiers, *rest}, phrase
-        phrase, atoms = toy.distractor(rng)
+        phrase, atoms = lessons.distractor(rng)
         assert not atoms and phrase not in HELD_OUT_ABSENT and toy.read_phrase(phrase)[0]
     assert owned > 50
 

@@ -14,8 +14,8 @@ from cft.explain.maps import relevance
 from cft.related import comparison
 from cft.related.comparison import (
     BASES,
+    COMPARED,
     DUALS,
-    LABELS,
     comparison_scores,
     comparison_steps,
     comparison_table,
@@ -24,7 +24,7 @@ from cft.related.comparison import (
 from cft.reproduce.paper import claims, verdicts
 from cft.reproduce.settings import Work, read_settings
 from cft.reproduce.steps import PaperSteps, in_order, make_steps
-from cft.reproduce.tables import LABELS as OF_DEMO
+from cft.reproduce.tables import LABELS
 
 CLAIMS = claims("comparison")
 
@@ -53,13 +53,14 @@ def test_relevance_on_the_object_against_pixels(tmp_path):
     assert relevance_on_object(model, world, ("val",)) == pytest.approx(100 * np.mean(shares[:12]), abs=1e-3)
 
 def test_who_takes_part():
-    assert set(LABELS) == {*BASES, "segmil", *(f"dual.{m}" for m in DUALS)} and set(BASES) <= set(OF_DEMO)
-    assert {c.method for c in CLAIMS} | {c.against for c in CLAIMS} <= set(LABELS)
+    assert set(COMPARED) == {*BASES, "segmil", *(f"dual.{m}" for m in DUALS)} and set(BASES) <= set(LABELS)
+    assert {c.method for c in CLAIMS} | {c.against for c in CLAIMS} <= set(COMPARED)
 
 @pytest.mark.slow
 def test_the_comparison_runs(tmp_path, monkeypatch):
     names = ("original", "cft", "segmil", "dual.contrastive")
-    for what, methods in (("LABELS", {m: LABELS[m] for m in names}), ("BASES", ("cft",)), ("DUALS", ("contrastive",))):
+    fewer = {"COMPARED": {m: COMPARED[m] for m in names}, "BASES": ("cft",), "DUALS": ("contrastive",)}
+    for what, methods in fewer.items():
         monkeypatch.setattr(comparison, what, methods)
     settings = read_settings("smoke", pool=3, test_per_class=3, segmentation_per_class=1)
     steps = PaperSteps(Work(settings, ("comparison",)), tmp_path)

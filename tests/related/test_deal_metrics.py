@@ -334,7 +334,7 @@ def test_variants_are_named(tmp_path):
     steps = DualSteps(Work(read_settings("demo"), ("deal",)), tmp_path)
     recipe, _ = steps.recipe("dual", "deal.released", 3)
     assert recipe.objective.detach and recipe.objective.twins == "ignored" and (recipe.seed, recipe.epochs) == (7003, 8)
-    assert (recipe.objective.disentangle, recipe.objective.localise, recipe.rate) == (0.1, 0.01, metrics.RATE)
+    assert (recipe.objective.disentangle, recipe.objective.localise, recipe.rate) == (0.1, 0.01, metrics.DUAL_RATE)
     alone = steps.recipe("dual", "contrastive", 0)[0].objective
     assert (alone.disentangle, alone.localise, alone.detach) == (0.0, 0.0, False)
     with pytest.raises(ValueError, match="no method 'magic'"):
@@ -342,7 +342,7 @@ def test_variants_are_named(tmp_path):
 
 def synthetic(shift):
     rows = []
-    for m, method in enumerate(("original", *metrics.METHODS, *metrics.RIVALS)):
+    for m, method in enumerate(("original", *metrics.DUAL_METHODS, *metrics.RIVALS)):
         for seed in range(5):
             value = lambda base, m=m, seed=seed: base + shift[m] + 0.01 * seed
             for name in ("val", "v2", *backdrop.SHIFTED):

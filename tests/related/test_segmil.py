@@ -19,9 +19,9 @@ from cft.related import segmil
 from cft.related.groups import answer_table, backdrop_set
 from cft.related.segments import similarities
 from cft.related.segmil import (
-    LABELS,
-    RULES,
-    VARIANTS,
+    BAG_RULES,
+    BAG_VARIANTS,
+    SEGMIL_LABELS,
     BagBatches,
     ConceptAlignment,
     SegMil,
@@ -366,13 +366,15 @@ def test_rows_of_a_test_in_groups(world):
 def test_vocabularies_and_variants():
     small, large = set(demo_vocabulary()), set(demo_vocabulary(context=True))
     assert small < large and "blue sky" in large - small and "a beak" in small
-    assert VARIANTS["segmil"].rules == RULES and VARIANTS["cbm"].rules is None and not VARIANTS["segmil"].context
-    assert {c.method for c in claims("segmil")} | {c.against for c in claims("segmil")} <= set(LABELS)
-    assert set(VARIANTS) < set(LABELS)
+    assert BAG_VARIANTS["segmil"].rules == BAG_RULES and not BAG_VARIANTS["segmil"].context
+    assert BAG_VARIANTS["cbm"].rules is None
+    assert {c.method for c in claims("segmil")} | {c.against for c in claims("segmil")} <= set(SEGMIL_LABELS)
+    assert set(BAG_VARIANTS) < set(SEGMIL_LABELS)
 
 @pytest.mark.slow
 def test_the_step_of_a_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr(segmil, "LABELS", {m: LABELS[m] for m in ("original", "cbm", "segmil", "segmil.bag-1")})
+    few = ("original", "cbm", "segmil", "segmil.bag-1")
+    monkeypatch.setattr(segmil, "SEGMIL_LABELS", {m: SEGMIL_LABELS[m] for m in few})
     recipe = segmil.segmil_recipe
     monkeypatch.setattr(segmil, "segmil_recipe", lambda *a, **more: recipe(*a, **more, epochs=2))
     settings = read_settings("smoke", pool=1, test_per_class=1)
