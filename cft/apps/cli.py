@@ -19,7 +19,7 @@ import typer
 from typer import echo as say
 
 import cft
-from .shell import CHOICES, command, open_model, output_names, run_app, say_folder, use_cores
+from .shell import CHOICES, command, open_model, run_app, say_folder, use_cores
 from ..files import read_json, write_csv
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def audit(data: Path, model: str, weights: Path | None = None, pretrained: bool 
     if out is not None and out.suffix not in (".html", ".json"):
         raise ValueError(f"--out must end with .html or .json; got {out.name}")
     from cft.apps.report import Report
+    from cft.data.models import output_names
 
     use_cores(threads)
     network, stored = open_model(model, weights, pretrained, device)
@@ -259,17 +260,18 @@ def validate(store: Path, concepts: Path, out: Path = Path("validated.json"), oc
     say(f"{found}\nresult   {out}")
 
 # %% ../../nbs/appendix/15_cli.ipynb #7b52009b
-@command(app, out="Folder for the run: model.safetensors, record.json and a model card.",
-         masks="Concept masks: MASKS/<class>/<picture>.png, or a mask store.",
-         concepts="With a mask store: the concept set to take from it.",
-         per_class="With a mask store: pictures of each class.",
-         method=f"One of {', '.join(CHOICES['method'])}; or, after a dot, done otherwise: cft.object, cft+.no-align, ….",
-         rate="Learning rate; default: the paper's for the network and method, or else the method's (cft: 5e-7).",
-         epochs="Passes over the pictures.", batch="Pictures a step.",
-         chunk="Pictures at a time, to save memory; 0: the whole batch.", precision="no or bf16.",
-         validation="Image folder; keep the epoch with the least loss on it.",
-         validation_masks="Masks of the validation pictures, as --masks.",
-         seed="Seed of order, crops, flips and swaps.", save_every="Steps between saved states.")
+@command(
+    app, out="Folder for the run: model.safetensors, record.json and a model card.",
+    masks="Concept masks: MASKS/<class>/<picture>.png, or a mask store.",
+    concepts="With a mask store: the concept set to take from it.",
+    per_class="With a mask store: pictures of each class.",
+    method=f"One of {', '.join(CHOICES['method'])}; or, after a dot, done otherwise: cft.object, cft+.no-align, ….",
+    rate="Learning rate; default: the paper's for the network and method, or else the method's (cft: 5e-7).",
+    epochs="Passes over the pictures.", batch="Pictures a step.",
+    chunk="Pictures at a time, to save memory; 0: the whole batch.", precision="no or bf16.",
+    validation="Image folder; keep the epoch with the least loss on it.",
+    validation_masks="Masks of the validation pictures, as --masks.", seed="Seed of order, crops, flips and swaps.",
+    save_every="Steps between saved states.")
 def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrained: bool = False,
         masks: Path | None = None, objects: Path | None = None, concepts: Path | None = None, per_class: int = 3,
         classes: Path | None = None, method: str = "cft", rate: float | None = None, epochs: int = 50, batch: int = 8,
@@ -293,6 +295,7 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
                          "give --validation FOLDER")
     recipe = replace(recipe, best=validation is not None)
     from cft.data.folders import MaskedImages, Preprocess
+    from cft.data.models import output_names
     from cft.train.loop import rehearse
 
     use_cores(threads)
@@ -382,6 +385,7 @@ def evaluate(data: list[Path], model: str, weights: list[Path] | None = None, pr
     import pandas as pd
 
     from cft.data.folders import list_folder
+    from cft.data.models import output_names
     from cft.evaluate.passes import Loop
 
     use_cores(threads)

@@ -98,7 +98,6 @@ class Part:
         """Whether the part counts as a visual concept of its class: every part but the body does."""
         return self.name != "body"
 
-
 _WORLD = yaml.safe_load((ASSETS / "backdrop/world.yaml").read_text(encoding="utf-8"))
 _SHAPES = {function.__name__: function for function in (ellipse, capsule, polygon)}
 
@@ -204,7 +203,6 @@ class View:
     style: str = "photo"  # photo, rendition or sketch
     hidden: float = 0.12  # how often a part other than the body is missing
     jitter: float = 0.03  # of a part's position
-
 
 SETS: dict[str, View] = {
     name: replace(View(**view), scale=tuple(view.get("scale", View.scale))) for name, view in _WORLD["sets"].items()}

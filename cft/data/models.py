@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY', 'BROAD', 'SPURIOUS', 'SEEDS', 'ConvStem', 'cft_vit_tiny64', 'LinearProbe', 'dinov2_vitb14', 'join_dinov2',
-           'read_weights', 'load_model', 'weights_digest', 'write_safetensors', 'save_model', 'Stage', 'Layers',
-           'train_stage', 'accuracy_on', 'make_base', 'make_bases', 'base_model']
+           'read_weights', 'load_model', 'weights_digest', 'write_safetensors', 'save_model', 'output_names', 'Stage',
+           'Layers', 'train_stage', 'accuracy_on', 'make_base', 'make_bases', 'base_model']
 
 # %% ../../nbs/02_models.ipynb #da4b9237
 import hashlib
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import backdrop
+from .folders import class_folders, list_folder
 from ..files import ASSETS, read_json, sha256, write_json, written
 
 # %% ../../nbs/02_models.ipynb #c1dfd96e
@@ -191,6 +192,20 @@ def save_model(path: str | Path, model: nn.Module, classes: Iterable[str] | None
     if classes is not None:
         metadata["classes"] = json.dumps(list(classes))
     return write_safetensors(path, state, metadata)
+
+# %% ../../nbs/02_models.ipynb #b971c29a
+def output_names(model: nn.Module, data: str | Path, stored: list[str] | None = None,
+                 file: Path | None = None) -> list[str]:
+    """Names of the model's outputs, by this rule. Raises ValueError if their number is not the model's."""
+    if file is not None and not file.is_file():
+        raise ValueError(f"no class list at {file}; expected a text file with one class name a line")
+    lines = file.read_text(encoding="utf-8").splitlines() if file else stored or class_folders(data)
+    names = [line.strip() for line in lines if line.strip()] if file else list(lines)
+    if len(names) != model.num_classes:
+        source = file or ("the checkpoint" if stored else list_folder(data).root)  # or names an empty class
+        raise ValueError(f"the model has {model.num_classes} classes but {source} names {len(names)}; "
+                         "give a file (--classes FILE) with the name of every model output, one a line")
+    return names
 
 # %% ../../nbs/02_models.ipynb #fa35e192
 @dataclass(frozen=True)

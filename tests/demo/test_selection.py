@@ -20,7 +20,7 @@ from cft.demo.selection import (
 )
 from cft.files import ASSETS, read_json
 from cft.related import deal_metrics
-from cft.related.segmil import RATE, RULES
+from cft.related.segmil import RATE, BAG_RULES
 from cft.reproduce.settings import Work, read_settings
 from cft.reproduce.steps import PaperSteps, in_order, make_steps
 
@@ -58,7 +58,7 @@ def test_the_settings_of_the_related_systems_follow_too():
     tried = pd.read_csv(ASSETS / "related/segmil_tuning.csv").query("backbone_rate == 0")
     assert len(tried) == len(SEGMIL_TRIALS) == 12
     best = tried.sort_values(["val", "rate"], ascending=[False, True], kind="stable").iloc[0]
-    assert (best["rate"], best["top"], best["least"]) == (RATE, RULES.top, RULES.least)
+    assert (best["rate"], best["top"], best["least"]) == (RATE, BAG_RULES.top, BAG_RULES.least)
 
 def test_swapped_pictures_keep_their_objects():
     images, objects = torch.rand(6, 3, 16, 16), torch.zeros(6, 16, 16, dtype=torch.bool)
