@@ -420,7 +420,8 @@ def test_a_server_that_stays_down_stops_the_run_and_keeps_the_rest(serve, record
     server = serve(lambda *_: steps.pop() if steps else (code, {"error": {"message": "down"}}, {"Retry-After": "0.01"}))
     with pytest.raises(LLMError, match="down.*2 answered.*goes on from there"):
         go(server, record, questions(BIRDS), chat={"retries": 1})
-    assert sum(line["status"] == "ok" for line in lines(record)) == 2 and len(server.seen) < 10
+    assert sum(line["status"] == "ok" for line in lines(record)) == 2
+    assert len(server.seen) <= 2 + 2 * Chat.workers, "who is asking then asks again, once, and nobody else begins"
     assert len(go(serve([]), Record(record.path), questions(BIRDS))) == 36
 
 

@@ -118,6 +118,7 @@ def lxt():
 # --- the tests ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "dinov2"])
 def test_attnlrp_is_lxts(lxt, name):
     found = lxt["attnlrp"]
@@ -126,6 +127,7 @@ def test_attnlrp_is_lxts(lxt, name):
     assert found["classes unchanged"] is True
 
 
+@pytest.mark.slow
 def test_cp_is_lxts_default_on_torchvision(lxt):
     assert lxt["cp"]["logits"] <= 1e-12
     assert lxt["cp"]["cp"] <= 1e-6

@@ -98,6 +98,7 @@ def test_a_name_means_one_thing():
     assert not twice
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_its_assets(copy, tmp_path):
     """The wheel is built from the source distribution, and so from what that holds."""
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, copy]

@@ -111,33 +111,40 @@ def test_a_second_run_starts_nothing(smoke, copy):
     assert again(copy, keys=("table3",)).ok and files(copy) == before, "nor does a part of it"
 
 
-@pytest.mark.slow
-def test_a_deleted_checkpoint_redoes_only_what_hangs_on_it(copy):
-    before, known = files(copy), len(made(copy))
-    gone = copy / model_file("demo", "rrr", 0)
-    content = gone.read_bytes()
-    gone.unlink()
-    assert again(copy).ok and gone.read_bytes() == content
-    assert made(copy, known) == ["fine-tune demo rrr 0"], "it comes out the same, and the rest stays"
-    changed = {name for name, date in files(copy).items() if date != before.get(name)}
-    assert all(name.startswith("models/demo/rrr/0/") for name in changed - {"steps/fine-tune--demo--rrr--0.json"})
-
-
-@pytest.mark.slow
-def test_a_changed_rate_and_a_failure(smoke, copy, tmp_path):
-    """RRR has another rate, RRDA has none: the first is made again, the second fails, and nothing else is touched."""
+@pytest.fixture(scope="session")
+def changed(smoke, tmp_path_factory):
+    """A copy in which a checkpoint was deleted, RRR has another rate, RRDA has none; and what came of one more run."""
+    root = Path(shutil.copytree(smoke.root, tmp_path_factory.mktemp("changed") / "smoke"))
     rates = {name: rate for name, rate in smoke.work.settings.rates["demo"].items() if name != "rrda"}
-    changed = smoke.work.settings.model_copy(update={"rates": {"demo": rates | {"rrr": 1e-4}}})
-    mine, before, known = write_settings(changed, tmp_path / "mine.yaml"), files(copy), len(made(copy))
-    found = again(copy, mine)
-    of_rrr = {f"evaluate demo rrr 0 {name}" for name in ("si_location", "si_rotation", "si_size")}
-    assert set(made(copy, known)) == {"fine-tune demo rrr 0", *of_rrr, "page table8"}, "which shows all settings"
-    own = ("demo.rrr.", "demo/rrr/", "demo--rrr--", "demo.rrda.", "demo/rrda/", "demo--rrda--", "table8")
-    now = files(copy)
+    settings = smoke.work.settings.model_copy(update={"rates": {"demo": rates | {"rrr": 1e-4}}})
+    (root / model_file("demo", "cft-paper", 0)).unlink()
+    before, known = files(root), len(made(root))
+    found = again(root, write_settings(settings, root.parent / "mine.yaml"))
+    now, done = files(root), made(root, known)
     touched = {name for name in {*before, *now} if before.get(name) != now.get(name)}
-    assert not [name for name in touched if not any(word in name for word in own) and "table2" not in name]
+    return SimpleNamespace(root=root, found=found, made=done, touched=touched)
 
-    status = found.pages.set_index("artefact")["status"]
+
+@pytest.mark.slow
+def test_a_deleted_checkpoint_redoes_only_what_hangs_on_it(smoke, changed):
+    name = model_file("demo", "cft-paper", 0)
+    assert (changed.root / name).read_bytes() == (smoke.root / name).read_bytes()
+    of_cft = [step for step in changed.made if "cft-paper" in step or step in ("page fig1", "page table3")]
+    assert of_cft == ["fine-tune demo cft-paper 0"], "it comes out the same, and the rest stays"
+
+
+@pytest.mark.slow
+def test_a_changed_rate_redoes_its_method_and_no_other(changed):
+    of_rrr = {f"evaluate demo rrr 0 {name}" for name in ("si_location", "si_rotation", "si_size")}
+    own = {"fine-tune demo rrr 0", *of_rrr, "page table8"}  # which shows all settings
+    assert {step for step in changed.made if "cft-paper" not in step} == own
+    words = ("rrr", "rrda", "table2", "table8", "demo/cft-paper/0", "fine-tune--demo--cft-paper--0")
+    assert not [name for name in changed.touched if not any(word in name for word in words)]
+
+
+@pytest.mark.slow
+def test_failures_do_not_stop_the_rest(smoke, changed):
+    found, status = changed.found, changed.found.pages.set_index("artefact")["status"]
     assert not found.ok and status.to_dict() == dict.fromkeys(KEYS, "done") | {"table2": "missing"}
     assert found.failures["step"].tolist() == ["fine-tune demo rrda 0"]
     told = ("3 of 4 pages", "no learning rate for rrda on demo; set rates.demo.rrda in the settings", "again: cd ",
@@ -145,14 +152,15 @@ def test_a_changed_rate_and_a_failure(smoke, copy, tmp_path):
     for part in told:
         assert part in str(found), str(found)
     assert str(found).splitlines()[-1].strip().startswith("again: ")
-    log = (copy / found.failures["log"].iloc[0]).read_text()
+    log = (changed.root / found.failures["log"].iloc[0]).read_text()
     assert log.count("Traceback") == 1 and found.failures["tail"].iloc[0][-1] in log
     command = found.failures["command"].iloc[0].replace("python", sys.executable, 1)
     alone = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=ENV)
     assert alone.returncode == 1 and "no learning rate" in alone.stderr
-
-    assert again(copy, keys=("table2",)).ok and not list((copy / "failed").glob("*"))
-    pd.testing.assert_frame_equal(numbers(copy, smoke.work.tested()), numbers(smoke.root, smoke.work.tested()))
+    # with the rates as they were, the next run makes what is missing, with the same numbers
+    assert again(changed.root, keys=("table2",)).ok and not list((changed.root / "failed").glob("*"))
+    tested = smoke.work.tested()
+    pd.testing.assert_frame_equal(numbers(changed.root, tested), numbers(smoke.root, tested))
 
 
 def alive(pid):

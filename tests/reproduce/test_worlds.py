@@ -79,6 +79,7 @@ def test_the_classes_of_a_seed(imagenet):
     assert sorted(world.folder("all").labels) == sorted({*world.tuned(0), *world.tuned(1)})
 
 
+@pytest.mark.slow
 def test_the_whole_way_on_imagenet(imagenet, monkeypatch):
     """Ground, validate, fine-tune, test and map, by the engine's own steps."""
     settings, root = imagenet

@@ -222,6 +222,7 @@ except Diverged as error:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(images, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     root = images.folder.root.parents[1]
