@@ -1,62 +1,60 @@
-"""Every published number is what it was before the redesign, or stands in the CHANGELOG, with the reason.
+"""Every published number is what the code from before the redesign gives, or stands in the CHANGELOG, with the reason.
 
-`before` holds the old numbers, as rows with the names that methods have now, and the old tables as they were. They were
-made on another machine, where sums are rounded otherwise: a number is the same here within one picture, and within
-0.002 where pixels are averaged. Times are measured anew by each run, and are not compared.
+`before/rows.parquet` holds the old numbers with the names that methods have now: `value`, as they had been published, and
+`again`, what the same old code gave on the machine on which `figures/demo` was made, where sums are rounded otherwise.
+Beside it stand the old tables, as they were. Times are measured anew by each run, and are not compared.
 """
 import re
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 ROOT = Path(__file__).parents[2]
 BEFORE, NOW = Path(__file__).parent / "before", ROOT / "figures/demo"
 KEYS = ["method", "seed", "set", "split", "metric"]
 TIMES = {"seconds", "preparing", "training", "answering"}
-UNUSED = {"pixel_accuracy_per_image", "mean_iou_per_image"}  # no table of the demo showed them; they are not published
-COUNTED = ("top1", "top5", "top1_by_name", "pointing", "pointing_swapped")
-NUMBER = re.compile(r"[-+−]?\d+\.\d+")
+UNUSED = {"pixel_accuracy_per_image", "mean_iou_per_image", "same_weights_as_contrastive"}  # no table shows them
+EXACT = ("top1", "top5", "top1_by_name", "pointing", "pointing_swapped")  # counted; the others are means over pixels
+NUMBER = re.compile(r"[-+−]?\d+(?:\.\d+)?")
 
 
-def rows_now(artefact):
+def pairs_of():
+    """Old rows with the value that is published now."""
+    old, rows = pd.read_parquet(BEFORE / "rows.parquet"), pd.read_csv(NOW / "rows.csv")
     related = pd.read_csv(NOW / "related.csv")
-    return related[related["artefact"] == artefact] if artefact in ("segmil", "deal", "comparison") else None
+    for artefact, part in old[~old["metric"].isin(TIMES | UNUSED)].groupby("artefact"):
+        now = related[related["artefact"] == artefact] if artefact in set(related["artefact"]) else rows
+        pairs = part.merge(now[[*KEYS, "value"]], on=KEYS, how="left", suffixes=("", "_now"))
+        assert len(pairs) == len(part)
+        yield artefact, pairs
 
 
 def changed_rows():
-    """Place, number, before and now of every row that differs by more than another machine does."""
-    old, rows = pd.read_parquet(BEFORE / "rows.parquet"), pd.read_csv(NOW / "rows.csv")
-    for artefact, part in old[~old["metric"].isin(TIMES)].groupby("artefact"):
-        part = part[~part["metric"].isin(UNUSED)] if artefact == "demo" else part
-        now = rows_now(artefact)
-        pairs = part.merge(rows if now is None else now, on=KEYS, how="left", suffixes=("", "_now"))
-        assert len(pairs) == len(part)
-        bound = (100.01 / pairs["n"]).where(pairs["metric"].isin(COUNTED), 0.002)
-        for row in pairs[~((pairs["value"] - pairs["value_now"]).abs() <= bound)].to_dict("records"):
+    """Place, number, before and now of every number that the old code does not give, neither there nor here."""
+    for artefact, pairs in pairs_of():
+        bound = pd.Series(0.001, pairs.index).mask(pairs["metric"].isin(EXACT), 1e-4)
+        near = [(pairs["value_now"] - pairs[column]).abs() <= bound for column in ("value", "again")]
+        for row in pairs[~(near[0] | near[1])].to_dict("records"):
             name = ", ".join(str(row[key]) for key in KEYS)
             yield f"{artefact} rows", name, f"{row['value']:g}", f"{row['value_now']:g}"
 
 
 def same(old, new):
-    """Whether two cells say the same: the same words, and numbers that differ in the last digits only."""
-    if old == new or NUMBER.sub("#", old) == NUMBER.sub("#", new) == "#":
-        return old == new or abs(float(old.replace("−", "-")) - float(new.replace("−", "-"))) <= 0.2
-    a, b = (NUMBER.findall(cell) for cell in (old, new))
-    near = all(abs(float(x.replace("−", "-")) - float(y.replace("−", "-"))) <= 0.2 for x, y in zip(a, b))
-    return NUMBER.sub("#", old) == NUMBER.sub("#", new) and near
+    """Whether two cells say the same: the same words; numbers may differ, since their rows are compared."""
+    return NUMBER.sub("#", old) == NUMBER.sub("#", new)
 
 
 def changed_cells():
-    """Place, cell, before and now of every cell of a table that says something else."""
+    """Place, cell, before and now of every cell of a table that says something else, such as another verdict."""
     for file in sorted(BEFORE.glob("*/*.csv")):
         where = file.relative_to(BEFORE)
         old, new = (pd.read_csv(f, dtype=str, keep_default_na=False) for f in (file, NOW / "artefacts" / where))
-        assert len(old) == len(new), where
-        for column in old.columns[0 if file.stem == "claims" else 1:]:
-            if column.split(",")[0] not in TIMES and column != "artefact":
-                for k in range(len(old)):
-                    if not same(old[column][k], new[column][k]):
-                        yield where.as_posix(), f"{new.iloc[k, 0]}, {column}", old[column][k], new[column][k]
+        assert len(old) == len(new) and set(old.columns) - {"artefact"} <= set(new.columns), where
+        for column in old.columns[0 if file.stem == "claims" else 1:].drop("artefact", errors="ignore"):
+            for k in range(len(old)):
+                if not same(old[column][k], new[column][k]):
+                    yield where.as_posix(), f"{new.iloc[k, 0]}, {column}", old[column][k], new[column][k]
 
 
 def test_numbers_are_what_they_were_or_listed():
@@ -66,10 +64,10 @@ def test_numbers_are_what_they_were_or_listed():
     assert {*changed_rows(), *changed_cells()} == listed
 
 
-def test_most_are_equal_to_the_last_digit():
-    old, rows = pd.read_parquet(BEFORE / "rows.parquet"), pd.read_csv(NOW / "rows.csv")
-    pairs = old[(old["artefact"] == "paper")].merge(rows, on=KEYS, suffixes=("", "_now"))
-    assert len(pairs) == 6993 and ((pairs["value"] - pairs["value_now"]).abs() < 1e-9).mean() > 0.98
+@pytest.mark.parametrize("artefact, share", [("paper", 0.98), ("demo", 0.98), ("deal", 0.98), ("comparison", 0.8)])
+def test_most_are_equal_to_those_of_the_other_machine(artefact, share):
+    pairs = dict(pairs_of())[artefact]
+    assert ((pairs["value"] - pairs["value_now"]).abs() < 1e-3).mean() > share
 
 
 def test_what_is_compared_is_all_of_it():
