@@ -20,8 +20,8 @@ from cft.demo.toy_grounder import ATOMS, MEANINGS, ToyConfig, regions
 from cft.files import ASSETS, sha256
 
 RNG, CHAPTER = np.random.default_rng(0), "06_toy_grounder.ipynb"
-LEAST, Judgement, score_grounder, calibrate = from_chapter(CHAPTER, toy, "LEAST", "Judgement", "score_grounder",
-                                                           "calibrate")
+OF_JUDGING = ("atom_map", "LEAST", "Judgement", "score_grounder", "calibrate")
+_, LEAST, Judgement, score_grounder, calibrate = from_chapter(CHAPTER, toy, *OF_JUDGING)
 OF_TRAINING = ("atom_map", "distractor", "train_text", "Scenes", "logits_at", "sample_pixels", "orthogonalise", "Muon",
                "train_image", "train_toy_grounder", "save_toy_grounder")
 lessons = SimpleNamespace(**dict(zip(OF_TRAINING, from_chapter(CHAPTER, toy, *OF_TRAINING))))

@@ -1,6 +1,6 @@
 """Every published number is what the code from before the redesign gives, or stands in the CHANGELOG, with the reason.
 
-`before/rows.parquet` holds the old numbers with the names that methods have now: `value`, as they had been published, and
+`before/rows.parquet` holds the old numbers by the names that methods have now: `value`, as they were published, and
 `again`, what the same old code gave on the machine on which `figures/demo` was made, where sums are rounded otherwise.
 Beside it stand the old tables, as they were. Times are measured anew by each run, and are not compared.
 """

@@ -214,7 +214,9 @@ def test_a_killed_run_completes_with_the_same_numbers(smoke, copy):
     assert len(set(whole)) == len(whole) > len(done) > 0, "what was done is not done again"
     tested = {"evaluate " + " ".join(map(str, t)) for t in smoke.work.tested()}
     tuned = {"fine-tune " + " ".join(map(str, t)) for t in smoke.work.tuned()}
-    assert {name for name in whole if not name.startswith("page ")} == tested | tuned, "the weights came out the same"
+    named = {name for name in whole if not name.startswith("page ")}
+    assert named <= tested | tuned, "the weights came out the same"
+    assert len((tested | tuned) - named) <= 1  # a kill may fall between a step's note and its line in done.jsonl
     pd.testing.assert_frame_equal(numbers(copy, smoke.work.tested()), numbers(smoke.root, smoke.work.tested()))
     same = [path.relative_to(smoke.root) for path in smoke.root.glob("models/*/*/*/model.safetensors")]
     assert len(same) == 3 and all((copy / name).read_bytes() == (smoke.root / name).read_bytes() for name in same)
