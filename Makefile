@@ -6,8 +6,8 @@ export UV_PYTHON_DOWNLOADS := never
 
 .PHONY: help demo reproduce related smoke publish test quick export format lint lab bench clean
 help:
-	@echo "make demo       repair a spurious classifier; about four minutes on two cores"
-	@echo "make reproduce  every table and figure of the paper, on the demo; under twenty minutes on two cores"
+	@echo "make demo       repair a spurious classifier; some minutes on two cores"
+	@echo "make reproduce  every table and figure of the paper, on the demo; some twenty minutes on two cores"
 	@echo "make related    SEG-MIL-CBM, DEAL and the comparison; about half an hour"
 	@echo "make publish    what these left in runs/demo becomes figures/demo and the tables of the README"
 	@echo "make smoke      the reproduction with one seed and a handful of pictures: does everything run?"

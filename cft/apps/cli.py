@@ -436,7 +436,7 @@ def _evaluate_sets(data: list[Path], keys: Sequence[str], model: str, weights: S
          from_scratch="Train the biased bases first (20 minutes).")
 def demo(out: Path = Path("runs/demo"), seeds: int = 5, cores: int = 0, full: bool = False,
          from_scratch: bool = False) -> None:
-    """See all of it on drawn pictures, in four minutes.
+    """See all of it on drawn pictures, in some minutes.
 
     A spurious classifier is repaired on the procedural benchmark and compared with its rivals: no GPU, no key, no
     download, two cores.

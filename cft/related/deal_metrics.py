@@ -417,4 +417,5 @@ def deal_claims(rows: pd.DataFrame) -> pd.DataFrame:
 def deal_table(rows: pd.DataFrame, columns: Sequence[str] = SHOWN) -> pd.DataFrame:
     """The table as text: method × column, mean ± sample standard deviation over seeds; empty: not measured."""
     digits = {c: 3 for c in columns if c.split(",")[0] in ("disentanglability", "localizability")}
-    return table_of_means(deal_columns(rows), columns, digits).rename_axis("demo")
+    table = table_of_means(deal_columns(rows), columns, digits)
+    return table.reindex([m for m in ("original", *DUAL_METHODS, *RIVALS) if m in table.index]).rename_axis("demo")
