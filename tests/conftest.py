@@ -1,6 +1,15 @@
-"""Long files come first; with `--dist loadfile` the tests of a file share what is costly to make."""
-LONG = ("test_workflow", "test_notebooks", "test_browser", "test_tutorial", "test_cli")
+"""Long files come first; with `--dist loadfile` the tests of a file share what is costly to make. One thread each."""
+import pytest
+import torch
+
+LONG = ("test_runner", "test_notebooks", "test_browser", "test_tutorial", "test_cli")
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Commands set the number of threads, and sums are rounded by it."""
+    torch.set_num_threads(1)

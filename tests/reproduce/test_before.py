@@ -59,7 +59,7 @@ def table(file):
 
 
 def changed_cells():
-    """Place, cell, before and now of every cell that says something else, such as a verdict; chapters have new names."""
+    """Place, cell, before and now of every cell with other words, such as a verdict; chapters have new names."""
     for file in sorted(BEFORE.glob("*/*.csv")):
         where = file.relative_to(BEFORE)
         old, new = table(file), table(NOW / "artefacts" / where)
