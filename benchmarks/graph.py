@@ -3,8 +3,7 @@
     python benchmarks/graph.py [--root cft]
 
 Imports count wherever they stand, also inside functions and by `importlib.import_module` of a literal name; those for
-types only, under `if TYPE_CHECKING:`, and those of a package's `__getattr__`, which names what is above it when a user
-asks, do not. The exit code is 1 if there is a cycle or a private name crosses modules.
+types only, under `if TYPE_CHECKING:`, do not. The exit code is 1 if there is a cycle or a private name crosses modules.
 """
 
 import argparse
@@ -25,9 +24,7 @@ class Module(NamedTuple):
 
 
 def _nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """A node and all below it in the order of the source, but for `if TYPE_CHECKING:` and `def __getattr__`."""
-    if isinstance(node, ast.FunctionDef) and node.name == "__getattr__":
-        return
+    """A node and all below it in the order of the source, but for what stands under `if TYPE_CHECKING:`."""
     yield node
     if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
         node = ast.Module(node.orelse, [])

@@ -4,7 +4,6 @@ The names below come from their rooms when they are first used, so that `import 
 """
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
 __all__ = ["RECIPES", "ConceptSet", "Folder", "MaskStore", "audit", "build_masks", "discover", "evaluate_folder", "fine_tune",
            "load_grounder", "load_model", "relevance", "save_model", "scan", "validate"]
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from cft.evaluate.audit import audit
     from cft.evaluate.passes import evaluate_folder
     from cft.explain.maps import relevance
+    from cft.files import VERSION as __version__
     from cft.train.loop import fine_tune
     from cft.train.objectives import RECIPES
 
@@ -47,6 +47,10 @@ def __getattr__(name: str) -> object:
             from cft.explain import maps as room
         case "fine_tune":
             from cft.train import loop as room
+        case "__version__":
+            from cft.files import VERSION
+
+            return VERSION
         case "RECIPES":
             from cft.train import objectives as room
         case _:

@@ -17,8 +17,6 @@ import typer
 from typer import echo as say
 from typer.exceptions import TyperException
 
-import cft
-
 if TYPE_CHECKING:
     from torch import nn
 

@@ -29,12 +29,11 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm.auto import tqdm
 
-import cft
 from .filters import ConceptSet
 from .grounding import Grounder, Grounding
 from .store import AREA, ASIDE, FORMAT, SCHEMA, SHARD, Mask, MaskStore, encode_mask, status_of, write_shard
 from ..data.folders import Folder, open_image
-from ..files import read_json, sha256, write_json
+from ..files import VERSION, read_json, sha256, write_json
 
 # %% ../../nbs/08_masks.ipynb #12c6fc06
 def ranked_pictures(folder: Folder, per_class: int | None = None, seed: int = 0) -> list[tuple[str, str, int]]:
@@ -262,7 +261,7 @@ def ground_pictures(work: Sequence[Search], images: str | Path, segment: Segment
     for item in work:
         listed.update(json.dumps(astuple(item)).encode())
     recipe = {
-        **made_by, "format": FORMAT, "code": f"cft {cft.__version__}", "area": AREA, "max_pixels": max_pixels,
+        **made_by, "format": FORMAT, "code": f"cft {VERSION}", "area": AREA, "max_pixels": max_pixels,
         "pictures": len(work), "work": listed.hexdigest(), "shards": [part.work[0].picture for part in parts]}
     recipe, lock = json.loads(json.dumps(recipe, sort_keys=True)), parts[0].lock
     parts = parts if shard is None else [parts[shard]]

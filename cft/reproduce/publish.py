@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-import cft
-from ..files import need, replace_part, write_csv
+from ..files import PACKAGE, need, replace_part, write_csv
 from .paper import ARTEFACTS, INCONSISTENCIES
 from .results import Found, open_results, trail
 from .settings import RELATED, Work, page_file
@@ -89,8 +88,8 @@ _PAGES = {a.key: f"paper/{a.key}.ipynb" for a in ARTEFACTS} | {
 
 def notebook_of(key: str) -> Path:
     """The notebook of an artefact: in the installed package, or in the checkout. Raises ValueError if there is none."""
-    package, name = Path(str(cft.__file__)).parent, _PAGES.get(key, f"{key}.ipynb")
-    for place in (package / "notebooks", package.parent / "nbs"):
+    name = _PAGES.get(key, f"{key}.ipynb")
+    for place in (PACKAGE / "notebooks", PACKAGE.parent / "nbs"):
         for notebook in place.glob(name):
             return notebook
     raise ValueError(f"no page for {key!r}; expected {name} among the notebooks")

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-import cft
-from ..files import read_json, sha256
+from ..files import PACKAGE, read_json, sha256
 from .paper import ARTEFACTS, METRICS, Profile, in_our_form
 from .settings import Settings, Work, maps_file, model_file, read_settings, rows_file
 
@@ -28,7 +27,7 @@ KEPT_METRICS = tuple(METRICS.values())
 
 def published(name: str = "demo") -> Path:
     """The folder of published results in the checkout. Raises ValueError without a checkout."""
-    place = Path(str(cft.__file__)).parents[1] / "figures" / name
+    place = PACKAGE.parent / "figures" / name
     if not place.is_dir():
         raise ValueError(f"no published results at {place}; give the folder of a reproduction as `root`")
     return place

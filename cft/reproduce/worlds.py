@@ -129,24 +129,27 @@ class Drawn:
         return folder.choose(names).with_masks(mask=self.annotated(seed))
 
 # %% ../../nbs/appendix/04_worlds.ipynb #37ccce48
-def folder_digest(folders: list[Path], cache: Path) -> str:
-    """SHA-256 over names and sizes of all files in folders, remembered in the file `cache` while their dates stand."""
-    dated = hashlib.sha256(repr([(p.name, p.stat().st_mtime_ns) for p in folders]).encode()).hexdigest()
+def _remembered(cache: Path, dated: str, digest: Callable[[], str]) -> str:
+    """A digest from the file `cache`, where it is made only if there is none under the key `dated`."""
     known = read_json(cache) if cache.is_file() else {}
     if dated not in known:
-        listed = [(p.name, sorted((f.name, f.stat().st_size) for f in p.iterdir())) for p in folders]
-        known[dated] = hashlib.sha256(repr(listed).encode()).hexdigest()
+        known[dated] = digest()
         write_json(cache, known)
     return known[dated]
+
+def folder_digest(folders: list[Path], cache: Path) -> str:
+    """SHA-256 over names and sizes of all files in folders, remembered in the file `cache` while their dates stand."""
+    def digest() -> str:
+        listed = [(p.name, sorted((f.name, f.stat().st_size) for f in p.iterdir())) for p in folders]
+        return hashlib.sha256(repr(listed).encode()).hexdigest()
+
+    dated = hashlib.sha256(repr([(p.name, p.stat().st_mtime_ns) for p in folders]).encode()).hexdigest()
+    return _remembered(cache, dated, digest)
 
 def file_digest(file: Path, cache: Path) -> str:
     """SHA-256 of a file, remembered in the file `cache` while its size and date stand."""
     dated = f"{file.stat().st_size} {file.stat().st_mtime_ns} {file.name}"
-    known = read_json(cache) if cache.is_file() else {}
-    if dated not in known:
-        known[dated] = sha256(file)
-        write_json(cache, known)
-    return known[dated]
+    return _remembered(cache, dated, lambda: sha256(file))
 
 class ImageNet:
     """The paper's data. Raises ValueError for a place that the settings leave empty, or that is not there."""

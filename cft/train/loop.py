@@ -29,10 +29,9 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
-import cft
 from ..data.folders import Folder, MaskedImages, scan, without_object
 from ..data.models import read_weights, save_model, weights_digest
-from ..files import ASSETS, html_template, read_json, write_json, write_text, written
+from ..files import ASSETS, PACKAGE, VERSION, html_template, read_json, write_json, write_text, written
 from .objectives import Batch, Recipe
 
 # %% ../../nbs/16_loop.ipynb #ac3478d6
@@ -170,11 +169,10 @@ class FineTuned(NamedTuple):
 
 def provenance() -> dict:
     """Versions of what computes, and the commit of the code if it runs from a checkout."""
-    here = Path(cft.__file__).parent
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    git = subprocess.run(["git", "-C", PACKAGE, "rev-parse", "HEAD"], capture_output=True, text=True)
     return {
-        "cft": cft.__version__, "torch": torch.__version__, "timm": timm.__version__,
-        "python": platform.python_version(), "commit": git.stdout.strip() or None}
+        "cft": VERSION, "torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version(),
+        "commit": git.stdout.strip() or None}
 
 def averaged(original: nn.Module, tuned: nn.Module, share: float) -> None:
     """Move `tuned` in place to original + share · (tuned − original) (WiSE-FT)."""
