@@ -270,7 +270,7 @@ class Preprocess:
 
 class MaskedImages(Dataset):
     """A folder as tensors. Item i is a dict with image (3, height, width) normalised, label, index, and, where the
-    folder has them, mask and object (height, width) bool. With `cached`, decoded pictures stay in memory.
+    folder has them, mask and object (height, width) bool. With `cached`, pictures stay in memory as they are before random choices.
 
     Random choices are torch's, so a caller who seeds torch before each step gets the same pictures again.
     """
@@ -278,7 +278,8 @@ class MaskedImages(Dataset):
         if not len(folder):
             raise ValueError(f"{folder.root} has no pictures to load; expected at least one")
         self.folder, self.preprocess, self.train = folder, preprocess, train
-        self.transform = preprocess.transform(train)
+        self._resize, *rest = preprocess.transform(train).transforms
+        self.transform = v2.Compose(rest)
         self._decoded = cache(self._decode) if cached else self._decode
 
     def __len__(self) -> int:
@@ -289,7 +290,7 @@ class MaskedImages(Dataset):
         image = open_image(sample.path)
         files = {"mask": sample.mask, "object": sample.object}
         masks = {key: tv_tensors.Mask(open_mask(path, image.size)) for key, path in files.items() if path}
-        return tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1)), masks
+        return self._resize(tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1)), masks)
 
     def __getitem__(self, index: int) -> dict:
         image, masks = self.transform(*self._decoded(index))

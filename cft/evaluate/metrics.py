@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLITS', 'COUNTS', 'top_k', 'evaluating', 'predict', 'wilson_interval', 'summarize', 'accuracy_table',
-           'foreground', 'image_scores', 'pooled', 'segmentation_scores']
+           'foreground', 'average_precision', 'image_scores', 'pooled', 'segmentation_scores']
 
 # %% ../../nbs/18_metrics.ipynb #da4b9237
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -91,6 +92,7 @@ def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: 
     return logits, labels
 
 # %% ../../nbs/18_metrics.ipynb #b3f0c7f6
+@cache
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     """Lower and upper end, in percent, of the 95 % Wilson score interval for `hits` successes among `n` trials.
 
@@ -163,23 +165,28 @@ def _check_maps(maps: Tensor, masks: Tensor) -> None:
     if not 0 <= low <= high <= 1:
         raise ValueError(f"maps must lie in [0, 1] and hold no NaN, got values from {low:.4g} to {high:.4g}")
 
+def average_precision(scores: Tensor, truth: Tensor) -> float:
+    """Area under the steps of precision over recall, of scores (n,) for truth (n,) bool with at least one true."""
+    scores, order = scores.sort(descending=True)
+    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])  # of those that share a score
+    hits, taken = truth[order].cumsum(0)[last], last.nonzero()[:, 0] + 1
+    return float((hits.diff(prepend=hits.new_zeros(1)) * (hits / taken.double())).sum() / hits[-1])
+
 def image_scores(maps: Tensor, masks: Tensor) -> pd.DataFrame:
     """One row per image: the pixel counts `COUNTS` of the thresholded map, and average_precision in percent.
 
     maps: (n, height, width) in [0, 1]; masks: bool, the same shape, True on the object.
     Raises ValueError for a shape mismatch, an empty set, masks that are not bool, NaN, or maps outside [0, 1].
     """
-    from torchmetrics.functional.classification import binary_average_precision  # takes seconds to load
-
     _check_maps(maps, masks)
     rows = []
     for picture, mask in zip(maps.detach(), masks):  # one at a time: a data set may not fit twice
         stretched = _stretch(picture[None])[0]
         found = stretched > stretched.mean()
         hits, area, size = (int(value) for value in ((found & mask).sum(), found.sum(), mask.sum()))
-        channels, truth = torch.stack([1 - stretched, stretched]), torch.stack([~mask, mask]).long()
-        precision = binary_average_precision(channels.flatten(), truth.flatten(), validate_args=False)
-        rows.append((hits, area - hits, size - hits, mask.numel() - area - size + hits, 100 * float(precision)))
+        channels, truth = torch.stack([1 - stretched, stretched]), torch.stack([~mask, mask])
+        precision = average_precision(channels.flatten(), truth.flatten())
+        rows.append((hits, area - hits, size - hits, mask.numel() - area - size + hits, 100 * precision))
     return pd.DataFrame(rows, columns=[*COUNTS, "average_precision"])
 
 # %% ../../nbs/18_metrics.ipynb #af3e1334
