@@ -270,7 +270,7 @@ class Preprocess:
 
 class MaskedImages(Dataset):
     """A folder as tensors. Item i is a dict with image (3, height, width) normalised, label, index, and, where the
-    folder has them, mask and object (height, width) bool. With `cached`, pictures stay in memory as they are before random choices.
+    folder has them, mask and object (height, width) bool. With `cached`, pictures stay in memory, resized.
 
     Random choices are torch's, so a caller who seeds torch before each step gets the same pictures again.
     """

@@ -27,7 +27,7 @@ from ..data.folders import Folder, MaskedImages, Preprocess, scan, swap_backgrou
 from ..data.models import weights_digest
 from .faithfulness import blur, share_inside
 from .intervals import CONFIDENCE, over_seeds
-from .metrics import COLUMNS, wilson_interval
+from .metrics import COLUMNS, doubt_about, wilson_interval
 from ..explain.maps import Method, png_bytes, relevance, thumbnail
 from ..explain.rules import UnsupportedModule
 from ..files import html_template
@@ -242,9 +242,12 @@ class Audit:
     images: MaskedImages = field(compare=False)
     method: str | Method | None = "attnlrp"
     seed: int = 0
+    doubt: str = ""  # why there is no verdict, if the answers speak against the order of the classes
 
     def verdicts(self) -> dict[str, str]:
         """The verdict on each split, "all" and "class …"."""
+        if self.doubt:
+            return dict.fromkeys(self.numbers["split"], UNKNOWN)
         gaps = self.numbers[self.numbers["metric"] == "gap"]
         words = dict(zip(gaps["split"], map(self.rule.verdict, gaps["value"], gaps["low"], gaps["high"])))
         return {split: words.get(split, UNKNOWN) for split in self.numbers["split"]}
@@ -329,15 +332,18 @@ class Audit:
 # %% ../../nbs/23_audit.ipynb #7719a1c7
 def audit(model: nn.Module, folder: Folder | str | Path, objects: str | Path | None = None,
           classes: Sequence[str] | None = None, *, rule: Rule = Rule(), method: str | Method = "attnlrp",
-          batch: int = 32, workers: int = 0, device: str | torch.device | None = None, seed: int = 0,
+          batch: int = 32, workers: int = 0, device: str | torch.device | None = None, seed: int = 0, guessed: str = "",
           progress: bool = True) -> Audit:
     """Whether a classifier leans on the background, as a whole and class by class.
 
     folder: an image folder, or its path, then with the folder of object masks in `objects` and the names of the
     model's outputs in `classes` (default: the class folders, sorted). method: of the relevance. seed: of the partners.
+    guessed: where the order of the outputs was guessed from, if it was; then, and at chance, `doubt` says why there is
+    no verdict.
     Raises ValueError for a folder that does not read, or class names that are not as many as the model's outputs.
     """
     if not isinstance(folder, Folder):
+        guessed = guessed or ("" if classes else "the folders, sorted")
         folder = scan(folder, objects=objects, classes=classes, progress=progress)
     outputs = getattr(model, "num_classes", len(folder.classes))
     if outputs != len(folder.classes):
@@ -355,7 +361,9 @@ def audit(model: nn.Module, folder: Folder | str | Path, objects: str | Path | N
     record |= {"preprocess": asdict(images.preprocess), "method": str(method), "seed": seed}
     record |= {"set_aside": list(folder.set_aside), "versions": provenance()}
     numbers = summarise(pictures, folder.classes, Path(folder.root).name)
-    return Audit(pictures, numbers, rule, tuple(why + _unmeasured(pictures)), record, model, images, explained, seed)
+    doubt = doubt_about(pictures["predicted"].to_numpy(), pictures["label"].to_numpy(), outputs, guessed)
+    why = [*([f"a verdict: {doubt}"] if doubt else []), *why, *_unmeasured(pictures)]
+    return Audit(pictures, numbers, rule, tuple(why), record, model, images, explained, seed, doubt)
 
 def _unmeasured(pictures: pd.DataFrame) -> list[str]:
     """What could not be measured, in sentences."""

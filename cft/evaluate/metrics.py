@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLITS', 'COUNTS', 'top_k', 'evaluating', 'predict', 'wilson_interval', 'summarize', 'accuracy_table',
-           'foreground', 'average_precision', 'image_scores', 'pooled', 'segmentation_scores']
+           'near_chance', 'other_order', 'doubt_about', 'foreground', 'average_precision', 'image_scores', 'pooled',
+           'segmentation_scores']
 
 # %% ../../nbs/18_metrics.ipynb #da4b9237
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -138,6 +140,44 @@ def accuracy_table(predictions: pd.DataFrame, by: Sequence[str] = ("set", "split
             row |= {metric: value, f"{metric}_low": low, f"{metric}_high": high}
         rows.append(row)
     return pd.DataFrame(rows)
+
+# %% ../../nbs/18_metrics.ipynb #fcf6a851
+def near_chance(right: int, n: int, outputs: int) -> bool:
+    """Whether `right` of `n` answers are hardly more than guessing among `outputs` classes gives, as far as n tells."""
+    chance = 100 / outputs
+    bar, able = min(2 * chance, chance + (100 - chance) / 10), chance + (100 - chance) / 3
+    return wilson_interval(right, n)[0] <= bar < wilson_interval(round(able * n / 100), n)[0]
+
+def other_order(predicted: np.ndarray, labels: np.ndarray, outputs: int) -> tuple[int, int, int]:
+    """Right answers in the given order of outputs, and in the one that fits best, among n held-out pictures; and n.
+
+    predicted, labels: integers (pictures,). The order is fitted on every other picture of each class.
+    """
+    turn = pd.Series(labels).groupby(labels).cumcount().to_numpy() % 2 == 0
+    counts = np.zeros((outputs, outputs), int)
+    np.add.at(counts, (labels[turn], predicted[turn]), 1)
+    counts = 2 * counts + np.eye(outputs, dtype=int)  # of equally good orders the one that moves least
+    order = linear_sum_assignment(counts, maximize=True)[1]
+    held, given = ~turn, predicted[~turn]
+    return int((given == labels[held]).sum()), int((given == order[labels[held]]).sum()), int(held.sum())
+
+def doubt_about(predicted: np.ndarray, labels: np.ndarray, outputs: int, guessed: str = "") -> str:
+    """A sentence if these answers speak against the model's classes, and else "".
+
+    guessed: where the order of its outputs was only guessed from; empty if it is known.
+    """
+    predicted, labels = np.asarray(predicted, int), np.asarray(labels, int)
+    right, n = int((predicted == labels).sum()), len(labels)
+    order = f"the order of the model's {outputs} outputs was guessed ({guessed})"
+    settle = "give --classes FILE with the name of every output in its order, one a line"
+    before, after, held = other_order(predicted, labels, outputs) if guessed else (0, 0, 0)
+    if held and wilson_interval(after, held)[0] > wilson_interval(before, held)[1]:
+        return (f"{order}, and in another order {100 * after / held:.0f} % of the pictures would be right, "
+                f"not {100 * before / held:.0f} %; {settle}")
+    if not near_chance(right, n, outputs):
+        return ""
+    fact = f"{100 * right / n:.1f} % of {n} pictures are right, where guessing gives {100 / outputs:.1f} %"
+    return f"{order}, and {fact}; {settle}" if guessed else f"{fact}: nothing follows from a model at chance"
 
 # %% ../../nbs/18_metrics.ipynb #b6692ea5
 def _stretch(maps: Tensor) -> Tensor:

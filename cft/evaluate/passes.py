@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'SPACES', 'TARGET_RULES', 'RANKS', 'TestSet', 'DRAWS', 'BY', 'ROWS', 'HEADLINES', 'Reading', 'reading_of',
            'answer_columns', 'Checkpoint', 'checkpoint', 'MaskedSet', 'Loop', 'run_pass', 'Results', 'macro_accuracy',
-           'answers', 'accuracy_rows', 'segmentation_rows', 'evaluate_sets', 'headline', 'evaluate_folder',
+           'answers', 'accuracy_rows', 'segmentation_rows', 'evaluate_sets', 'headline', 'doubt_of', 'evaluate_folder',
            'relevance_of_set', 'compare_methods', 'seconds', 'times_slower']
 
 # %% ../../nbs/22_passes.ipynb #da4b9237
@@ -35,7 +35,7 @@ from ..data.folders import Folder, Preprocess, open_image, open_mask
 from ..data.models import weights_digest
 from ..data.testsets import EvalSet, SegmentationSet, folder_set
 from .intervals import CONFIDENCE, paired_difference
-from .metrics import COLUMNS, SPLITS, evaluating, image_scores, pooled, summarize, top_k
+from .metrics import COLUMNS, SPLITS, doubt_about, evaluating, image_scores, pooled, summarize, top_k
 from ..explain.maps import relevance
 from ..files import sha256, written
 from ..train.loop import provenance
@@ -429,18 +429,31 @@ def headline(rows: pd.DataFrame, metrics: Sequence[str] = HEADLINES) -> pd.DataF
     return chosen.drop_duplicates([*line, *column]).pivot(index=line, columns=column, values="value")
 
 # %% ../../nbs/22_passes.ipynb #2359ad1f
+def _doubt(pictures: pd.DataFrame, outputs: Any, guessed: str) -> str:
+    labels = [targets[0] for targets in pictures["targets"]]
+    return doubt_about(pictures["full_predicted"].to_numpy(), np.array(labels), outputs, guessed)
+
+def doubt_of(model: nn.Module, folder: Folder, loop: Loop = Loop(), guessed: str = "") -> str:
+    """What a model's answers to a folder say against its classes, as `metrics.doubt_about`."""
+    (pictures,) = run_pass(folder_set(folder), [Checkpoint("the model", model, "")], reading_of(model), loop)
+    return _doubt(pictures, model.num_classes, guessed)
+
 def evaluate_folder(model: nn.Module, folder: Folder, name: str, fine_tuned: Sequence[int] | None = None,
-                    objects: bool = False, loop: Loop = Loop()) -> pd.DataFrame:
+                    objects: bool = False, loop: Loop = Loop(), guessed: str = "") -> pd.DataFrame:
     """The numbers of a model on a folder of pictures: a tidy table with the columns `metrics.COLUMNS`, in percent.
 
     The folder's labels are the model's classes; name: what to write into `set`. top1 and top5 (cut to the number of
     classes, and named after it) have Wilson intervals, over all classes and, given those that were fine-tuned on, over
     these and the others. objects: also the segmentation metrics of relevance for the predicted class, which is held
-    against the folder's object masks, with bootstrap intervals.
-    Raises ValueError for an empty folder, classes that the model does not have, missing object masks and NaN.
+    against the folder's object masks, with bootstrap intervals. guessed: where the order of the outputs was
+    guessed from, if it was.
+    Raises ValueError for an empty folder, classes that the model does not have, missing object masks, NaN, and answers
+    that speak against a guessed order (`metrics.doubt_about`).
     """
     tested, classes = [Checkpoint("the model", model, "")], model.num_classes
     (pictures,) = run_pass(folder_set(folder, key=name), tested, reading_of(model), loop)
+    if guessed and (doubt := _doubt(pictures, classes, guessed)):
+        raise ValueError(doubt)
     table = accuracy_rows(pictures, classes, fine_tuned)  # pyright: ignore[reportArgumentType]
     table = table[(table["labels"] != "subset") & ~table["metric"].str.endswith("_macro")]
     if objects:

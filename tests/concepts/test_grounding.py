@@ -624,6 +624,7 @@ def test_the_table_of_weights():
     assert all(len(w.sha256) == 64 for w in files)
 
 
+@pytest.mark.slow
 def test_the_module_needs_no_extra(monkeypatch):
     code = ("import sys, cft.concepts.grounding; "
             "assert not {'transformers', 'groundingdino', 'segment_anything', 'cv2'} & set(sys.modules)")

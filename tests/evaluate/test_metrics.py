@@ -14,9 +14,13 @@ from torch import nn
 from cft.evaluate.intervals import over_seeds, paired_difference
 from cft.evaluate.metrics import (
     accuracy_table,
+    average_precision,
+    doubt_about,
     evaluating,
     foreground,
     image_scores,
+    near_chance,
+    other_order,
     pooled,
     predict,
     segmentation_scores,
@@ -535,3 +539,51 @@ def test_no_warnings():
         summarize(images_of())
         segmentation_scores(torch.full_like(maps, 0.5), masks)
         paired_difference(pd.Series([1.0, 1.0]), pd.Series([0.0, 0.0]))
+
+
+# ---- chance, and the order of the classes ----
+
+
+def guesses(share, k=12, n=20, seed=0):
+    """Labels (k · n,), and answers of which about so many are right, the others anything."""
+    rng, labels = np.random.default_rng(seed), np.repeat(np.arange(k), n)
+    return np.where(rng.random(len(labels)) < share, labels, rng.integers(k, size=len(labels))), labels
+
+
+@pytest.mark.parametrize(("right", "n", "outputs", "told"), [
+    (29, 240, 12, True), (20, 240, 12, True), (1, 240, 1000, True), (0, 20, 12, True), (50, 100, 2, True),
+    (80, 240, 12, False), (223, 240, 12, False), (12, 240, 1000, False), (3, 6, 2, False), (0, 1, 2, False),
+    (75, 100, 2, False), (1, 10, 1000, False)])
+def test_what_is_near_chance(right, n, outputs, told):
+    """12 % of 240 where guessing gives 8.3 % is; 5 % of a thousand classes is not; six pictures tell nothing."""
+    assert near_chance(right, n, outputs) is told
+
+
+def test_an_order_that_fits_better_is_found_on_pictures_that_had_no_say():
+    predicted, labels = guesses(0.9)
+    order = np.random.default_rng(1).permutation(12)
+    before, after, held = other_order(order[predicted], labels, 12)
+    assert held == 120 and before < 30 and after == other_order(predicted, labels, 12)[0] > 100
+    noise, labels = guesses(0.0, n=6)
+    before, after, held = other_order(noise, labels, 12)
+    assert held == 36 and after < 12, "an order fitted to noise does not hold on other pictures"
+
+
+def test_doubts():
+    predicted, labels = guesses(0.9)
+    swapped = np.array([1, 0, *range(2, 12)])[predicted]  # two classes only: far from chance
+    turned = np.roll(np.arange(12), 1)[predicted]
+    assert not doubt_about(predicted, labels, 12) and not doubt_about(predicted, labels, 12, "the folders")
+    assert "guessed (the folders)" in (said := doubt_about(turned, labels, 12, "the folders"))
+    assert "another order" in said and "--classes FILE" in said
+    assert not doubt_about(swapped, labels, 12) and "another order" in doubt_about(
+        *map(np.tile, (swapped, labels), (9, 9)), 12, "the folders")
+    assert "guessing gives 8.3 %" in doubt_about(turned, labels, 12), "a known order at chance: no order is blamed"
+    assert not doubt_about(np.zeros(6, int), np.repeat([0, 1], 3), 2, "the folders"), "six pictures tell nothing"
+
+
+def test_average_precision_of_ties_and_extremes():
+    scores, truth = torch.tensor([0.5, 0.5, 0.5, 0.5]), torch.tensor([True, False, False, True])
+    assert average_precision(scores, truth) == 0.5
+    assert average_precision(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([True, True, False])) == 1.0
+    assert average_precision(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([False, False, True])) == pytest.approx(1 / 3)

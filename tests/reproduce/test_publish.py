@@ -176,6 +176,7 @@ def test_markdown():
     assert markdown(table) == "| a | b |\n|---|---|\n| x \\| y | 1 |\n| z | 2 |"
 
 
+@pytest.mark.slow
 def test_the_readme_shows_the_published_results(tmp_path):
     copy = Path(shutil.copy(ROOT / "README.md", tmp_path))
     write_readme(copy, ROOT / "figures/demo")

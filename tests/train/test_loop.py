@@ -38,6 +38,7 @@ def images(tmp_path_factory):
     return MaskedImages(folder, Preprocess.of(timm.create_model(TINY), margin=1.0), train=True, cached=True)
 
 
+@pytest.mark.slow
 def test_schedule_and_order(images):
     recipe = replace(RECIPES["plain"], epochs=50, batch=1, rate=1.0)
     sampler = Sampler(images, recipe)
@@ -82,6 +83,7 @@ def test_every_method_runs_and_head_only_means_head_only(images, name):
     assert not tuned.training and all(p.requires_grad for p in tuned.parameters())
 
 
+@pytest.mark.slow
 def test_resume_is_bit_equal(images, tmp_path):
     recipe = replace(RECIPES["cft+"], rate=1e-4, epochs=4, batch=2)
     whole = fine_tune(base_model(0), images, recipe, progress=False).model
