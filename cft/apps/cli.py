@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer import echo as say
 
 import cft
-from .shell import CHOICES, command, open_model, run_app, say_folder, use_cores
-from ..files import read_json, write_csv
+from .shell import (CHOICES, choose_device, command, open_model, run_app, say, say_inputs, say_unexplained,
+                            use_cores)
+from ..files import read_json, write_csv, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +82,7 @@ def _options(version: Version = False) -> None:
          out="The report as a page, .html, or all numbers, .json.")
 def audit(data: Path, model: str, weights: Path | None = None, pretrained: bool = False, objects: Path | None = None,
           classes: Path | None = None, after: Path | None = None, out: Path | None = None, batch: int = 32,
-          device: str = "cpu", threads: int = 0, dry_run: bool = False) -> None:
+          device: str = "auto", threads: int = 0, dry_run: bool = False, **reading: Any) -> None:
     """Say whether a classifier leans on the background.
 
     Nothing is trained. Objects are cut out and shown before other backgrounds; with the number of answers that change
@@ -96,21 +96,29 @@ def audit(data: Path, model: str, weights: Path | None = None, pretrained: bool 
     if out is not None and out.suffix not in (".html", ".json"):
         raise ValueError(f"--out must end with .html or .json; got {out.name}")
     from cft.apps.report import Report
-    from cft.data.models import output_names
+    from cft.data.checkpoints import origin_of
+    from cft.data.models import inputs_of, output_names
 
     use_cores(threads)
-    network, stored = open_model(model, weights, pretrained, device)
+    network, stored = open_model(model, weights, pretrained, device, **reading)
     tuned = after / "model.safetensors" if after and after.is_dir() else after
-    networks = [network, *([open_model(model, tuned, False, device)[0]] if tuned else [])]
+    networks = [network, *([open_model(model, tuned, False, device, **reading)[0]] if tuned else [])]
+    if why := say_unexplained(network):
+        say(f"relevance will not be measured: {why}")
     with tempfile.TemporaryDirectory() as box:
         folder, note = _with_objects(data, objects, output_names(network, data, stored, classes), Path(box))
         if dry_run:
             n = len(networks) * len(folder)
             passes = f"{n * (5 if objects else 2)} forward passes and {n} relevance maps"
             return say(f"{len(folder)} pictures: {passes}")
-        found = [cft.audit(one, folder, batch=batch) for one in networks]
+        say_inputs(told := inputs_of(network, folder))
+        origin = origin_of(network)
+        guessed = origin.classes if origin.guessed else ""
+        found = [cft.audit(one, folder, batch=batch, guessed=guessed) for one in networks]
+        if guessed and found[0].doubt:
+            raise ValueError(f"no verdict: {found[0].doubt}")
         for title, one in zip(("before: ", "after:  ") if tuned else ("",), found):
-            one.record.update(note)
+            one.record.update(note | {"inputs": told})
             say(f"{title}{one}\n{_by_class(one.table())}")
         for text in dict.fromkeys(text for one in found for text in one.unmeasured):
             say(f"not measured: {text}")
@@ -202,7 +210,7 @@ def _classes_of(source: Path) -> "tuple[ClassName, ...]":
          per_class="Pictures of each class; 0: all.", seed="Seed of the choice of pictures.",
          shards="Parts of the store; default: one for 64 pictures.", shard="Build this part only.")
 def masks(data: Path, concepts: Path, out: Path, grounder: str = CHOICES["grounder"][0], weights: Path | None = None,
-          per_class: int = 30, seed: int = 0, shards: int | None = None, shard: int | None = None, device: str = "cpu",
+          per_class: int = 30, seed: int = 0, shards: int | None = None, shard: int | None = None, device: str = "auto",
           threads: int = 0, dry_run: bool = False) -> None:
     """Find the concepts in the pictures, and mark them.
 
@@ -218,6 +226,7 @@ def masks(data: Path, concepts: Path, out: Path, grounder: str = CHOICES["ground
     from cft.demo.toy_grounder import toy_grounder
 
     use_cores(threads)
+    device = choose_device(device)
     folder, found = list_folder(data), cft.ConceptSet.load(concepts)
     how: dict[str, Any] = {"per_class": per_class or None, "seed": seed, "shards": shards}
     if dry_run:
@@ -271,13 +280,13 @@ def validate(store: Path, concepts: Path, out: Path = Path("validated.json"), oc
     chunk="Pictures at a time, to save memory; 0: the whole batch.", precision="no or bf16.",
     validation="Image folder; keep the epoch with the least loss on it.",
     validation_masks="Masks of the validation pictures, as --masks.", seed="Seed of order, crops, flips and swaps.",
-    save_every="Steps between saved states.")
+    allow_chance="Train also a model that is hardly better than guessing.", save_every="Steps between saved states.")
 def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrained: bool = False,
         masks: Path | None = None, objects: Path | None = None, concepts: Path | None = None, per_class: int = 3,
         classes: Path | None = None, method: str = "cft", rate: float | None = None, epochs: int = 50, batch: int = 8,
         chunk: int = 0, precision: Literal["no", "bf16"] = "no", validation: Path | None = None,
-        validation_masks: Path | None = None, seed: int = 0, device: str = "cpu", threads: int = 0,
-        save_every: int = 100, dry_run: bool = False) -> None:
+        validation_masks: Path | None = None, seed: int = 0, allow_chance: bool = False, device: str = "auto",
+        threads: int = 0, save_every: int = 100, dry_run: bool = False, **reading: Any) -> None:
     """Fine-tune a classifier through its own relevance.
 
     Says what it will do and how long that takes before it does it. Killed at any moment, the same command goes on. The
@@ -295,19 +304,27 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
                          "give --validation FOLDER")
     recipe = replace(recipe, best=validation is not None)
     from cft.data.folders import MaskedImages, Preprocess
-    from cft.data.models import output_names
+    from cft.data.checkpoints import origin_of
+    from cft.data.models import inputs_of, output_names
+    from cft.evaluate.passes import Loop, doubt_of
     from cft.train.loop import rehearse
 
     use_cores(threads)
-    network, stored = open_model(model, weights, pretrained, device)
+    network, stored = open_model(model, weights, pretrained, device, **reading)
+    if why := say_unexplained(network, explained) if (explained := getattr(recipe.objective, "method", "")) else "":
+        raise ValueError(f"method {method} trains through relevance, which {model} has not: {why}")
     names, needs = output_names(network, data, stored, classes), recipe.objective.needs
-    folder = training_folder(data, masks, objects, needs, names, concepts, per_class, out)
+    box = tempfile.TemporaryDirectory() if dry_run else None  # a dry run leaves nothing
+    place = Path(box.name) if box else out
+    folder = training_folder(data, masks, objects, needs, names, concepts, per_class, place)
     images, held = MaskedImages(folder, Preprocess.of(network), train=augment), None
     if validation is not None:
         held = MaskedImages(cft.scan(validation, validation_masks, classes=names), Preprocess.of(network))
-    size = sum(p.numel() for p in network.parameters()) / 1e6
-    say(f"model    {model}, {size:.1f} M parameters, {len(names)} classes")
-    say_folder(folder)
+    say_inputs(told := inputs_of(network, folder))
+    origin = origin_of(network)
+    doubt = doubt_of(network, folder, Loop(batch), origin.classes if origin.guessed else "")
+    if doubt and not allow_chance:
+        raise ValueError(f"not trained: {doubt} (--allow-chance trains all the same)")
     say(f"method   {method}: {epochs} epochs of {-(-len(folder) // batch)} steps, batch {batch}, "
         f"learning rate {recipe.rate:g}, seed {seed}")
     if dry_run or not (out / "record.json").exists():
@@ -315,7 +332,7 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
         say(f"time     about {price['seconds']:.0f} s: {price['steps']} steps of {price['seconds_per_step']:.2f} s")
     if dry_run:
         return
-    result = cft.fine_tune(network, images, recipe, out, save_every=save_every, validation=held)
+    result = cft.fine_tune(network, images, recipe, out, save_every=save_every, validation=held, inputs=told)
     last = ", ".join(f"{k} {v:.3f}" for k, v in result.record["epochs"][-1].items())
     say(f"result   {out / 'model.safetensors'} ({last} in the last epoch)")
 
@@ -371,7 +388,7 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
 def evaluate(data: list[Path], model: str, weights: list[Path] | None = None, pretrained: bool = False,
              objects: Path | None = None, classes: Path | None = None, sets: str = "",
              protocol: Literal["model", "official"] = "model", out: Path | None = None, batch: int = 32,
-             workers: int = 0, device: str = "cpu", threads: int = 0, dry_run: bool = False) -> None:
+             workers: int = 0, device: str = "auto", threads: int = 0, dry_run: bool = False, **reading: Any) -> None:
     """Measure accuracy, with 95 % intervals.
 
     Top-1 and top-5 on folders of yours or on published test sets; with object masks also how well relevance segments
@@ -384,36 +401,43 @@ def evaluate(data: list[Path], model: str, weights: list[Path] | None = None, pr
     """
     import pandas as pd
 
+    from cft.data.checkpoints import origin_of
     from cft.data.folders import list_folder
-    from cft.data.models import output_names
+    from cft.data.models import inputs_of, output_names
     from cft.evaluate.passes import Loop
 
     use_cores(threads)
+    device = choose_device(device)
     files, loop = [*weights] if weights else [None], Loop(batch, workers, device=device, progress=True)
     if sets:
         if objects or classes:
             raise ValueError("--objects and --classes are for folders of yours; published sets bring their own")
-        return _evaluate_sets(data, _split(sets), model, files, pretrained, protocol, out, loop, dry_run)
+        return _evaluate_sets(data, _split(sets), model, files, pretrained, protocol, out, loop, dry_run, reading)
     if len(files) > 1 or objects and len(data) > 1:
         raise ValueError(f"expected one checkpoint without --sets, and one folder with --objects; got {len(files)} "
                          f"and {len(data)}")
-    network, stored = open_model(model, files[0], pretrained, device)
+    network, stored = open_model(model, files[0], pretrained, device, **reading)
     if dry_run:
         counts = {root.name: len(list_folder(root, output_names(network, root, stored, classes))) for root in data}
         maps = ", and as many relevance maps" if objects else ""
         return say(f"forward passes: {', '.join(f'{n} on {name}' for name, n in counts.items())}{maps}")
-    tables = []
+    tables, told = [], {}
     for root in data:
         folder = cft.scan(root, None, objects, output_names(network, root, stored, classes), progress=True)
-        say_folder(folder)
-        tables.append(cft.evaluate_folder(network, folder, root.name, objects=objects is not None, loop=loop))
+        origin = origin_of(network)
+        say_inputs(inputs := inputs_of(network, folder))
+        told[root.name] = inputs
+        tables.append(
+            cft.evaluate_folder(network, folder, root.name, objects=objects is not None, loop=loop,
+                                guessed=origin.classes if origin.guessed else ""))
     table = pd.concat(tables, ignore_index=True)
     say(table.drop(columns="split").to_string(index=False, float_format="{:.1f}".format))
     if out is not None:
         write_csv(out, table)
+        write_json(out.with_suffix(".json"), told)
 
 def _evaluate_sets(data: list[Path], keys: Sequence[str], model: str, weights: Sequence[Path | None], pretrained: bool,
-                   protocol: str, out: Path | None, loop: "Loop", dry_run: bool) -> None:
+                   protocol: str, out: Path | None, loop: "Loop", dry_run: bool, reading: dict[str, Any]) -> None:
     from cft.data.testsets import open_set
     from cft.evaluate.passes import checkpoint, evaluate_sets, headline
 
@@ -426,7 +450,7 @@ def _evaluate_sets(data: list[Path], keys: Sequence[str], model: str, weights: S
     tested = []
     for file in weights:  # all that `cft fit` makes are called model.safetensors
         name = model if file is None else file.resolve().parent.name if file.stem == "model" else file.stem
-        tested.append(checkpoint(open_model(model, file, pretrained, str(loop.device))[0], name, file))
+        tested.append(checkpoint(open_model(model, file, pretrained, str(loop.device), **reading)[0], name, file))
     rows = evaluate_sets(tested, found, out, protocol, loop=loop).rows()
     say(headline(rows).to_string(float_format="{:.1f}".format))
 
@@ -494,7 +518,8 @@ def reproduce(profile: str = "demo", only: str = "", models: str = "", methods: 
     from cft.reproduce.runner import plan_text, rehearse_costs
     from cft.reproduce.runner import reproduce as run
 
-    more: dict[str, Any] = {"models": _split(models), "out": out, **({"device": device} if device else {})}
+    more: dict[str,
+               Any] = {"models": _split(models), "out": out, **({"device": choose_device(device)} if device else {})}
     if rehearse:
         return say(f"result   {rehearse_costs(profile, **more)}")
     more |= {"methods": _split(methods), "seeds": seeds or None}

@@ -122,6 +122,7 @@ class Folder:
     classes: tuple[str, ...]  # in the order of labels
     samples: tuple[Sample, ...]
     set_aside: tuple[str, ...] = ()  # one line for each file, with the reason
+    masks_read: tuple[str, ...] = ()  # how masks were read, one line for each kind
 
     def __len__(self) -> int:
         return len(self.samples)

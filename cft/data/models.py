@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['TINY', 'BROAD', 'SPURIOUS', 'SEEDS', 'ConvStem', 'cft_vit_tiny64', 'LinearProbe', 'dinov2_vitb14', 'join_dinov2',
-           'read_weights', 'load_model', 'weights_digest', 'write_safetensors', 'save_model', 'output_names', 'Stage',
+           'load_model', 'weights_digest', 'write_safetensors', 'save_model', 'output_names', 'inputs_of', 'Stage',
            'Layers', 'train_stage', 'accuracy_on', 'make_base', 'make_bases', 'base_model']
 
 # %% ../../nbs/02_models.ipynb #da4b9237
 import hashlib
 import json
+import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,16 +24,17 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.data.imagenet_info import ImageNetInfo
 from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import backdrop
-from .folders import class_folders, list_folder
+from .checkpoints import Origin, class_list, origin_of, read_checkpoint, read_weights, sound_config
+from .folders import Folder, Preprocess, class_folders, list_folder
 from ..files import ASSETS, read_json, sha256, write_json, written
 
 # %% ../../nbs/02_models.ipynb #c1dfd96e
@@ -108,57 +112,104 @@ def join_dinov2(backbone: str | Path, head: str | Path, out: str | Path, grid: i
     return write_safetensors(out, state, {"format": "pt", "architecture": "dinov2_vitb14"})
 
 # %% ../../nbs/02_models.ipynb #0ade7c2c
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], list[str] | None]:
-    """State dict (float32) of a safetensors or PyTorch checkpoint, and its class names if it carries them.
+def _built_like(model: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """timm's options for a vision transformer like the one whose tensors these are, where they differ from `model`."""
+    own, options = model.state_dict(), dict[str, Any]()
+    if not isinstance(model, VisionTransformer) or "patch_embed.proj.weight" not in own.keys() & state.keys():
+        return options
+    if "fc_norm.weight" in state and "fc_norm.weight" not in own:
+        options["global_pool"] = "avg"
+    if "fc_norm.weight" in own and "norm.weight" in state and "norm.weight" not in own:
+        options["global_pool"] = "token"
+    if (registers := len(state["reg_token"][0]) if "reg_token" in state else 0) != model.num_reg_tokens:
+        options["reg_tokens"] = registers
+    if (channels := state["patch_embed.proj.weight"].shape[1]) != own["patch_embed.proj.weight"].shape[1]:
+        options["in_chans"] = channels
+    if "blocks.0.ls1.gamma" in state and "blocks.0.ls1.gamma" not in own:
+        options["init_values"] = 1e-5
+    positions, known = state.get("pos_embed"), own.get("pos_embed")
+    if positions is not None and known is not None and positions.ndim == 3 and positions.shape[1] != known.shape[1]:
+        patches = positions.shape[1] - (0 if model.no_embed_class else 1 + registers)
+        side = math.isqrt(max(patches, 0))
+        if side and side * side == patches:
+            options["img_size"] = side * model.patch_embed.patch_size[0]
+    return options
 
-    Raises ValueError if the file is missing, unreadable or holds numbers that are not finite.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}; expected a .safetensors or .pth file")
-    classes = None
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                classes = json.loads((file.metadata() or {}).get("classes", "null"))
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state.get("model", state))
-        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    except Exception as error:  # a foreign file can make its reader fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot read {path} as a checkpoint of tensors: {reason[:120]}") from error
-    bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        raise ValueError(f"{path} holds values that are not finite, first in {bad[0]}; expected finite weights")
-    return state, classes
+def _refusal(name: str, head: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Why tensors do not fit a network, as far as their names tell."""
+    if "head_dist.weight" in state and "head_dist.weight" not in own:
+        return f"is of a distilled DeiT, which has two heads: {name} has one; its network is timm's deit_…_distilled_…"
+    if not own.keys() & state.keys():
+        there, here = (", ".join([*names][:3]) for names in (state, own))
+        return f"has none of the names of {name}: {there}, … there, {here}, … expected"
+    if f"{head}.weight" not in state:
+        return (f"is a backbone: it has no classes, expected {head}.weight for {name}; "
+                "`cft probe` fits a head to pictures of yours")
+    wrong = [
+        key for key in {**own, **state} if key not in own or key not in state or own[key].shape != state[key].shape]
+    shape = lambda where, key: tuple(where[key].shape) if key in where else "absent"
+    first = f"{wrong[0]} {shape(own, wrong[0])} ≠ {shape(state, wrong[0])}" if wrong else ""
+    return f"does not fit {name}: {len(wrong)} tensors differ (model ≠ file), first {first}" if wrong else ""
 
-def load_model(name: str, weights: str | Path | None = None, num_classes: int | None = None,
-               pretrained: bool = False) -> tuple[nn.Module, list[str] | None]:
+def load_model(name: str, weights: str | Path | None = None, num_classes: int | None = None, pretrained: bool = False,
+               *, average: bool = True, img_size: int | None = None,
+               config: Mapping[str, Any] = {}) -> tuple[nn.Module, list[str] | None]:
     """A timm model in evaluation mode, and its class names where the checkpoint knows them.
 
-    `weights` is a file; `pretrained=True` instead lets timm download its own. The head has as many classes as the
-    checkpoint; `num_classes`, if given, must agree with it. Raises ValueError with what was expected and what came.
+    `weights` is what `read_checkpoint` takes; `pretrained=True` instead lets timm download its own. Classes, picture
+    size, pooling and registers are the checkpoint's; `num_classes`, if given, must agree with it. img_size: another
+    side in pixels, for which positions are resampled. config: pre-processing by timm's names, before that of the
+    checkpoint. `origin_of` says what was decided. Raises ValueError with what was expected and what came.
     """
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3]) or TINY
         raise ValueError(f"timm knows no model named {name!r}; close names: {close}")
+    wished: Any = {"img_size": img_size} if img_size else {}
     if weights is None:
-        return timm.create_model(name, pretrained, num_classes=num_classes or None).eval(), None
-    state, classes = read_weights(weights)
-    head = f"{getattr(timm.get_pretrained_cfg(name), 'classifier', None) or 'head'}.weight"
-    found = len(state[head]) if head in state else None
-    if found is None or num_classes not in (None, found):
-        raise ValueError(f"{weights} has {found or 'no'} classes; expected {num_classes or head} for {name}")
-    model = timm.create_model(name, num_classes=found)
-    own, theirs = ({key: tuple(value.shape) for key, value in d.items()} for d in (model.state_dict(), state))
-    wrong = [key for key in {**own, **theirs} if own.get(key) != theirs.get(key)]
-    if wrong:
-        first = f"{wrong[0]} {own.get(wrong[0], 'absent')} ≠ {theirs.get(wrong[0], 'absent')}"
-        raise ValueError(f"{weights} does not fit {name}: {len(wrong)} tensors differ (model ≠ file), first {first}")
+        model = timm.create_model(name, pretrained, num_classes=num_classes or None, **wished)
+        return _noted(model, "of timm" if pretrained else "random", {}, "", config), None
+    stored = read_checkpoint(weights, average)
+    state, heads = stored.state, getattr(timm.get_pretrained_cfg(name), "classifier", None) or "head"
+    head = heads if isinstance(heads, str) else heads[0]
+    found = len(state[f"{head}.weight"]) if f"{head}.weight" in state else None
+    if found and num_classes not in (None, found):
+        raise ValueError(f"{weights} has {found} classes; expected {num_classes} for {name}")
+    with torch.device("meta"):
+        plain = timm.create_model(name, num_classes=found)
+    options, told = _built_like(plain, state) | wished, stored.weights
+    try:
+        model: Any = timm.create_model(name, num_classes=found, **options)
+    except Exception as error:  # timm's builders take the options of their network only
+        raise ValueError(f"{name} cannot be built with {options}: {str(error)[:100]}") from error
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert and _refusal(name, head, state, own := model.state_dict()) and own.keys() & state.keys():
+        with suppress(Exception):  # what it cannot convert is refused below
+            converted = convert(dict(state), model)
+            state = {key: value for key, value in converted.items() if isinstance(value, Tensor)}
+            if "pos_embed" in state and state["pos_embed"].shape != stored.state["pos_embed"].shape:
+                told += f", positions resampled to {'{} × {}'.format(*model.patch_embed.grid_size)}"
+    if why := _refusal(name, head, state, model.state_dict()):
+        raise ValueError(f"{weights} {why}")
     model.load_state_dict(state)
-    return model.eval(), classes
+    return _noted(model, told, stored.config, stored.source, config), stored.classes
+
+def _noted(model: nn.Module, weights: str, stored: Mapping[str, Any], source: str, given: Mapping[str,
+                                                                                                  Any]) -> nn.Module:
+    """The model in evaluation mode with its pre-processing, and with a note on what was decided."""
+    given = sound_config(given, "the command")
+    known: Any = getattr(model, "pretrained_cfg", None) or {}
+    own = dict(stored) | given
+    vars(model)["pretrained_cfg"] = dict(known) | own
+    places = [f"from {source}" if stored else "", f"{', '.join(given)} as given" if given else ""]
+    p = Preprocess.of(model)
+    told = (
+        f"{p.size[0]} × {p.size[1]}, crop {p.crop:g}, {p.interpolation}, mean {_short(p.mean)}, std {_short(p.std)}: "
+        f"{', '.join(filter(None, places)) or 'as timm has it for this network'}")
+    vars(model)["origin"] = Origin(weights, preprocess=told, config=own)
+    return model.eval()
+
+def _short(values: Sequence[float]) -> str:
+    return "/".join(f"{v:.3g}" for v in dict.fromkeys(values))
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over names, types, shapes and bytes of all tensors of a model."""
@@ -189,6 +240,8 @@ def save_model(path: str | Path, model: nn.Module, classes: Iterable[str] | None
     rounded = lambda value: value.half() if half and value.is_floating_point() else value
     state = {key: rounded(value) for key, value in model.state_dict().items()}
     metadata = {"format": "pt", "architecture": getattr(model, "pretrained_cfg", {}).get("architecture", "")}
+    if config := origin_of(model).config:
+        metadata["config"] = json.dumps(config)
     if classes is not None:
         metadata["classes"] = json.dumps(list(classes))
     return write_safetensors(path, state, metadata)
@@ -196,15 +249,48 @@ def save_model(path: str | Path, model: nn.Module, classes: Iterable[str] | None
 # %% ../../nbs/02_models.ipynb #b971c29a
 def output_names(model: nn.Module, data: str | Path, stored: list[str] | None = None,
                  file: Path | None = None) -> list[str]:
-    """Names of the model's outputs, by this rule. Raises ValueError if their number is not the model's."""
+    """Names of the model's outputs, by this rule, which the model's `origin` notes.
+
+    Raises ValueError for names that are not as many as the outputs, or not all different.
+    """
     if file is not None and not file.is_file():
         raise ValueError(f"no class list at {file}; expected a text file with one class name a line")
-    lines = file.read_text(encoding="utf-8").splitlines() if file else stored or class_folders(data)
-    names = [line.strip() for line in lines if line.strip()] if file else list(lines)
+    wordnet = ImageNetInfo("imagenet-1k").label_names() if model.num_classes == 1000 else []
+    if file is not None:
+        names, source = _lines(file), str(file)
+    elif wordnet and set(found := class_folders(data)) <= set(wordnet) and not set(found) <= set(stored or ()):
+        names, source = wordnet, "ImageNet's list of WordNet ids"
+    else:
+        names, source = stored or class_folders(data), "the checkpoint" if stored else f"the folders of {data}, sorted"
     if len(names) != model.num_classes:
-        source = file or ("the checkpoint" if stored else list_folder(data).root)  # or names an empty class
+        if not (file or stored):
+            list_folder(data)  # or it names a folder without pictures
         raise ValueError(f"the model has {model.num_classes} classes but {source} names {len(names)}; "
                          "give a file (--classes FILE) with the name of every model output, one a line")
+    guessed = file is None and not stored and names is not wordnet
+    vars(model)["origin"] = replace(origin_of(model), classes=source, guessed=guessed)
+    return list(names)
+
+def inputs_of(model: nn.Module, folder: Folder) -> dict[str, str]:
+    """What is worked on and where that is known from, in three lines: model, data and masks."""
+    origin, p = origin_of(model), sum(p.numel() for p in model.parameters()) / 1e6
+    name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+    left = f"; {len(folder.set_aside)} set aside: {'; '.join(folder.set_aside)}" if folder.set_aside else ""
+    classes = f"its {model.num_classes} classes by {origin.classes}{', a guess' if origin.guessed else ''}"
+    return {
+        "model": f"{name}, {p:.1f} M parameters, {origin.weights}; {classes}; pictures {origin.preprocess}",
+        "data": f"{len(folder)} pictures of {len(folder.labels)} classes in {folder.root}{left}",
+        "masks": "; ".join(folder.masks_read) or "none"}
+
+def _lines(file: Path) -> list[str]:
+    """Class names from a text file. Raises ValueError for other files, and for what cannot be the name of a folder."""
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error.reason} at byte {error.start}") from None
+    for name in class_list(names, str(file)):
+        if name in (".", "..") or set(name) & set("/\\\0"):
+            raise ValueError(f"{file} names a class {name!r}; expected the name of a folder, without slashes")
     return names
 
 # %% ../../nbs/02_models.ipynb #fa35e192

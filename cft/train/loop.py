@@ -14,7 +14,7 @@ import platform
 import random
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -274,16 +274,16 @@ def identity(model: nn.Module, images: MaskedImages | Batches, recipe: Recipe, v
 
 def fine_tune(model: nn.Module, images: MaskedImages | Batches, recipe: Recipe, run: str | Path | None = None,
               progress: bool = True, save_every: int = 100, on_step: Callable[[int, dict], None] | None = None,
-              validation: MaskedImages | Callable[[nn.Module], float] | None = None,
-              restart: bool = False) -> FineTuned:
+              validation: MaskedImages | Callable[[nn.Module], float] | None = None, restart: bool = False,
+              inputs: Mapping[str, str] = {}) -> FineTuned:
     """Fine-tune a copy of `model` by `recipe`; the model itself is not touched.
 
     With a folder `run`, the state is written there every `save_every` steps and a killed run goes on from it; at the
     end it holds model.safetensors and record.json, and a second call returns these. Under torchrun every process calls
     this function with its own copy of the model, and the first one writes. `validation`, for `recipe.best`: pictures,
     of which the loss counts, or a function of the model; the epoch with the least is kept. `restart`: a folder that
-    holds another job is begun anew. Raises ValueError for masks that are missing or a folder that holds another job,
-    and Diverged when a loss is not finite.
+    holds another job is begun anew. `inputs`: what was said about them, for the record. Raises ValueError for masks
+    that are missing or a folder that holds another job, and Diverged when a loss is not finite.
     """
     if recipe.best and validation is None:
         raise ValueError("a recipe that keeps the best epoch needs validation pictures, got none")
@@ -325,7 +325,7 @@ def fine_tune(model: nn.Module, images: MaskedImages | Batches, recipe: Recipe, 
     took = round(time.perf_counter() - began, 2)
     record = job | {"steps": steps, "seconds": took, "resumed_at": start, "epochs": _by_epoch(log, batches.per_epoch)}
     record |= {"processes": world.num_processes, **({"best_step": best["step"]} if best else {})}
-    record["provenance"] = provenance()
+    record |= {"provenance": provenance(), **({"inputs": dict(inputs)} if inputs else {})}
     if run and writes:
         save_model(run / "model.safetensors", tuned, batches.classes)
         known: Any = tuned if type(tuned).__module__.startswith("timm.") else None

