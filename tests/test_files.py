@@ -261,7 +261,7 @@ def test_texts_tables_and_digests(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}", b"[1] 2"])
 def test_what_is_no_json_is_named(tmp_path, content):
     (tmp_path / "j").write_bytes(content)
-    with pytest.raises(ValueError, match="j is no JSON: "):
+    with pytest.raises(ValueError, match="j is no sound JSON: "):
         read_json(tmp_path / "j")
 
 

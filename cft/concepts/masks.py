@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from .filters import ConceptSet
 from .grounding import Grounder, Grounding
-from .store import AREA, ASIDE, FORMAT, SCHEMA, SHARD, Mask, MaskStore, encode_mask, status_of, write_shard
+from .store import AREA, FORMAT, SCHEMA, SHARD, Mask, MaskStore, encode_mask, status_of, write_shard
 from ..data.folders import Folder, open_image
 from ..files import VERSION, read_json, sha256, write_json
 
@@ -90,7 +90,7 @@ def _read(path: Path, max_pixels: int) -> Image.Image:
     """The upright picture. Raises ValueError if it has more than `max_pixels` or does not decode."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit speaks instead
-        with contextlib.suppress(OSError, SyntaxError), Image.open(path) as file:
+        with contextlib.suppress(OSError, SyntaxError, TypeError), Image.open(path) as file:
             if file.width * file.height > max_pixels:
                 raise ValueError(f"{file.width} × {file.height} pixels are more than {max_pixels}")
         return open_image(path)
@@ -189,7 +189,8 @@ def _fill(shard: _Shard, rows_of: Callable[[Search], list[dict[str, Any]]], reci
                 os.fsync(journal.fileno())
                 tick(1)
                 size += len(line)
-                streak, start = (streak + 1, start) if rows[0]["status"] in ASIDE else (0, size)
+                broken = rows[0]["status"] == "failed"  # the grounder; a picture that does not read is its own fault
+                streak, start = (streak + 1, start) if broken else (0, size)
                 if streak >= patience:
                     journal.truncate(start)
                     raise RuntimeError(f"{streak} pictures in a row had to be set aside, so the build stopped; "
@@ -277,6 +278,8 @@ def ground_pictures(work: Sequence[Search], images: str | Path, segment: Segment
         raise OSError(error.errno, f"{error.strerror or error}; what is there stays, and the same call goes on with it",
                       str(error.filename or root)) from error
     store = MaskStore(root, partial=shard is not None)
+    if shard is None and not store.pictures:
+        raise ValueError(f"none of {len(work)} pictures could be read; the first: {store.set_aside[0]}")
     if progress:
         tqdm.write(repr(store))
     return store
@@ -383,8 +386,9 @@ def read_imagenet_s(path: str | Path, size: tuple[int, int]) -> Mask:
     try:
         with Image.open(path) as file:
             mode, channels = file.mode, np.asarray(file).astype(np.int64)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"mask {path} cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a foreign file can make its reader fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"mask {path} cannot be read: {reason}") from error
     if mode != "RGB" or channels.shape[:2] != tuple(size):
         raise ValueError(f"mask {path} is {mode} of {channels.shape[:2]}; expected RGB of {tuple(size)}, with "
                          "id = R + 256 G")

@@ -195,7 +195,11 @@ def validate(store: MaskStore, concepts: ConceptSet, occurrence: float = 0.15, c
     """
     if not (0 <= occurrence <= 1 and 0 <= coverage <= 1):
         raise ValueError(f"thresholds must lie in [0, 1]; got occurrence {occurrence}, coverage {coverage}")
+    if not concepts.pairs():
+        raise ValueError("the concept set has no concept of the kinds that go into masks; there is nothing to validate")
     evidence = gather_evidence(store, concepts, pictures, class_masks, progress)
+    if not evidence.coverages["class_id"].nunique():
+        raise ValueError(f"none of the classes of the concept set is in {store!r}; expected the set it was built with")
     return conclude(evidence, concepts, occurrence, coverage, apply)
 
 # %% ../../nbs/09_validation.ipynb #22d200f8
