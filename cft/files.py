@@ -20,14 +20,12 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,37 +195,14 @@ def locked(path: str | Path, wait_for: str = "") -> Iterator[bool]:
     With `wait_for`, words for what that process does, wait for it instead. True as well where there are no locks.
     Raises OSError if the file cannot be opened.
     """
-    path, since = Path(path), time.monotonic()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    with ExitStack() as stack:
-        free = not _has_locks(path)
-        while not free:
-            try:
-                stack.enter_context(lock.acquire(blocking=False))
-                free = True
-            except Timeout:
-                if not wait_for:
-                    break
-                wait(wait_for, since)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    number, since = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666), time.monotonic()
+    try:
+        while not (free := _lock(number)) and wait_for:
+            wait(wait_for, since)
         yield free
-
-def _has_locks(path: Path) -> bool:
-    """Whether the file system has locks, tried with the file that is to be locked."""
-    try:
-        import fcntl
-    except ImportError:
-        return True  # another system, with locks of its own
-    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
     finally:
         os.close(number)
-    return True
 
 # %% ../nbs/appendix/00_files.ipynb #fabb73f2
 def replace_part(path: str | Path, name: str, text: str) -> Path:

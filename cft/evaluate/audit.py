@@ -156,19 +156,19 @@ def _examined(model: nn.Module, picture: dict[str, Tensor], same: dict[str, Tens
         columns = {"predicted": predicted, "probability": probability, "correct": predicted == label}
         for name, shown in variants(picture, same, other).items():
             answer = model(shown).argmax(-1)
-            columns[name] = (answer == label).double()
+            columns[name] = (answer == label).cpu().double()  # not every device has float64
             if name == "other":
-                columns["other_predicted"] = answer.double()
+                columns["other_predicted"] = answer.cpu().double()
     masked = "object" in picture
     region = picture["object"] if masked else frame_of(*images.shape[2:]).to(images.device).expand(len(images), -1, -1)
     if method is not None:
         maps = relevance(model, images, predicted.clone(), method, differentiable=False).patches
-        inside = 100 * share_inside(maps, region).double()
+        inside = 100 * share_inside(maps, region).cpu().double()
         columns["off" if masked else "frame"] = 100 - inside if masked else inside
     if masked:
-        columns["background"] = 100 - 100 * region.double().mean((1, 2))
-        full, full_same, full_other = (p["object"].flatten(1).all(1) for p in (picture, same, other))
-        untested = full | ~region.flatten(1).any(1)
+        columns["background"] = 100 - 100 * region.cpu().double().mean((1, 2))
+        full, full_same, full_other = (p["object"].flatten(1).all(1).cpu() for p in (picture, same, other))
+        untested = full | ~region.flatten(1).any(1).cpu()
         excluded = dict.fromkeys(("off", "background", "blurred", "alone"), untested)
         excluded |= {"own": untested | full_same, "other": untested | full_other}
         columns |= {name: columns[name].masked_fill(excluded[name], torch.nan) for name in excluded if name in columns}
