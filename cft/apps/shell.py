@@ -165,7 +165,7 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, TyperException):
         return error.format_message()
     if isinstance(error, MemoryError) or kind.__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        return f"not enough memory {text.partition(chr(10))[0]}"
+        return f"not enough memory{': ' * bool(text)}{text.partition(chr(10))[0]}"
     if isinstance(error, OSError) and error.errno:
         return f"{error.filename}: {reason(error)}" if error.filename else reason(error)
     worker = re.findall('File "(.*?)"', text)  # a process that reads pictures puts its traceback into the text
@@ -223,7 +223,7 @@ def _tell(error: BaseException) -> int:
 class _Screen:
     """A stream to a terminal: what that would obey is escaped, and what its encoding lacks as well."""
     def __init__(self, stream: Any):
-        self._stream = stream
+        self._stream, self.failed = stream, None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -232,17 +232,28 @@ class _Screen:
         """As that of the stream."""
         shown = re.sub(r"[^ -~\n\r\t]", lambda found: printable(found[0]), text)
         code = getattr(self._stream, "encoding", None) or "utf-8"
-        return self._stream.write(shown.encode(code, "backslashreplace").decode(code))
+        return self._try(self._stream.write, shown.encode(code, "backslashreplace").decode(code))
+
+    def flush(self) -> None:
+        """As that of the stream."""
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[..., Any], *given: str) -> Any:
+        try:
+            return action(*given)
+        except OSError as error:
+            self.failed = error
+            raise
 
 @contextmanager
-def _guarded() -> Iterator[None]:
-    """Guard both streams, and tell in a sentence what a thread leaves behind."""
+def _guarded() -> Iterator[_Screen]:
+    """Guard both streams, of which it gives standard output, and tell in a sentence what a thread leaves behind."""
     before = sys.stdout, sys.stderr, threading.excepthook, sys.unraisablehook
-    sys.stdout, sys.stderr = (_Screen(stream or io.StringIO()) for stream in before[:2])
+    sys.stdout, sys.stderr = screen, _ = [_Screen(stream or io.StringIO()) for stream in before[:2]]
     threading.excepthook = lambda failed: (_tell(failed.exc_value or failed.exc_type()), None)[1]
     sys.unraisablehook = lambda failed: None  # of destructors: nothing that could be mended
     try:
-        yield
+        yield screen
     finally:
         sys.stdout, sys.stderr, threading.excepthook, sys.unraisablehook = before
 
@@ -251,19 +262,17 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
 
     2: what was given cannot be used; 1: something that was not foreseen; 130: interrupted.
     """
-    with _guarded():
+    with _guarded() as screen:
         try:
             code = app(arguments, prog_name="cft", standalone_mode=False) or 0
             code = _tell(KeyboardInterrupt()) if code == 130 else code
-            sys.stdout.flush()
+            screen.flush()
         except SystemExit as end:  # of completion
             code = end.code
         except BaseException as error:
             cause = error.__cause__ if isinstance(error, Carried) and error.__cause__ else error
-            try:
-                sys.stdout.flush()
-            except OSError as failed:  # nobody reads standard output any more, or it cannot be written
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                cause = failed
-            code = 1 if isinstance(cause, BrokenPipeError) and not cause.filename else _tell(cause)
+            if screen.failed:  # nobody reads standard output any more, or it cannot be written
+                os.dup2(os.open(os.devnull, os.O_WRONLY), screen.fileno())
+                cause = screen.failed
+            code = 1 if cause is screen.failed and isinstance(cause, BrokenPipeError) else _tell(cause)
     raise SystemExit(code)

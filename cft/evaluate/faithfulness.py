@@ -174,7 +174,7 @@ def share_inside(maps: Tensor, masks: Tensor) -> Tensor:
 
 # %% ../../nbs/19_faithfulness.ipynb #f6e1126c
 def ranks(values: Tensor) -> Tensor:
-    """Ranks 1 … n along the last dimension, equal values sharing their mean; float64 on the CPU, in the shape of values."""
+    """Ranks 1 … n along the last dimension, equal values sharing their mean; on the CPU."""
     return torch.from_numpy(rankdata(values.detach().cpu().numpy(), axis=-1))
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
