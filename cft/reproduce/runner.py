@@ -153,7 +153,8 @@ def _snakemake(root: Path, arguments: Sequence[str], local: bool) -> None:
             try:
                 parser, values = parse_args(words)
             except SystemExit:
-                raise ValueError(f"Snakemake takes other options: {said.getvalue().strip()[-300:]}") from None
+                raise ValueError(
+                    f"Snakemake takes other options: {said.getvalue().rpartition('error: ')[2].strip()}") from None
         if local:  # a limit of jobs per second costs a timer and a look at all jobs, each second, for every job
             values.max_jobs_per_timespan = None
         args_to_api(values, parser)
