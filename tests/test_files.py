@@ -1,4 +1,6 @@
 """Files written whole: kills at random moments, two writers, a full disk, a folder that may not be written."""
+import errno
+import fcntl
 import json
 import os
 import random
@@ -14,7 +16,21 @@ import pandas as pd
 import pytest
 
 from cft import files
-from cft.files import need, read_json, replace_part, sha256, write_csv, write_json, write_text, written, written_folder
+from cft.files import (
+    check_writable,
+    locked,
+    need,
+    printable,
+    read_json,
+    reason,
+    replace_part,
+    sha256,
+    write_csv,
+    write_json,
+    write_text,
+    written,
+    written_folder,
+)
 
 LARGE = 200_000  # bytes: more than one buffer
 WRITER = """
@@ -281,3 +297,91 @@ def test_assets_and_extras():
     assert need("json", "json", "cft[all]", "this test") is json
     with pytest.raises(ImportError, match=r"it needs nothing-like-it; install it with: pip install 'cft\[rare\]'"):
         need("nothing_like_it", "nothing-like-it", "cft[rare]", "it")
+
+
+def test_a_draft_that_is_another_file_is_not_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    draft, victim = draft_of(tmp_path / "folder/file"), tmp_path / "victim"
+    victim.write_text("precious")
+    os.link(victim, draft)
+    with pytest.raises(FileExistsError, match="another file where a draft belongs"):
+        write_text(tmp_path / "folder/file", "new")
+    draft.unlink()
+    os.mkfifo(draft)
+    with pytest.raises(FileExistsError):
+        write_text(tmp_path / "folder/file", "new")
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch, number):
+    with locked(tmp_path / "a/lock") as mine, locked(tmp_path / "a/lock") as again:
+        assert (mine, again) == (True, False)
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path / "a/lock") as mine:
+        assert mine
+    write_text(tmp_path / "file", "text")
+    assert names(tmp_path) == ["a", "file"]
+
+
+def test_a_lock_that_was_left_over_or_cannot_be_opened(tmp_path):
+    (tmp_path / "lock").write_text("of a process that is gone")
+    with locked(tmp_path / "lock") as mine:
+        assert mine
+    (tmp_path / "lock").unlink()
+    (tmp_path / "lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="lock"), locked(tmp_path / "lock"):
+        pass
+    assert not (tmp_path / "victim").exists()
+
+
+def test_who_waits_says_so_after_ten_seconds(tmp_path, monkeypatch, caplog):
+    now, waited = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def sleep(seconds):
+        waited.append(seconds)
+        now[0] += 3
+        if len(waited) == 9:
+            number.close()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    number = (tmp_path / "lock").open("w")
+    fcntl.flock(number, fcntl.LOCK_EX)
+    with locked(tmp_path / "lock", "a\x1bb") as mine:
+        assert mine and len(waited) == 9
+    assert caplog.messages == [r"waiting for a\x1bb"]
+
+
+def test_what_will_be_written_is_tried(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for path, folder, words in (("file", True, "it is no folder"), (".", False, "it is no file"),
+                                ("file/x", False, "Not a directory"), ("n" * 300, True, "File name too long")):
+        with pytest.raises(ValueError, match=f"cannot be written: {words}; give another --out"):
+            check_writable(tmp_path / path, "--out", folder)
+    for path, folder in (("new/er/x", False), ("new/er", True), ("file", False), (".", True)):
+        check_writable(tmp_path / path, "--out", folder)
+    assert names(tmp_path) == ["file"]
+    monkeypatch.setattr(os, "fsync", lambda _: os.read(-1, 1))
+    with pytest.raises(ValueError, match="Bad file descriptor"):
+        check_writable(tmp_path / "x", "--out")
+
+
+def test_words_of_the_system_are_kept_and_names_are_shown_whole():
+    assert reason(OSError(errno.ENOSPC, "No space left on device; wait")) == "the disk is full; wait"
+    assert reason(OSError(errno.EIO, "Input/output error")) == "Input/output error" and reason(OSError("odd")) == "odd"
+    assert printable("a b\u00e9 \u7259") == "a b\u00e9 \u7259"
+    assert printable("\x1b[2J\n\u202e\udce9") == r"\x1b[2J\n\u202e\udce9"
+
+
+def test_json_of_another_kind(tmp_path):
+    (tmp_path / "j").write_text("[1]")
+    with pytest.raises(ValueError, match="j holds a list; expected a dict"):
+        read_json(tmp_path / "j", dict)
+    (tmp_path / "j").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="j is no JSON"):
+        read_json(tmp_path / "j")

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import cft
-from .shell import (CHOICES, choose_device, command, open_model, run_app, say, say_inputs, say_unexplained,
-                            use_cores)
+from .shell import (CHOICES, command, open_model, run_app, say, say_inputs, why_unexplained, use_cores,
+                            weights_file)
 from ..files import read_json, write_csv, write_json
 
 if TYPE_CHECKING:
@@ -101,9 +101,9 @@ def audit(data: Path, model: str, weights: Path | None = None, pretrained: bool 
 
     use_cores(threads)
     network, stored = open_model(model, weights, pretrained, device, **reading)
-    tuned = after / "model.safetensors" if after and after.is_dir() else after
+    tuned = after and weights_file(after)
     networks = [network, *([open_model(model, tuned, False, device, **reading)[0]] if tuned else [])]
-    if why := say_unexplained(network):
+    if why := why_unexplained(network):
         say(f"relevance will not be measured: {why}")
     with tempfile.TemporaryDirectory() as box:
         folder, note = _with_objects(data, objects, output_names(network, data, stored, classes), Path(box))
@@ -119,12 +119,12 @@ def audit(data: Path, model: str, weights: Path | None = None, pretrained: bool 
             raise ValueError(f"no verdict: {found[0].doubt}")
         for title, one in zip(("before: ", "after:  ") if tuned else ("",), found):
             one.record.update(note | {"inputs": told})
-            say(f"{title}{one}\n{_by_class(one.table())}")
+            say(f"{title}{one}", *_by_class(one.table()).split("\n"))
         for text in dict.fromkeys(text for one in found for text in one.unmeasured):
             say(f"not measured: {text}")
         if out is not None:
             record = tuned and tuned.with_name("record.json")
-            run = read_json(record) if record and record.is_file() else None
+            run = read_json(record, dict) if record and record.is_file() else None
             given = {"model": model, "weights": weights, "objects": objects, "after": after}
             named = (f"--{key} {Path(value).name}" for key, value in given.items() if value)  # without their folders
             command = " ".join(["cft audit", data.name, *named])
@@ -226,11 +226,13 @@ def masks(data: Path, concepts: Path, out: Path, grounder: str = CHOICES["ground
     from cft.demo.toy_grounder import toy_grounder
 
     use_cores(threads)
-    device = choose_device(device)
     folder, found = list_folder(data), cft.ConceptSet.load(concepts)
     how: dict[str, Any] = {"per_class": per_class or None, "seed": seed, "shards": shards}
+    plan = plan_masks(folder, found, None, out if out.exists() else None, **how)
+    if shard is not None and shard >= plan.shards:
+        raise ValueError(f"--shard must be between 0 and {plan.shards - 1}; got {shard}")
     if dry_run:
-        return say(str(plan_masks(folder, found, None, out if out.exists() else None, **how)))
+        return say(plan)
     ground = toy_grounder() if grounder == "toy" else cft.load_grounder(grounder, weights, device=device)
     try:
         store = cft.build_masks(folder, found, ground, out, shard=shard, **how)
@@ -266,7 +268,7 @@ def validate(store: Path, concepts: Path, out: Path = Path("validated.json"), oc
     found.kept.save(out)
     if audit is not None:
         write_csv(audit, found.concepts)
-    say(f"{found}\nresult   {out}")
+    say(*str(found).split("\n"), f"result   {out}")
 
 # %% ../../nbs/appendix/15_cli.ipynb #7b52009b
 @command(
@@ -311,11 +313,11 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
 
     use_cores(threads)
     network, stored = open_model(model, weights, pretrained, device, **reading)
-    if why := say_unexplained(network, explained) if (explained := getattr(recipe.objective, "method", "")) else "":
+    if why := why_unexplained(network, explained) if (explained := getattr(recipe.objective, "method", "")) else "":
         raise ValueError(f"method {method} trains through relevance, which {model} has not: {why}")
     names, needs = output_names(network, data, stored, classes), recipe.objective.needs
-    box = tempfile.TemporaryDirectory() if dry_run else None  # a dry run leaves nothing
-    place = Path(box.name) if box else out
+    box = tempfile.TemporaryDirectory()  # a dry run leaves nothing
+    place = Path(box.name) if dry_run else out
     folder = training_folder(data, masks, objects, needs, names, concepts, per_class, place)
     images, held = MaskedImages(folder, Preprocess.of(network), train=augment), None
     if validation is not None:
@@ -380,7 +382,7 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
 
 # %% ../../nbs/appendix/15_cli.ipynb #fa35e192
 @command(app, data="Image folders, or with --sets those of published sets.",
-         weights="Checkpoint, .safetensors or .pth; several with --sets.",
+         weights="Checkpoint, .safetensors or .pth, or the folder of a run; several with --sets.",
          objects="Object masks of the (single) folder: relevance as a segmentation.",
          sets=f"Which sets the folders hold, with commas: {', '.join(CHOICES['sets'])}.",
          protocol="With --sets: model, or official for the released code's pre-processing.",
@@ -407,8 +409,7 @@ def evaluate(data: list[Path], model: str, weights: list[Path] | None = None, pr
     from cft.evaluate.passes import Loop
 
     use_cores(threads)
-    device = choose_device(device)
-    files, loop = [*weights] if weights else [None], Loop(batch, workers, device=device, progress=True)
+    files, loop = [*map(weights_file, weights or [])] or [None], Loop(batch, workers, device=device, progress=True)
     if sets:
         if objects or classes:
             raise ValueError("--objects and --classes are for folders of yours; published sets bring their own")
@@ -431,7 +432,7 @@ def evaluate(data: list[Path], model: str, weights: list[Path] | None = None, pr
             cft.evaluate_folder(network, folder, root.name, objects=objects is not None, loop=loop,
                                 guessed=origin.classes if origin.guessed else ""))
     table = pd.concat(tables, ignore_index=True)
-    say(table.drop(columns="split").to_string(index=False, float_format="{:.1f}".format))
+    say(*table.drop(columns="split").to_string(index=False, float_format="{:.1f}".format).split("\n"))
     if out is not None:
         write_csv(out, table)
         write_json(out.with_suffix(".json"), told)
@@ -452,7 +453,7 @@ def _evaluate_sets(data: list[Path], keys: Sequence[str], model: str, weights: S
         name = model if file is None else file.resolve().parent.name if file.stem == "model" else file.stem
         tested.append(checkpoint(open_model(model, file, pretrained, str(loop.device), **reading)[0], name, file))
     rows = evaluate_sets(tested, found, out, protocol, loop=loop).rows()
-    say(headline(rows).to_string(float_format="{:.1f}".format))
+    say(*headline(rows).to_string(float_format="{:.1f}".format).split("\n"))
 
 # %% ../../nbs/appendix/15_cli.ipynb #1574bddb
 @command(app, out="Folder for everything: pictures, models, results, the page.", seeds="How many of the five.",
@@ -477,25 +478,26 @@ def demo(out: Path = Path("runs/demo"), seeds: int = 5, cores: int = 0, full: bo
     found = run("demo", ("demo",), methods=methods, seeds=seeds, out=out, cores=cores or None,
                 bases="trained" if from_scratch else "shipped")
     if not found.ok:
-        say(f"{found}")
+        say(*str(found).split("\n"))
         raise typer.Exit(1)
     results = open_results(out, "demo", methods=methods)
     columns = ("val", "adversarial", "object", "OOD-7", "adversarial, fine-tuned", "adversarial, other", "mIoU",
                "seconds")
-    say("\nTop-1 in percent, mean ± standard deviation over seeds. Demo numbers; found masks, unless a row says "
-        f"annotated, and annotated object masks for the rivals.\n\n{demo_table(results, columns).to_string()}\n")
+    told = ("Top-1 in percent, mean ± standard deviation over seeds. Demo numbers; found masks, unless a row says "
+            "annotated, and annotated object masks for the rivals.")
+    say("", told, "", *demo_table(results, columns).to_string().split("\n"), "")
     claims = sentences(judged(results, "demo")["demo"]).replace("**", "")
-    say(claims or "One seed gives no interval, so no claim is judged.")
-    say(f"\nThe page: {out / 'pages/demo.ipynb'}; tables and figures: {out / 'artefacts/demo'}")
+    say(*(claims or "One seed gives no interval, so no claim is judged.").split("\n"), "")
+    say(f"The page: {out / 'pages/demo.ipynb'}; tables and figures: {out / 'artefacts/demo'}")
 
 @command(app, profile="demo, smoke, paper, or a YAML file with settings of your own.",
          only="Artefacts, with commas: fig1, table1, …; also demo, segmil, deal and comparison. Default: the paper's.",
          models="Networks, by the paper's names, with commas; default: all.",
          methods="Methods, by the paper's names, with commas; default: all.",
-         seeds="How many at most; 0: as the profile says.", device="cpu, cuda, …; default: as the profile says.",
+         seeds="How many at most; 0: as the profile says.", device="auto, cpu, cuda, …; default: as the profile says.",
          out="Folder of the reproduction; default: runs/PROFILE.", gpus="GPUs, each for one job.",
          executor="local, or a Snakemake executor whose plugin is installed, such as slurm.",
-         snakemake='More options of Snakemake, e.g. "--default-resources slurm_partition=gpu".',
+         snakemake='More of Snakemake, as "--default-resources runtime=720 --set-resources job:mem_mb=64000".',
          publish="Afterwards, copy what pages need and made into this small folder.",
          rehearse="Only measure what a step costs on the device.")
 def reproduce(profile: str = "demo", only: str = "", models: str = "", methods: str = "", seeds: int = 0,
@@ -518,16 +520,15 @@ def reproduce(profile: str = "demo", only: str = "", models: str = "", methods: 
     from cft.reproduce.runner import plan_text, rehearse_costs
     from cft.reproduce.runner import reproduce as run
 
-    more: dict[str,
-               Any] = {"models": _split(models), "out": out, **({"device": choose_device(device)} if device else {})}
+    more: dict[str, Any] = {"models": _split(models), "out": out, **({"device": device} if device else {})}
     if rehearse:
         return say(f"result   {rehearse_costs(profile, **more)}")
     more |= {"methods": _split(methods), "seeds": seeds or None}
     if dry_run:
-        return say(plan_text(profile, _split(only), **more))
+        return say(*plan_text(profile, _split(only), **more).split("\n"))
     found = run(profile, _split(only), cores=cores or None, gpus=gpus, executor=executor,
                 options=shlex.split(snakemake), **more)
-    say(f"{found}")
+    say(*str(found).split("\n"))
     if not found.ok:
         raise typer.Exit(1)
     if publish is not None:

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -33,7 +32,7 @@ from .filters import ConceptSet
 from .grounding import Grounder, Grounding
 from .store import AREA, FORMAT, SCHEMA, SHARD, Mask, MaskStore, encode_mask, status_of, write_shard
 from ..data.folders import Folder, open_image
-from ..files import VERSION, read_json, sha256, write_json
+from ..files import VERSION, locked, read_json, sha256, wait, write_json
 
 # %% ../../nbs/08_masks.ipynb #12c6fc06
 def ranked_pictures(folder: Folder, per_class: int | None = None, seed: int = 0) -> list[tuple[str, str, int]]:
@@ -142,7 +141,8 @@ class _Shard(NamedTuple):
     def noted(self) -> tuple[dict[str, list[dict[str, Any]]], int]:
         """The rows of each picture in the journal, and the number of bytes that they take: a torn end is ignored."""
         done, size = {}, 0
-        with contextlib.suppress(FileNotFoundError, ValueError), self.journal.open("rb") as file:
+        damaged = (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError)
+        with contextlib.suppress(*damaged), self.journal.open("rb") as file:
             for line in file:
                 rows = json.loads(line if line.endswith(b"\n") else b"")
                 done[rows[0]["picture"]] = rows
@@ -167,14 +167,11 @@ def _fill(shard: _Shard, rows_of: Callable[[Search], list[dict[str, Any]]], reci
 
     Returns the streak at its end, or None if another process is at it or has just finished it.
     """
-    try:
-        held = FileLock(shard.lock).acquire(timeout=0)
-    except (Timeout, FileNotFoundError):  # removed while we reached for it
-        return None
-    with held:
-        if shard.file.exists():
+    with locked(shard.lock) as mine:
+        if not mine or shard.file.exists():
             return None
-        with shard.journal.open("ab") as journal:
+        opener = lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        with open(shard.journal, "ab", opener=opener) as journal:
             done, size = shard.noted()
             journal.truncate(size)
             tick(len(done))
@@ -206,10 +203,10 @@ def _found(root: Path, recipe: dict[str, Any], lock: Path) -> None:
     if not file.exists():
         if others:
             raise ValueError(f"{root} holds {others[0]!r} but no store.json; expected an empty folder or a store")
-        with FileLock(lock):
+        with locked(lock, f"another process that begins {root}"):
             if not file.exists():
                 write_json(file, recipe)
-    there = read_json(file)
+    there = read_json(file, dict)
     differ = [k for k in sorted({*there, *recipe}) if there.get(k) != recipe.get(k)]
     if differ:
         both = "; ".join(f"{k}: {str(there.get(k))[:60]} there, {str(recipe.get(k))[:60]} now" for k in differ)
@@ -218,7 +215,7 @@ def _found(root: Path, recipe: dict[str, Any], lock: Path) -> None:
 # %% ../../nbs/08_masks.ipynb #6711bdf9
 def _finish(shards: Sequence[_Shard], fill: Callable[[_Shard, int], int | None], tick: Callable[[int], object]) -> None:
     """Finish all shards, sharing them with whoever else is at it; `fill` is `_fill` but for its other arguments."""
-    waiting, streak = list(shards), 0
+    waiting, streak, since = list(shards), 0, time.monotonic()
     while waiting:
         left = []
         for shard in waiting:
@@ -232,8 +229,10 @@ def _finish(shards: Sequence[_Shard], fill: Callable[[_Shard, int], int | None],
             with contextlib.suppress(OSError):  # a finished store may lie where nothing can be removed
                 shard.journal.unlink(missing_ok=True)
                 shard.lock.unlink(missing_ok=True)
-        if len(left) == len(waiting):
-            time.sleep(0.2)  # others are working on all that is left
+        if left and len(left) == len(waiting):
+            wait(f"other processes that work on {', '.join(shard.file.name for shard in left)}", since)
+        else:
+            since = time.monotonic()
         waiting = left
 
 # %% ../../nbs/08_masks.ipynb #8effee40

@@ -125,12 +125,13 @@ class MaskStore:
         self._recipes: list[dict[str, Any]] = []
         for path in self.roots:
             try:
-                recipe = read_json(path / "store.json")
+                recipe = read_json(path / "store.json", dict)
             except FileNotFoundError:
                 raise ValueError(f"no mask store at {path}; expected a folder with store.json") from None
             self._recipes.append(recipe)
-            if recipe["format"] != FORMAT:
-                raise ValueError(f"{path} is a store of format {recipe['format']}; expected {FORMAT}: build it again")
+            if recipe.get("format") != FORMAT or not {"grounder", "settings", "area", "shards"} <= {*recipe}:
+                raise ValueError(
+                    f"{path} is a store of format {recipe.get('format')}; expected {FORMAT}: build it again")
             differ = [k for k in ("grounder", "settings", "area") if recipe[k] != self._recipes[0][k]]
             if differ:
                 raise ValueError(f"the stores {root} and {path} differ in {', '.join(differ)}; expected the same")

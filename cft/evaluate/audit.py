@@ -140,7 +140,7 @@ def examine(model: nn.Module, images: MaskedImages, method: str | Method | None 
         rows = batches[0]["index"].numpy()
         picture, same, other = ({k: v.to(device) for k, v in p.items()} for p in batches)
         for name, values in _examined(model, picture, same, other, method).items():
-            table.setdefault(name, np.full(len(ids), np.nan))[rows] = values.cpu().numpy()
+            table.setdefault(name, np.full(len(ids), np.nan))[rows] = values
     for name, who in zip(("own", "other"), pairs):
         if name in table:
             table[name][who < 0] = np.nan
@@ -148,30 +148,31 @@ def examine(model: nn.Module, images: MaskedImages, method: str | Method | None 
     return pd.DataFrame(table).astype({"predicted": int, "correct": bool})
 
 def _examined(model: nn.Module, picture: dict[str, Tensor], same: dict[str, Tensor], other: dict[str, Tensor],
-              method: str | Method | None) -> dict[str, Tensor]:
+              method: str | Method | None) -> dict[str, np.ndarray]:
     """Columns of a batch."""
     images, label = picture["image"], picture["label"]
+    numbers = lambda values: values.cpu().numpy().astype(np.float64)  # which not every device has
     with torch.inference_mode():
         probability, predicted = model(images).float().softmax(-1).max(-1)
-        columns = {"predicted": predicted, "probability": probability, "correct": predicted == label}
+        found = {"predicted": predicted, "probability": probability, "correct": predicted == label}
         for name, shown in variants(picture, same, other).items():
             answer = model(shown).argmax(-1)
-            columns[name] = (answer == label).double()
+            found[name] = answer == label
             if name == "other":
-                columns["other_predicted"] = answer.double()
-    masked = "object" in picture
+                found["other_predicted"] = answer
+    columns, masked = {name: numbers(values) for name, values in found.items()}, "object" in picture
     region = picture["object"] if masked else frame_of(*images.shape[2:]).to(images.device).expand(len(images), -1, -1)
     if method is not None:
         maps = relevance(model, images, predicted.clone(), method, differentiable=False).patches
-        inside = 100 * share_inside(maps, region).double()
+        inside = 100 * numbers(share_inside(maps, region))
         columns["off" if masked else "frame"] = 100 - inside if masked else inside
     if masked:
-        columns["background"] = 100 - 100 * region.double().mean((1, 2))
-        full, full_same, full_other = (p["object"].flatten(1).all(1) for p in (picture, same, other))
-        untested = full | ~region.flatten(1).any(1)
+        columns["background"] = 100 - 100 * numbers(region).mean((1, 2))
+        full, full_same, full_other = (p["object"].flatten(1).all(1).cpu().numpy() for p in (picture, same, other))
+        untested = full | ~region.flatten(1).any(1).cpu().numpy()
         excluded = dict.fromkeys(("off", "background", "blurred", "alone"), untested)
         excluded |= {"own": untested | full_same, "other": untested | full_other}
-        columns |= {name: columns[name].masked_fill(excluded[name], torch.nan) for name in excluded if name in columns}
+        columns |= {name: np.where(excluded[name], np.nan, columns[name]) for name in excluded if name in columns}
     return columns
 
 # %% ../../nbs/23_audit.ipynb #12c6fc06

@@ -159,7 +159,7 @@ def compare_gradients(found: Gradient, true: Gradient) -> pd.DataFrame:
         raise ValueError(f"gradients must belong to the same parameters, got {lonely} in one only")
     rows = []
     for group in [*dict.fromkeys(map(layer_group, true)), "all"]:
-        a, b = _flat(found, group).double(), _flat(true, group).double()
+        a, b = _flat(found, group).cpu().double(), _flat(true, group).cpu().double()
         lengths = a.norm().item(), b.norm().item()
         cosine = (a @ b).item() / math.prod(lengths) if all(lengths) else math.nan
         rows.append((group, cosine, lengths[0] / lengths[1] if lengths[1] else math.nan))
@@ -172,7 +172,7 @@ def slope(model: nn.Module, batch: Batch, direction: Gradient, align: Align = CF
 
     `model` is copied to float64 and not touched. Raises ValueError for a direction that is zero or fits another model.
     """
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(model).cpu().double()  # not every device has float64
     parameters = dict(model.named_parameters())
     if direction.keys() != parameters.keys():
         raise ValueError("the direction must have one tensor for every parameter of the model")
@@ -183,9 +183,9 @@ def slope(model: nn.Module, batch: Batch, direction: Gradient, align: Align = CF
     with torch.no_grad():
         for move in (step, -2 * step):  # forwards, then twice as far back
             for name, p in parameters.items():
-                p += move / length * direction[name].double()
-            result = relevance(model, batch.images.double(), batch.labels, method, differentiable=False)
-            losses.append(map_loss(result, batch.given("masks"), align).item())
+                p += move / length * direction[name].cpu().double()
+            result = relevance(model, batch.images.cpu().double(), batch.labels.cpu(), method, differentiable=False)
+            losses.append(map_loss(result, batch.given("masks").cpu(), align).item())
     return (losses[0] - losses[1]) / (2 * step)
 
 # %% ../../nbs/20_exactness.ipynb #7719a1c7

@@ -174,8 +174,8 @@ def share_inside(maps: Tensor, masks: Tensor) -> Tensor:
 
 # %% ../../nbs/19_faithfulness.ipynb #f6e1126c
 def ranks(values: Tensor) -> Tensor:
-    """Ranks 1 … n along the last dimension, equal values sharing their mean; float64, in the shape of values."""
-    return torch.from_numpy(rankdata(values.detach().cpu().numpy(), axis=-1)).to(values.device)
+    """Ranks 1 … n along the last dimension, equal values sharing their mean; on the CPU."""
+    return torch.from_numpy(rankdata(values.detach().cpu().numpy(), axis=-1))
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Spearman's ρ of two batches of maps (batch, rows, columns), picture by picture: (batch,) float64 in [−1, 1].

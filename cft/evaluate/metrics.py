@@ -182,7 +182,7 @@ def doubt_about(predicted: np.ndarray, labels: np.ndarray, outputs: int, guessed
 # %% ../../nbs/18_metrics.ipynb #b6692ea5
 def _stretch(maps: Tensor) -> Tensor:
     """Min–max of each map (n, height, width) over all its pixels, in float64; a constant map becomes 0."""
-    maps = maps.double()
+    maps = maps.cpu().double()  # not every device has float64
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return (maps - low) / torch.where(high > low, high - low, 1)
 
@@ -220,7 +220,7 @@ def image_scores(maps: Tensor, masks: Tensor) -> pd.DataFrame:
     """
     _check_maps(maps, masks)
     rows = []
-    for picture, mask in zip(maps.detach(), masks):  # one at a time: a data set may not fit twice
+    for picture, mask in zip(maps.detach().cpu(), masks.cpu()):  # one at a time: a data set may not fit twice
         stretched = _stretch(picture[None])[0]
         found = stretched > stretched.mean()
         hits, area, size = (int(value) for value in ((found & mask).sum(), found.sum(), mask.sum()))

@@ -50,7 +50,7 @@ def relevance_on_object(model: nn.Module, world: Path, sets: Sequence[str] = ("v
                 predicted = model(batch["image"]).argmax(-1)
             patches = relevance(model, batch["image"], predicted, differentiable=False).patches
             shares.append(share_inside(patches, batch["object"]))
-    return 100 * torch.cat(shares).double().nanmean().item()
+    return 100 * torch.cat(shares).cpu().double().nanmean().item()
 
 # %% ../../nbs/related/05_comparison.ipynb #75f4ccd8
 MASKS = {"cft-paper": ("kept",), "cft": ("kept",), "cft+": ("kept", "class")}  # that have to be found, by method

@@ -65,7 +65,7 @@ class Disentanglability(NamedTuple):
 
 def disentanglability(maps: Tensor) -> Disentanglability:
     """How far the maps of concepts (pictures, concepts, rows, columns) keep apart. Raises ValueError as `overlap`."""
-    mean = overlap(maps.double()).mean().item()
+    mean = overlap(maps.cpu().double()).mean().item()
     pictures, concepts, rows, columns = maps.shape
     return Disentanglability(1 / (1 + math.exp(-10 * (0.2 - mean / 100))), mean, (rows, columns), concepts, pictures)
 
@@ -104,7 +104,7 @@ def insertion_scores(model: DualEncoder, images: Tensor, texts: Tensor, maps: Te
 
 def localizability(scores: Tensor) -> float:
     """Mean of `insertion_scores` over everything that has a value; NaN if nothing has."""
-    return scores.double().nanmean().item()
+    return scores.cpu().double().nanmean().item()
 
 # %% ../../nbs/related/04_deal_metrics.ipynb #7b5a9494
 def concept_rows(model: DualEncoder, prompts: Prompts, by: Literal["concepts", "name"] = "concepts") -> Tensor:
@@ -128,7 +128,7 @@ def part_table(maps: Tensor, masks: Tensor, parts: Sequence[str]) -> pd.DataFram
     if maps.ndim != 3 or masks.ndim != 3 or masks.dtype != torch.bool or not len(maps) == len(masks) == len(parts) > 0:
         raise ValueError("expected maps (n, rows, columns), bool masks (n, height, width) and n names, "
                          f"got {tuple(maps.shape)}, {masks.dtype} {tuple(masks.shape)} and {len(parts)}")
-    large = F.interpolate(maps.double()[:, None], masks.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+    large = F.interpolate(maps.cpu().double()[:, None], masks.shape[1:], mode="bilinear", align_corners=False)[:, 0]
     found, count = foreground(large), lambda where: where.sum((1, 2)).numpy()
     rows = pd.DataFrame(dict(part=parts, mask=count(masks), both=count(found & masks), either=count(found | masks)))
     sums = rows[rows["mask"] > 0].groupby("part", sort=False)

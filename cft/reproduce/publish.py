@@ -8,6 +8,7 @@ __all__ = ['new_folder', 'save_page', 'end_page', 'notebook_of', 'run_page', 'ma
 
 # %% ../../nbs/appendix/08_publish.ipynb #b049b57b
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,7 +102,8 @@ def run_page(notebook: str | Path, out: str | Path, parameters: Mapping[str, obj
     fails (what was executed stays beside `out` as <name>.failed.ipynb).
     """
     papermill = need("papermill", "papermill", "cft[batch]", "executing a page")
-    known = set(papermill.inspect_notebook(str(notebook)))
+    literal = lambda path: str(path).replace("{", "{{").replace("}", "}}")  # papermill fills in what is in braces
+    known = set(papermill.inspect_notebook(literal(notebook)))
     strange = ", ".join(sorted(set(parameters) - known))
     if strange:
         has = ", ".join(sorted(known)) or "none"
@@ -109,10 +111,20 @@ def run_page(notebook: str | Path, out: str | Path, parameters: Mapping[str, obj
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(f"{out.stem}.failed.ipynb")
-    papermill.execute_notebook(str(notebook), str(draft), dict(parameters), cwd=str(out.parent), kernel_name="python3",
-                               progress_bar=False, log_output=False)
+    papermill.execute_notebook(literal(notebook), literal(draft), dict(parameters), cwd=str(out.parent),
+                               kernel_name="python3", kernel_manager_class=_own_kernel(), progress_bar=False,
+                               log_output=False)
     draft.replace(out)
     return out
+
+def _own_kernel() -> type:
+    """A kernel of this very Python, whatever is installed under the name python3."""
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    own = property(lambda self: KernelSpec(argv=argv, display_name="Python 3", language="python"))
+    return type("OwnKernel", (AsyncKernelManager,), {"kernel_spec": own})
 
 def make_page(work: Work, root: Path, key: str) -> None:
     """Execute the page of an artefact into pages/<key>.ipynb; it leaves its tables and figures in artefacts/<key>.

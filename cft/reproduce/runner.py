@@ -8,8 +8,9 @@ __all__ = ['OF_RELATED', 'SHARED', 'page_steps', 'Job', 'jobs_of', 'device_slot'
 
 # %% ../../nbs/appendix/13_runner.ipynb #fef1d988
 import asyncio
+import contextlib
 import importlib.util
-import json
+import io
 import os
 import shlex
 import shutil
@@ -26,13 +27,12 @@ from typing import Any
 import pandas as pd
 import timm
 import torch
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..data.folders import MaskedImages, Preprocess
 from ..data.testsets import CARDS, folder_set
 from ..evaluate.passes import Loop, checkpoint, reading_of, run_pass
-from ..files import ASSETS, read_json, sha256, write_csv, write_json
+from ..files import ASSETS, choose_device, locked, read_json, sha256, wait, write_csv, write_json
 from ..related import comparison, deal_metrics, segmil
 from .publish import make_page, notebook_of
 from .settings import (RELATED, Settings, Work, hours, measured_costs, page_file, read_settings,
@@ -94,18 +94,15 @@ def device_slot(root: Path, device: str) -> Iterator[None]:
     if not device.startswith("cuda") or slots < 2:
         yield
         return
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(slots)))
+    visible, since = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(slots))), time.monotonic()
     while True:
         for number, name in enumerate(visible.split(",")[:slots]):
-            try:
-                held = FileLock(root / f"gpu-{number}.lock").acquire(blocking=False)
-            except Timeout:
-                continue
-            with held:
-                os.environ["CUDA_VISIBLE_DEVICES"] = name
-                yield
-            return
-        time.sleep(0.5)
+            with locked(root / f"gpu-{number}.lock") as mine:
+                if mine:
+                    os.environ["CUDA_VISIBLE_DEVICES"] = name
+                    yield
+                    return
+        wait("a GPU that no other job uses", since)
 
 def _end_with(runner: str) -> None:
     """End this process soon after another one, given by its number, has ended."""
@@ -124,7 +121,7 @@ def run_job(names: Sequence[str], root: Path) -> bool:
     """
     torch.set_num_threads(int(os.environ.get("CFT_THREADS", "1")))
     _end_with(os.environ.get("CFT_RUNNER", ""))
-    plan, settings = read_json(root / "plan.json"), read_settings(root / "settings.yaml")
+    plan, settings = read_json(root / "plan.json", dict), _placed(read_settings(root / "settings.yaml"))
     work = Work(settings, *(tuple(plan[name]) for name in ("keys", "models", "methods")))
     known = {step.name: step for step in in_order(page_steps(work, root))}
     wanted = [step for name in names for step in plan["jobs"].get(name, {"steps": [name]})["steps"]]
@@ -147,10 +144,17 @@ def _snakemake(root: Path, arguments: Sequence[str], local: bool) -> None:
     from snakemake.cli import args_to_api, parse_args
 
     words = ["--snakefile", str(ASSETS / "Snakefile"), "--directory", str(root), "--keep-going", "--nolock", *arguments]
+    for own in ("--profile", "--workflow-profile"):  # those of a cluster or of another project are not for us
+        words += [] if any(word.partition("=")[0] == own for word in words) else [own, "none"]
     here = os.getcwd()
 
     def run() -> None:
-        parser, values = parse_args(words)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                parser, values = parse_args(words)
+            except SystemExit:
+                raise ValueError(
+                    f"Snakemake takes other options: {said.getvalue().rpartition('error: ')[2].strip()}") from None
         if local:  # a limit of jobs per second costs a timer and a look at all jobs, each second, for every job
             values.max_jobs_per_timespan = None
         args_to_api(values, parser)
@@ -200,12 +204,11 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
     arguments += ([] if local else ["--executor", executor, *many]) + ([] if verbose else ["--quiet", "all"])
     os.environ["CFT_GPUS"] = str(gpus if local and work.settings.device.startswith("cuda") else 0)
     os.environ["CFT_RUNNER"] = str(os.getpid()) if local else ""
+    work = replace(work, settings=_placed(work.settings)) if local else work
     began = time.time()
-    try:
-        held = FileLock(root / "lock").acquire(blocking=False)
-    except Timeout:
-        raise ValueError(f"another `cft reproduce` works in {root}; wait for it, or choose another --out") from None
-    with held:
+    with locked(root / "lock") as mine:
+        if not mine:
+            raise ValueError(f"another `cft reproduce` works in {root}; wait for it, or choose another --out")
         write_settings(work.settings, root / "settings.yaml")
         pages = page_steps(work, root)
         todo = undone(pages, Notes(root))
@@ -215,12 +218,19 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
                 _snakemake(root, arguments, local)
         return report(root, work, pages, time.time() - began)
 
+def _placed(settings: Settings) -> Settings:
+    """Settings with the device that they mean on this machine. Raises ValueError if it is not there."""
+    return settings.model_copy(update={"device": choose_device(settings.device)})
+
 def _write_plan(root: Path, work: Work, jobs: dict[str, Job]) -> None:
     for folder in ("jobs", "failed", "logs"):
         shutil.rmtree(root / folder, ignore_errors=True)
     command = f"{shlex.quote(sys.executable)} -m cft.reproduce.runner"
     names = {"keys": list(work.keys), "models": list(work.models), "methods": list(work.methods)}
-    more = {"threads": max(1, work.settings.workers), "jobs": {name: vars(job) for name, job in jobs.items()}}
+    memory = 4000 if work.settings.drawn else 16000  # MB, what a job asks a cluster for
+    more = {
+        "threads": max(1, work.settings.workers), "memory": memory,
+        "jobs": {name: vars(job) for name, job in jobs.items()}}
     write_json(root / "plan.json", {"command": command, **names, **more})
 
 @contextmanager
@@ -278,12 +288,15 @@ def page_problem(root: Path, key: str) -> str:
     """Why the page of an artefact is not done, by what it holds; empty if it is."""
     if not (root / page_file(key)).is_file():
         return f"{page_file(key)} is not there"
-    cells = json.loads((root / page_file(key)).read_text(encoding="utf-8"))["cells"]
-    if any(output["output_type"] == "error" for cell in cells for output in cell.get("outputs", ())):
-        return f"{page_file(key)} holds an error"
     tables = sorted((root / "artefacts" / key).glob("*.csv"))
-    if not tables or any(len(pd.read_csv(table)) == 0 for table in tables):
-        return f"artefacts/{key} has {'an empty table' if tables else 'no table'}"
+    try:
+        cells = read_json(root / page_file(key), dict)["cells"]
+        if any(output["output_type"] == "error" for cell in cells for output in cell.get("outputs", ())):
+            return f"{page_file(key)} holds an error"
+        if not tables or any(len(pd.read_csv(table)) == 0 for table in tables):
+            return f"artefacts/{key} has {'an empty table' if tables else 'no table'}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{page_file(key)} or a table in artefacts/{key} is damaged"
     return ""
 
 def report(root: Path, work: Work, pages: Sequence[Step], seconds: float = 0.0) -> Reproduction:
@@ -297,19 +310,26 @@ def report(root: Path, work: Work, pages: Sequence[Step], seconds: float = 0.0) 
         failed = failure_file(root, page.name).is_file()
         spent = [notes.read(step).get("seconds", 0.0) for step in in_order([page]) if step.kind not in SHARED]
         rows.append((key, "done" if not problem else "failed" if failed else "missing", sum(spent), problem))
-    jobs = read_json(root / "plan.json")["jobs"] if (root / "plan.json").is_file() else {}
+    jobs = next((plan["jobs"] for plan in _readable([root / "plan.json"], "jobs")), {})
     again = f"cd {shlex.quote(str(root))} && {Path(sys.executable).name} -m cft.reproduce.runner "
     for name in jobs:
         if (root / f"logs/{name}.log").is_file() and not (root / f"jobs/{name}.json").is_file():
-            died = "its process ended before its work was done: was it killed, or out of memory?"
+            died = "its process ended before its work was done; its log says more if it was not killed"
             failures.append((f"job {name}", died, None, [], f"logs/{name}.log", again + name))
-    for note in map(read_json, sorted((root / "failed").glob("*.json"))):
+    for note in _readable(sorted((root / "failed").glob("*.json")), "step", "error", "cell", "traceback"):
         command = again + shlex.quote(note["step"])
         log = next((f"logs/{name}.log" for name, job in jobs.items() if note["step"] in job["steps"]), "")
         failures.append(
             (note["step"], note["error"].splitlines()[0][:300], note["cell"], note["traceback"][-4:], log, command))
     return Reproduction(root, pd.DataFrame(rows, columns=["artefact", "status", "seconds", "missing"]),
                         pd.DataFrame(failures, columns=["step", "error", "cell", "tail", "log", "command"]), seconds)
+
+def _readable(files: Sequence[Path], *names: str) -> Iterator[dict[str, Any]]:
+    """What stands in files of our own, without those that are gone or damaged: they are made again."""
+    for file in files:
+        with contextlib.suppress(ValueError, OSError):
+            if {*names} <= {*(note := read_json(file, dict))}:
+                yield note
 
 SHARED = ("base", "world", "concepts", "ground", "concept-set", "guide")  # steps whose time is no single artefact's
 
@@ -382,5 +402,5 @@ def rehearse_costs(profile: str | Path = "paper", *, models: Sequence[str] = (),
     known = work.settings.profile.models
     rows = [
         row for model in dict.fromkeys(known[name] for name in (models or known))
-        for row in _measured(work.settings, root, model)]
+        for row in _measured(_placed(work.settings), root, model)]
     return write_csv(root / "costs.csv", pd.DataFrame(rows))

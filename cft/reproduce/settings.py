@@ -100,10 +100,13 @@ def read_settings(source: str | Path, **changes: Any) -> Settings:
     path = Path(source) if Path(source).suffix in (".yaml", ".yml") else profile_file(str(source))
     if not path.is_file():
         raise ValueError(f"no settings at {path}; expected a YAML file")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold names and values, got {type(values).__name__}")
-    values = _filled(values)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"expected names and values, got {type(values).__name__}")
+        values = _filled(values)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds no settings: {' '.join(str(error).split())[:200]}") from None
     try:
         return Settings.model_validate(values | changes)
     except ValidationError as error:
@@ -115,7 +118,7 @@ def write_settings(settings: Settings, path: str | Path) -> Path:
     """Write settings as YAML, unless the file says the same already."""
     path, values = Path(path), settings.model_dump(mode="json", exclude_defaults=True)
     text = yaml.safe_dump(values, sort_keys=True, allow_unicode=True)
-    return path if path.is_file() and path.read_text(encoding="utf-8") == text else write_text(path, text)
+    return path if path.is_file() and path.read_bytes() == text.encode() else write_text(path, text)
 
 # %% ../../nbs/appendix/02_settings.ipynb #fa43fe19
 ONE_FORM = ("controls", "ledger", "demo")

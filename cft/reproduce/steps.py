@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 from torch import nn
 
@@ -33,11 +32,11 @@ from ..concepts.validation import iou
 from ..data.folders import MaskedImages, Preprocess
 from ..data.testsets import EvalSet
 from ..evaluate.passes import Checkpoint, Loop, checkpoint, evaluate_sets, relevance_of_set
-from ..files import ASSETS, read_json, sha256, write_json, written
+from ..files import ASSETS, locked, read_json, sha256, write_json, written
 from .settings import Work, maps_file, model_file, rows_file
 from .variants import GUIDES, Shown, Variant, given_by, guide_concepts, recipe_of, shown_to
 from .worlds import Drawn, World, open_world, tuned_network
-from ..train.loop import fine_tune, identity
+from ..train.loop import fine_tune, holds, identity
 from ..train.objectives import Recipe
 
 # %% ../../nbs/appendix/09_steps.ipynb #f8790b55
@@ -103,10 +102,11 @@ class Notes:
         return self.root / "steps" / f"{file_name(step.name)}.json"
 
     def read(self, step: Step) -> dict[str, Any]:
-        """The note, or nothing."""
+        """The note, or nothing; a damaged one says nothing."""
         try:
-            return read_json(self.file(step))
-        except (FileNotFoundError, ValueError):
+            note = read_json(self.file(step), dict)
+            return note if all(len(noted) == 3 for noted in note["writes"].values()) else {}
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 
     def outputs(self, step: Step) -> dict[str, str] | None:
@@ -385,7 +385,7 @@ class PaperSteps:
         except ValueError as error:
             if "begun differently" not in str(error):
                 raise
-            with FileLock(place.with_name(f"{store}.lock")):  # whoever comes first clears the outdated store, and once
+            with locked(place.with_name(f"{store}.lock"), f"another job that clears {place}"):  # once
                 if read_json(place / "store.json")["concepts"] != everything.digest():
                     shutil.rmtree(place)
             self.world.ground(store, everything, int(shard))
@@ -436,7 +436,7 @@ class PaperSteps:
         run = self.root / Path(model_file(model, method, int(seed))).parent
         wanted = identity(network, images, recipe, held)
         records = sorted((self.root / "models" / model).glob(f"*/{seed}/record.json"))
-        same = next((r.parent for r in records if read_json(r).items() >= wanted.items()), None)
+        same = next((r.parent for r in records if holds(r, wanted)), None)
         if same not in (None, run) and not (run / "state.pt").exists():
             _copy_run(same, run)  # other thresholds may keep the same concepts
         fine_tune(network, images, recipe, run, progress=False, validation=held, restart=True)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Batches', 'shuffled', 'Sampler', 'draw', 'pieces', 'Diverged', 'FineTuned', 'provenance', 'averaged', 'prepare',
-           'identity', 'fine_tune', 'model_card', 'rehearse', 'noise_folder']
+           'identity', 'fine_tune', 'holds', 'model_card', 'rehearse', 'noise_folder']
 
 # %% ../../nbs/16_loop.ipynb #da4b9237
 import copy
 import json
+import logging
 import math
 import platform
 import random
@@ -31,10 +32,12 @@ from tqdm.auto import tqdm
 
 from ..data.folders import Folder, MaskedImages, scan, without_object
 from ..data.models import read_weights, save_model, weights_digest
-from ..files import ASSETS, PACKAGE, VERSION, html_template, read_json, write_json, write_text, written
+from ..files import ASSETS, PACKAGE, VERSION, html_template, printable, read_json, write_json, write_text, written
 from .objectives import Batch, Recipe
 
 # %% ../../nbs/16_loop.ipynb #ac3478d6
+_logger = logging.getLogger(__name__)
+
 class Batches(Protocol):
     """What a run trains on: batches that are a function of the step."""
 
@@ -183,12 +186,25 @@ def averaged(original: nn.Module, tuned: nn.Module, share: float) -> None:
 def _resume(run: Path, job: dict, model: nn.Module,
             optimizer: torch.optim.Optimizer) -> tuple[int, list[dict], dict | None]:
     """Load the state that a killed run left in `run`, after checking that it was the same job."""
-    state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
+    state = _state(run)
+    if state is None:
+        return 0, [], None
     if state["job"] != json.dumps(job, sort_keys=True):
         raise ValueError(f"{run} holds an unfinished run of another job; choose another folder or remove it")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["log"], state["best"]
+
+def _state(run: Path) -> dict | None:
+    """The state that a killed run left, or None, which is said, if it is damaged."""
+    try:
+        state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
+        return {name: state[name] for name in ("job", "model", "optimizer", "step", "log", "best")}
+    except OSError:
+        raise
+    except Exception:  # a foreign or torn file can make its reader fail in any way
+        _logger.warning("%s is damaged; the run starts from the beginning", printable(run / "state.pt"))
+        return None
 
 def _save_state(run: Path, job: dict, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, log: list[dict],
                 best: dict | None) -> None:
@@ -339,16 +355,23 @@ def fine_tune(model: nn.Module, images: MaskedImages | Batches, recipe: Recipe, 
 def _clear_other(run: Path, job: dict) -> None:
     """Remove what a run of another job left in a folder."""
     finished, unfinished = run / "record.json", run / "state.pt"
-    if finished.is_file() and not read_json(finished).items() >= job.items():
+    if finished.is_file() and not holds(finished, job):
         finished.unlink()
     if unfinished.is_file():
-        state = torch.load(unfinished, map_location="cpu", weights_only=True)
-        if state["job"] != json.dumps(job, sort_keys=True):
+        state = _state(run)
+        if state is None or state["job"] != json.dumps(job, sort_keys=True):
             unfinished.unlink()
+
+def holds(record: Path, job: dict) -> bool:
+    """Whether the record of a finished run is that of a job; a damaged one is that of none."""
+    try:
+        return read_json(record, dict).items() >= job.items()
+    except ValueError:
+        return False
 
 def _finished(run: Path, job: dict, model: nn.Module) -> FineTuned:
     """The result that a completed run left in its folder."""
-    record = read_json(run / "record.json")
+    record = read_json(run / "record.json", dict)
     if not record.items() >= job.items():
         raise ValueError(f"{run} holds the finished run of another job; choose another folder or remove it")
     model.load_state_dict(read_weights(run / "model.safetensors")[0])

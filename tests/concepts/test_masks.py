@@ -287,7 +287,7 @@ def test_a_finished_store_needs_no_right_to_write(world, store, tmp_path, monkey
 
     for name in ("unlink", "replace", "truncate", "rename"):
         monkeypatch.setattr(os, name, refuse)
-    monkeypatch.setattr(masks, "FileLock", refuse)
+    monkeypatch.setattr(masks, "locked", refuse)
     assert built(*world, Bright(spoil=refuse), tmp_path / "store", shards=3).digest() == store.digest()
 
 

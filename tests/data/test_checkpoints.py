@@ -12,6 +12,7 @@ from cft.data.checkpoints import Origin, choose_state, class_list, origin_of, re
 from cft.data.folders import Preprocess, scan
 from cft.data.models import TINY, inputs_of, load_model, output_names, save_model
 
+
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
 
 from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, scan
 from cft.data.models import base_model
+from cft.data.testsets import folder_set
 from cft.evaluate.audit import (
     CLEARED,
     LEANS,
@@ -30,7 +33,10 @@ from cft.evaluate.audit import (
     variants,
 )
 from cft.evaluate.metrics import COLUMNS, wilson_interval
-from cft.explain.maps import relevance
+from cft.evaluate.passes import checkpoint, reading_of, run_pass
+from cft.explain.maps import ATTRIBUTIONS, relevance
+from cft.train.loop import fine_tune
+from cft.train.objectives import RECIPES
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
 EVIL = '<img src=x onerror="alert(1)">&'
@@ -329,3 +335,30 @@ def test_wrong_class_names_are_refused(tmp_path):
     write(tmp_path, (2, 2, 2))
     with pytest.raises(ValueError, match="the model has 3 classes, the folder names 4"):
         audit(ByColour(True), tmp_path / "images", classes=("one", "two", "three", "four"), progress=False)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses to make float64 tensors, as Apple's MPS does."""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, torch.Tensor)]
+        if any(t.dtype in (torch.float64, torch.complex128) for t in made):
+            raise TypeError("MPS has no float64")
+        return out
+
+
+def test_nothing_needs_float64_on_the_device(tmp_path):
+    root = backdrop.write(tmp_path / "w", {"train": 1}, seed=1)
+    images, masks, objects = (root / name / "train" for name in ("images", "masks", "objects"))
+    model, folder = base_model(0), scan(images, masks, objects, list(backdrop.CLASSES)).only([0, 1])
+    plain = scan(images, classes=list(backdrop.CLASSES)).only([0, 1])
+    expected = audit(model, folder, progress=False).pictures
+    with NoFloat64():
+        pd.testing.assert_frame_equal(audit(model, folder, progress=False).pictures, expected)
+        audit(model, plain, progress=False)
+        run_pass(folder_set(plain), [checkpoint(model, "m")], reading_of(model))
+        for name in ATTRIBUTIONS:
+            relevance(model, torch.randn(1, 3, 64, 64), method=name, differentiable=False)
+        for method in ("cft", "cft+", "rrda", "rrr"):
+            few = MaskedImages(folder, Preprocess.of(model), train=True)
+            fine_tune(model, few, replace(RECIPES[method], epochs=1, batch=2, best=False), progress=False)

@@ -1,5 +1,7 @@
 """Publishing: how a page is executed, what it leaves, what is copied, and what the README says of it."""
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -186,3 +188,15 @@ def test_the_readme_shows_the_published_results(tmp_path):
     copy.write_text("<!-- scoreboard --><!-- /scoreboard -->")
     with pytest.raises(ValueError, match="results"):
         write_readme(copy, ROOT / "figures/demo")
+
+
+def test_a_page_in_a_folder_with_braces_by_this_python(tmp_path, monkeypatch):
+    """Papermill fills in braces; and somebody may have installed another Python as the kernel python3."""
+    spec = {"argv": ["/gone/python", "-f", "{connection_file}"], "display_name": "x", "language": "python"}
+    (tmp_path / "jupyter/kernels/python3").mkdir(parents=True)
+    (tmp_path / "jupyter/kernels/python3/kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    (tmp_path / "of {x}").mkdir()
+    page = made_page(tmp_path / "of {x}/p.ipynb", "import sys; print(sys.executable)")
+    done = run_page(page, tmp_path / "runs {y} {x}/p.ipynb", {"x": 2})
+    assert done.parent.name == "runs {y} {x}" and sys.executable in done.read_text()

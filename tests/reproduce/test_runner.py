@@ -18,6 +18,7 @@ import pytest
 from filelock import FileLock
 
 from cft.files import read_json, write_json
+from cft.reproduce import runner
 from cft.reproduce.paper import PAPER
 from cft.reproduce.runner import (
     OF_RELATED,
@@ -415,3 +416,42 @@ def test_bad_input_on_the_command_line(tmp_path):
     assert done.returncode == 2 and not done.stdout and not (tmp_path / "x").exists()
     assert done.stderr.startswith("cft: unknown artefacts: table10; expected some of fig1, ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["plain", "runs {x} [1]"])
+def test_snakemake_runs_what_we_mean(tmp_path, monkeypatch, where):
+    """Not what a profile of the cluster or of another project says; and a job asks for memory."""
+    for place in ("mine", "profiles/default"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.yaml").write_text("dry-run: true\n")
+    monkeypatch.setenv("SNAKEMAKE_PROFILE", str(tmp_path / "mine"))
+    monkeypatch.chdir(tmp_path)
+    root, work = open_work("smoke", ("table8",), out=tmp_path / where)
+    runner._write_plan(root, work, {"a": runner.Job((), (), False)})
+    plan = read_json(root / "plan.json")
+    assert plan["memory"] == 4000
+    write_json(root / "plan.json", plan | {"command": "touch jobs/a.json; true"})
+    words = "--cores 1 --resources gpu=1 --quiet all".split()
+    runner._snakemake(root, words, True)
+    assert (root / "jobs/a.json").exists()
+    with pytest.raises(ValueError, match="Snakemake takes other options: .*unrecognized arguments: --frobnicate"):
+        runner._snakemake(root, [*words, "--frobnicate"], True)
+
+
+def test_damaged_files_of_the_runner_are_passed_over(tmp_path):
+    root, work = open_work("smoke", ("table8",), out=tmp_path)
+    (tmp_path / "failed").mkdir()
+    for name in ("plan.json", "failed/x.json"):
+        (tmp_path / name).write_text("{")
+    found = report(root, work, page_steps(work, root))
+    assert not found.ok and found.failures.empty
+    for folder in ("pages", "artefacts/table8"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "pages/table8.ipynb").write_text("{")
+    assert page_problem(root, "table8") == "pages/table8.ipynb or a table in artefacts/table8 is damaged"
+
+
+def test_a_device_that_is_not_here_is_told_before_anything_is_made(tmp_path):
+    with pytest.raises(ValueError, match="unknown device 'banana'"):
+        reproduce("smoke", ("table8",), out=tmp_path / "r", device="banana")
+    assert not (tmp_path / "r").exists()

@@ -470,3 +470,12 @@ def test_steps_that_cannot_be_made_say_why_and_leave_nothing(drawn):
     assert not failure_file(drawn.root, steps[0].name).exists(), "it was not tried"
     assert not (drawn.root / "models/demo/cft.sideways").exists()
     assert not (drawn.root / rows_file("demo", "cft.sideways", 0, "val")).exists()
+
+
+@pytest.mark.parametrize("note", ["", "[]", "{", '{"step": "x"}', '{"writes": []}', '{"writes": {"soup.txt": 3}}'])
+def test_a_damaged_note_is_no_note(kitchen, note):
+    soup = kitchen.step("soup")
+    kitchen.run(soup)
+    Notes(kitchen.root).file(soup).write_text(note)
+    assert Notes(kitchen.root).read(soup) == {} and kitchen.undone(soup) == ["soup"]
+    assert kitchen.run(soup) == (True, ["soup"]) and not kitchen.undone(soup)

@@ -309,3 +309,27 @@ def test_noise_is_the_same_noise_again(tmp_path):
     held = [[(s.label, s.path.read_bytes(), s.mask.read_bytes()) for s in folder.samples] for folder in (one, two)]
     assert held[0] == held[1]
     assert len({s.path.read_bytes() for s in one.samples}) == 8
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"junk" * 99, None])
+def test_a_damaged_state_is_left_behind(images, tmp_path, caplog, content):
+    recipe = replace(RECIPES["plain"], epochs=1)
+    whole, _ = fine_tune(base_model(0), images, recipe, progress=False)
+    for run, restart in ((tmp_path / "a", False), (tmp_path / "b", True)):
+        run.mkdir()
+        torch.save({"job": "x"}, run / "state.pt") if content is None else (run / "state.pt").write_bytes(content)
+        tuned, record = fine_tune(base_model(0), images, recipe, run, progress=False, restart=restart)
+        assert record["resumed_at"] == 0 and "state.pt is damaged; the run starts from the beginning" in caplog.text
+        assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), tuned.state_dict().values()))
+        assert not (run / "state.pt").exists()
+
+
+def test_a_damaged_record_is_named_or_made_again(images, tmp_path):
+    recipe = replace(RECIPES["plain"], epochs=1)
+    fine_tune(base_model(0), images, recipe, tmp_path, progress=False)
+    for content, words in (("", "is no JSON"), ("[]", "holds a list; expected a dict")):
+        (tmp_path / "record.json").write_text(content)
+        with pytest.raises(ValueError, match=f"record.json {words}"):
+            fine_tune(base_model(0), images, recipe, tmp_path, progress=False)
+    fine_tune(base_model(0), images, recipe, tmp_path, progress=False, restart=True)
+    assert json.loads((tmp_path / "record.json").read_text())["steps"]
