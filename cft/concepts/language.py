@@ -4,28 +4,37 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Key', 'ANSWERS', 'RECORDED', 'PRICES', 'MODES', 'printable', 'ClassName', 'read_classes', 'words',
-           'Sampling', 'Question', 'questions', 'Items', 'parse_items', 'Reply', 'Record', 'Price', 'Estimate',
-           'estimate', 'LLMError', 'Chat', 'request_body', 'read_reply', 'Answer', 'ReplayMiss', 'ask']
+           'Sampling', 'Question', 'questions', 'Items', 'parse_items', 'Reply', 'LLMError', 'check_writable', 'Record',
+           'Price', 'Estimate', 'estimate', 'Chat', 'request_body', 'read_reply', 'nothing_of_use', 'Answer',
+           'ReplayMiss', 'ask']
 
 # %% ../../nbs/03_language.ipynb #da4b9237
+import ast
 import csv
+import errno
 import hashlib
+import ipaddress
 import json
 import logging
 import math
 import os
 import re
+import tempfile
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import yaml
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 from tqdm.auto import tqdm
 
@@ -81,6 +90,12 @@ class Sampling:
     max_tokens: int = 256
     samples: int = 2  # for each class and kind
 
+    def __post_init__(self) -> None:
+        printable(self.model, "the name of a language model", 200)
+        warm = self.temperature is None or 0 <= self.temperature <= 2
+        if not warm or min(self.max_tokens, self.samples) < 1:
+            raise ValueError(f"temperature must be None or 0 to 2, max_tokens and samples above 0; got {self}")
+
 @dataclass(frozen=True)
 class Question:
     """One question about one class; `facts` is what the model is told about the class, as JSON text."""
@@ -128,21 +143,118 @@ class Items(BaseModel):
     model_config = ConfigDict(extra="forbid")
     items: list[str]
 
+_THINK = r"[<◁\[](/?)(?:\w+:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad)\b[^<>\n]{0,99}?[>▷\]]"
+_ASIDE = (  # what is in an answer and does not belong to it, and what takes its place
+    (r"\A.*<\|channel\|>final.{0,50}?<\|message\|>", ""), (r"<\|?channel\|?>\s*(?:analysis|thought|commentary).*",
+                                                           ""), (r"<\|[^|>]*\|>|</?s>", ""), (r"<li\b[^<>]*>", "\n- "),
+    (r"</?(?:answer|final|output|response|result|strong|code|[bip]|em|[ou]l|li|br)\b[^<>]*>", "\n"))
+_SPACES = str.maketrans(dict.fromkeys("\u200b\u2060\ufeff\xad") | dict.fromkeys("\xa0\u202f\u205f\u3000\u2009", " "))
+_LISTS = ("items", "concepts", "features", "answer", "answers", "result", "results", "list", "data")
+_NAMES = ("name", "item", "concept", "feature", "phrase", "label", "title", "text", "value")
+_OPENS = re.compile(r"\s*(?:```\w*\s*)?[{\[]")
+_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "「": "」"}
+_BULLET = (r"(?:[-–—•‣⁃◦▪▫●○■□∙·➢➤→✓✔☑](?![-–—])|[*+](?=\s|[^\s*+][^*\n]*$)|\**\(?\d{1,3}[.):、．](?!\d)\**|"
+           r"\(?[a-zA-Z]\)(?=\s))[ \t]*(?:\[[ xX]\][ \t]+)?")
+
+def _decode(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value, or else the Python literal, that begins at `start`, and where it ends. ValueError if none does."""
+    with suppress(ValueError, RecursionError):
+        return json.JSONDecoder(strict=False).raw_decode(text, start)
+    for end in [m.end() for m in re.finditer("[]}]", text[:start + 20_000]) if m.start() > start][:12]:
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return ast.literal_eval(re.sub(r"\\(?![\\'\"bfnrtux])", "", text[start:end])), end
+    raise ValueError("no value here")
+
+def _values(text: str) -> list[list[Any]]:
+    """All such values in a text; those with nothing but commas or bullets between them are together."""
+    found, at, last, failed = [[]], 0, 0, 0
+    while failed < 12 and (start := re.compile(r"[{\[]").search(text, at)):
+        try:
+            value, end = _decode(text, start.start())
+        except ValueError:
+            at, failed = start.end(), failed + 1
+            continue
+        if found[-1] and not re.fullmatch(rf"[\s,;]*(?:{_BULLET})?", text[last:start.start()]):
+            found.append([])
+        found[-1].append(value)
+        at = last = end
+    return found
+
+def _phrases(value: Any, inside: bool = True) -> list[str]:
+    """The texts of a decoded answer: those of lists, the name of an object in a list, or else the lists of an object."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [text for part in value for text in _phrases(part)]
+    if not isinstance(value, dict):
+        return []
+    fields = {str(key).strip().lower(): part for key, part in value.items()}
+    texts = [fields[key] for key in (*_NAMES, *fields) if isinstance(fields.get(key), str)]
+    if inside and texts and set(_NAMES) & set(fields) and not set(_LISTS[:1]) & set(fields):
+        return texts[:1]
+    lists = {key: part for key, part in fields.items() if isinstance(part, list | dict)}
+    chosen = next(([lists[key]] for key in _LISTS if key in lists), list(lists.values()))
+    found = [text for part in chosen for text in _phrases(part, isinstance(part, list))]
+    return found or (texts[:1] if inside else texts if all(map(str.isdigit, fields)) else [])
+
+def _lines(text: str) -> list[str]:
+    """The items of a list, without what explains them after a colon or a dash; of a table the first cells with letters."""
+    found, table = [], False
+    for line in text.split("\n"):
+        table = "|" in line and (table or "--" in line and set(line) <= set("|-: "))  # below the rule under its head
+        if table:
+            cells = [cell for cell in line.split("|") if any(map(str.isalpha, cell))]
+            found += cells[:1]
+        elif bullet := re.match(rf"[ \t>]*{_BULLET}(.*)", line):
+            found.append(re.split(r":\s|\s[-–—]+\s", bullet[1])[0] or bullet[1])
+        elif found and line[:1] in (" ", "\t") and line.strip() and not re.search("[*:]", found[-1]):
+            found[-1] += f" {line.strip()}"  # it was broken off there
+    return found
+
+def _tidy(item: str) -> str:
+    """An item in lower case, without what decorates it: a bullet, bold type, quotes around it, a full stop."""
+    if len(item) > 300:
+        return item.lower()
+    item = re.sub(rf"^{_BULLET}\s+", "", unicodedata.normalize("NFC", item.translate(_SPACES)).strip())
+    bold = re.match(r"(\*+|_+|`+)(.+?)(?::\s*\1|\1\s*(?:$|[:(–—]|-\s))", item)
+    item, before = bold[2] if bold else item, ""
+    while item != before:
+        before, item = item, item.strip(" \t\r\n*_`").rstrip(".,;:… ")
+        end, inner = _QUOTES.get(item[:1]), item[1:-1]
+        if len(item) > 2 and item[-1] == end:
+            mark = re.search(f"[{item[0]}{end}]", inner)
+            after = mark and inner[mark.end():mark.end() + 1].isalnum() or mark and inner[:mark.start()][-1:].isspace()
+            even = item[0] != end or inner.count(end) % 2 == 0
+            item = item if mark and even and mark[0] == end and not after else inner  # "these" and "these" are two pairs
+    return item.lower()
+
 def parse_items(raw: str) -> list[str]:
     """The items of an answer, in lower case: from JSON `{"items": [...]}` or from a list with -, •, * or 1.
 
-    Raises ValueError if the answer is neither, or holds no item.
+    Thoughts, introductions, fences and closing words are left out; of several JSON values the last one counts. Raises
+    ValueError if there is no item.
     """
-    text = re.sub(r"^\s*```(?:json)?\s*|\s*```\s*$", "", raw)
-    try:
-        items = Items.model_validate_json(text).items
-    except ValueError:
-        listed = not text.lstrip().startswith(("{", "["))
-        items = re.split(r"\n\s*(?:[-–•*]+|\d+[.)](?=\s))[ \t]*", "\n" + text)[1:] if listed else []
-    items = [unicodedata.normalize("NFC", item).strip(" \t\r\n*_\"'").rstrip(".,; ").lower() for item in items]
-    if not any(items):
+    kept, thinks = [], False
+    for k, part in enumerate(re.split(_THINK, re.sub(r"\r\n?", "\n", raw.translate(_SPACES)), flags=re.I)):
+        if k % 2:
+            kept, thinks = [] if part and not thinks else kept, not part
+        elif not thinks:
+            kept.append(part)
+    text = "".join(kept)
+    for pattern, instead in _ASIDE:
+        text = re.sub(pattern, instead, text, flags=re.S | re.I)
+    versions = (text, text.translate(dict.fromkeys(map(ord, "“”"), '"')))
+    groups, begins = [], re.match(_OPENS, text)
+    for version in versions:
+        with suppress(ValueError):  # a value that breaks off is none, whatever is inside it
+            if begins:
+                _decode(version, begins.end() - 1)
+            groups += [_phrases(one if len(one) > 1 else one[0], len(one) > 1) for one in _values(version)[::-1] if one]
+    found = next(filter(None, groups), None) or ([] if begins else _lines(text))
+    items = [item for item in map(_tidy, found) if any(map(str.isalnum, item))]
+    if not items:
         raise ValueError(f"expected a JSON object with items, or a list with one item per line, got {raw[:60]!r}")
-    return [item for item in items if item]
+    return items
 
 # %% ../../nbs/03_language.ipynb #b3f0c7f6
 class Reply(NamedTuple):
@@ -152,19 +264,67 @@ class Reply(NamedTuple):
     status: str
     tokens: tuple[int, ...] = (0, 0)
 
+class LLMError(RuntimeError):
+    """The model cannot be reached, declines the request, answers nothing of use; or its answers cannot be kept."""
+
+_NOTES = {"note", "batch", "collected"}  # what a line says that is no answer
+_logger = logging.getLogger(__name__)
+
+def check_writable(path: str | Path, option: str) -> None:
+    """Try now whether a file can be written later. Raises ValueError that names it and the option that gave it."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        why = "" if path.is_file() or not path.exists() else "it is no file"
+        if path.is_file():
+            os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        why = error.strerror or str(error)
+    if why:
+        raise ValueError(f"{path} cannot be written: {why}; give another {option}")
+
+def _append(path: Path, data: bytes) -> None:
+    """Append to a file, all of it or nothing, and wait for the disk. Raises OSError."""
+    done, number = 0, os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        while done < len(data):  # a write may be short
+            done += (size := os.write(number, data[done:]))
+            if not size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(number)
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(number, os.fstat(number).st_size - done)
+        raise
+    finally:
+        os.close(number)
+
 class Record:
     """Answers in a JSONL file, by `Key`. Of several to one question the first that is ok counts, or else the last."""
     def __init__(self, path: str | Path):
-        self.path, self.torn, self.notes = Path(path), 0, []
+        self.path, self._lock = Path(path), threading.Lock()
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the file again. Raises ValueError with its name if it cannot be read, or holds something else."""
+        self.torn, self.notes = 0, []
         self._replies: dict[Key, Reply] = {}
-        self._lock = threading.Lock()
-        data = self.path.read_bytes() if self.path.exists() else b""
+        try:
+            data = self.path.read_bytes().removeprefix(b"\xef\xbb\xbf") if self.path.exists() else b""
+        except OSError as error:
+            raise ValueError(f"the record {self.path} cannot be read: {error.strerror}") from None
         self._break = b"" if data.endswith(b"\n") or not data else b"\n"
         for line in data.splitlines():
             try:
                 self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 self.torn += 1
+        if data.strip() and not self._replies and not _NOTES & set().union(*self.notes) and data[:9] != b'{"model":':
+            raise ValueError(f"{self.path} is no record of answers; give another file, or one that is not there yet")
 
     def __len__(self) -> int:
         return len(self._replies)
@@ -186,14 +346,35 @@ class Record:
         self.write(line | {"status": reply.status, "tokens": list(reply.tokens), "raw": reply.raw})
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one JSON line, an answer or a note, in one write that is flushed to the disk."""
+        """Append one JSON line, an answer or a note, and wait for the disk. Raises LLMError if it takes no more."""
         with self._lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab", buffering=0) as file:
-                file.write(self._break + json.dumps(line).encode() + b"\n")
-                os.fsync(file.fileno())
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                _append(self.path, self._break + json.dumps(line).encode() + b"\n")
+            except OSError as error:
+                raise LLMError(f"the record {self.path} takes no more answers: {error.strerror}") from None
             self._break = b""
             self._take(line)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs from asking with this record meanwhile: they wait, and then find the answers in it."""
+        name = hashlib.sha256(self.path.name.encode(errors="surrogateescape")).hexdigest()[:16]
+        lock = FileLock(self.path.resolve().with_name(f".{name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _logger.warning(
+                "another run is asking with %s: this one waits for it, and pays only for what is then "
+                "missing", self.path.name)
+            lock.acquire()
+        try:
+            self.reload()
+            yield
+        finally:
+            with suppress(OSError):
+                os.unlink(lock.lock_file)
+            lock.release()
 
     def _take(self, line: dict[str, Any]) -> None:
         if not isinstance(line, dict) or not all(isinstance(line.get(name, ""), str) for name in ("raw", "status")):
@@ -201,7 +382,9 @@ class Record:
         if "prompt" not in line:
             self.notes.append(line)
         elif (key := (line["model"], line["prompt"], line["sample"])) not in self:
-            self._replies[key] = Reply(line["raw"], line["status"], tuple(line.get("tokens", (0, 0))))
+            tokens = line.get("tokens")
+            self._replies[key] = Reply(line["raw"], line["status"],
+                                       tuple(tokens) if isinstance(tokens, list) else (0, 0))
 
 ANSWERS = ASSETS / "answers_demo.jsonl"
 RECORDED = Sampling(model="cft-recorded")  # the model's name in the record that the package carries
@@ -248,15 +431,10 @@ def estimate(questions: Sequence[Question], record: Record, price: Price | None 
 
 # %% ../../nbs/03_language.ipynb #0a57cb53
 MODES = ("responses", "schema", "json", "list")  # from the firmest hold on the answer's form to none
-_DECLINED = (400, 404, 405, 415, 422, 501)  # what servers say to a request in a form that they do not know
 _ENDPOINT = "/v1/chat/completions"  # of a batch
 _FINAL = ("completed", "failed", "expired", "cancelled")  # fates of a batch
 _LONGEST, _BATCH_SIZE = 100_000, 50_000  # characters of an answer that are kept, requests in one batch
 _SCHEMA = {"name": "items", "strict": True, "schema": Items.model_json_schema()}
-_logger = logging.getLogger(__name__)
-
-class LLMError(RuntimeError):
-    """The model cannot be reached, or declines the request in every form."""
 
 @dataclass(frozen=True)
 class Chat:
@@ -266,7 +444,7 @@ class Chat:
     modes: tuple[str, ...] = ()  # forms to try in turn; empty: MODES, without "responses" where base_url is given
     workers: int = 8  # calls at the same time
     per_minute: float = 500  # calls started
-    timeout: float = 60.0  # seconds without an answer
+    timeout: float | None = None  # seconds without an answer; None: 60, or 300 for a server on this machine or network
     retries: int = 6  # of a call that fails on its way
     tries: int = 3  # for an answer that can be used
     poll: float = 30.0  # seconds between looks at a batch
@@ -274,6 +452,26 @@ class Chat:
     def __post_init__(self) -> None:
         if not set(self.modes) <= set(MODES) or min(self.workers, self.tries) < 1 or self.per_minute <= 0:
             raise ValueError(f"modes must be of {', '.join(MODES)}; workers, tries, per_minute above 0; got {self}")
+        if self.workers > 256 or not 0 < (1 if self.timeout is None else self.timeout) < 1e6:
+            raise ValueError(
+                f"workers must be 1 to 256 and timeout some seconds, got {self.workers} and {self.timeout}")
+        with suppress(ValueError):
+            if self.base_url is None or urlsplit(self.base_url).scheme in ("http", "https") and _host(self.base_url):
+                return
+        raise ValueError("base_url must be a server's address, such as http://localhost:11434/v1")
+
+    def patience(self, url: str | None) -> float:
+        """Seconds to wait for an answer of a server."""
+        if self.timeout is not None:
+            return self.timeout
+        host = _host(url or "")
+        near = host.endswith((".local", ".lan")) or bool(host) and "." not in host
+        with suppress(ValueError):
+            near = ipaddress.ip_address(host).is_private
+        return 300.0 if near else 60.0
+
+def _host(url: str) -> str:
+    return urlsplit(url).hostname or ""
 
 # %% ../../nbs/03_language.ipynb #22d200f8
 def request_body(question: Question, mode: str, complaint: str = "") -> dict[str, Any]:
@@ -290,22 +488,63 @@ def request_body(question: Question, mode: str, complaint: str = "") -> dict[str
     form = {"response_format": kinds[mode]} if mode in kinds else {}
     return body | {"messages": messages, "max_tokens": s.max_tokens} | form
 
+def _words_of(text: str) -> str:
+    """What a server says about an error, in one printable line: from JSON of the usual shapes, or as it stands."""
+    said: list[str] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, str | int) and str(value) not in said:
+            said.append(str(value))
+        for part in value[:9] if isinstance(value, list) else ():
+            collect(part)
+        for name in ("message", "msg", "error", "detail", "errors", "title", "loc", "param", "code"):
+            if isinstance(value, dict) and value.get(name):
+                collect(value[name])
+
+    with suppress(ValueError, RecursionError):
+        collect(json.loads(text))
+    plain = "; ".join(said) or re.sub(r"<[^<>]*>", " ", text)
+    return " ".join("".join(c if c.isprintable() else " " for c in plain[:2000]).split())[:400]
+
+def _text(content: Any) -> str:
+    """The text of a message, which may come in parts, some of them thoughts."""
+    if isinstance(content, list):
+        return "".join(_text(part) for part in content)
+    if isinstance(content, dict):
+        thought = re.search("think|thought|reason|refusal", str(content.get("type")))
+        return "" if thought else _text(content["text"]) if "text" in content else json.dumps(content)
+    return content if isinstance(content, str) else ""
+
+def _used(usage: Any) -> tuple[int, int]:
+    """Tokens in and out; what is no number counts 0, since nobody's bookkeeping spoils an answer."""
+    usage = usage if isinstance(usage, dict) else {}
+    number = lambda *names: next(
+        (int(n) for n in map(usage.get, names) if isinstance(n, int | float) and 0 < n < 1e9), 0)
+    return number("input_tokens", "prompt_tokens"), number("output_tokens", "completion_tokens")
+
 def read_reply(text: str) -> Reply:
-    """The reply in the body of an HTTP response, of a response or of a chat completion, whatever it may hold."""
+    """The reply in the body of an HTTP response, of a response or of a chat completion, whatever it may hold.
+
+    A body that reports an error is one; thoughts in a field of their own are read only if they are the answer in JSON.
+    """
     try:
         body = json.loads(text)
-        usage = body.get("usage") or {}
-        used = lambda *names: int(next(filter(None, map(usage.get, names)), 0))
-        tokens = used("input_tokens", "prompt_tokens"), used("output_tokens", "completion_tokens")
+        tokens = _used(body.get("usage"))
+        if (body.get("error") or body.get("object") == "error") and not (body.get("choices") or body.get("output")):
+            return Reply(_words_of(text), "error")
         if "choices" in body:
-            message, ending = body["choices"][0]["message"], body["choices"][0].get("finish_reason")
-            raw, refusal = message.get("content") or "", message.get("refusal")
+            choice = body["choices"][0]
+            message, ending = choice.get("message", choice), choice.get("finish_reason")
+            raw, refusal = _text(message.get("content", message.get("text"))), message.get("refusal")
+            thought = _text(message.get("reasoning_content") or message.get("reasoning"))
+            if thought and not raw.strip():
+                raw = thought if thought.strip()[:1] in ("{", "[") else f"<think>{thought}"
         else:
             parts = [part for item in body["output"] if item["type"] == "message" for part in item["content"]]
-            raw, refusal = ("".join(part.get(name, "") for part in parts) for name in ("text", "refusal"))
+            raw, refusal = _text(parts), "".join(part.get("refusal", "") for part in parts)
             ending = (body.get("incomplete_details") or {}).get("reason")
-        raw = str(raw)[:_LONGEST]
-    except (ValueError, TypeError, LookupError, AttributeError):
+        raw = raw[:_LONGEST]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return Reply(text[:_LONGEST], "malformed")
     if refusal or ending == "content_filter":
         return Reply(str(refusal or raw)[:_LONGEST], "refused", tokens)
@@ -318,79 +557,235 @@ def read_reply(text: str) -> Reply:
     return Reply(raw, "ok", tokens)
 
 # %% ../../nbs/03_language.ipynb #cb4e5208
+_SILENT, _AWAY = 598, 599  # as status: no answer in time, no connection
+_SOFT = ("temperature", "top_p", "max_tokens", "max_completion_tokens", "max_output_tokens", "store")
+_LIMIT = re.compile("context|too (?:large|long|small|many)|at (?:most|least)|m[ai][xn]imum|exceed|greater|less", re.I)
+_POLICY = re.compile("content.?(?:filter|management|policy)", re.I)
+_PATH = re.compile("unexpected endpoint|page not found|unknown (?:url|path|route|endpoint)", re.I)
+_BROKE = re.compile("insufficient_quota|current quota|billing|credit", re.I)
+_ADVICE = (  # for what a server says, with its status in front: the first that fits
+    (r"^40[13]\b|api.?key", "check the key in OPENAI_API_KEY"), (_BROKE.pattern, "check the account of the key"),
+    (_PATH.pattern, "check --base-url, which most often ends with /v1: --base-url …/v1"),
+    (r"temperature|top_p", "give --temperature none"), (r"token|context|truncated", "give another --max-tokens"),
+    (rf"^{_SILENT}", "give a longer --timeout or fewer --workers"), (rf"^{_AWAY}",
+                                                                     "check that a server is at --base-url"),
+    (r"^40[45]\b(?!.*\bmodel\b)", "check --base-url, most often --base-url …/v1, and --model"),
+    (r"^4|malformed|refused", "give another --model"), ("", "try again later"))
+
+def _advised(words: str) -> str:
+    """What was said, and what to do about it; a status of ours is left out."""
+    advice = next(advice for pattern, advice in _ADVICE if re.search(pattern, words, re.I))
+    return f"{re.sub(f'^(?:{_SILENT}|{_AWAY}) ', '', words).rstrip('. ')}; {advice}"
+
+def nothing_of_use(replies: Sequence[Reply]) -> LLMError:
+    """The error for answers of which none can be used: how many of which kind, and what the last one said."""
+    counts = ", ".join(f"{n} {status}" for status, n in Counter(reply.status for reply in replies).most_common())
+    last = " ".join("".join(c if c.isprintable() else " " for c in replies[-1].raw[-300:]).split())
+    return LLMError(
+        _advised(f"none of {len(replies)} answers can be used ({counts}); the last says: {last or 'nothing'}"))
+
 class _Session:
     """Calls to one server, at a shared pace, recorded as they arrive."""
     def __init__(self, chat: Chat, record: Record, progress: bool):
         self.openai = need("openai", "openai", "cft[llm]", "asking a language model")
         url = chat.base_url or os.environ.get("OPENAI_BASE_URL") or None
-        self._key = os.environ.get("OPENAI_API_KEY") or ""
+        self._key = (os.environ.get("OPENAI_API_KEY") or "").strip()
         if not self._key and not url:
             raise LLMError("expected a key in OPENAI_API_KEY, base_url of a server, or replay=True; got none of them")
-        limits = {"timeout": chat.timeout, "max_retries": chat.retries}
-        self.client = self.openai.OpenAI(api_key=self._key or "none", base_url=url, **limits)
+        if self._key and not (self._key.isascii() and self._key.isprintable()):
+            raise LLMError("the key in OPENAI_API_KEY must be one line of ASCII characters")
+        self.patience = self.longest = chat.patience(url)
+        self.client = self.openai.OpenAI(api_key=self._key or "none", base_url=url, timeout=self.patience,
+                                         max_retries=0)
         self.chat, self.record, self.progress = chat, record, progress
         self.modes = list(chat.modes or MODES[bool(chat.base_url):])
-        self._lock, self._last = threading.Lock(), -math.inf
+        self.instead: dict[str, str] = {}  # names in a request that the server refuses → what it takes, or ""
+        self.works = False  # whether any answer came: then the requests are right
+        self.replies: list[Reply] = []  # the last one to each question, as long as none is ok
+        self.limit, self._running, self._waves, self._calm = chat.workers, 0, 0, 0
+        self._free, self._last, self._stopped = threading.Condition(), -math.inf, threading.Event()
 
     def clean(self, text: str) -> str:
         """`text` without anything that is, or looks like, a key."""
         text = text.replace(self._key, "[key]") if len(self._key) > 5 else text
         return re.sub(r"\bsk-[\w*-]{6,}", "[key]", text)
 
-    def send(self, question: Question, complaint: str) -> tuple[str, Reply]:
-        """Ask once, in the first form that the server accepts; returns that form and the reply."""
-        modes = list(self.modes)
-        while True:
-            mode = modes.pop(0)
-            api = self.client.responses if mode == "responses" else self.client.chat.completions
-            with self._lock:  # calls start `per_minute` times a minute at most
-                start = self._last = max(self._last + 60 / self.chat.per_minute, time.monotonic())
-            time.sleep(max(0.0, start - time.monotonic()))
+    def stop(self) -> None:
+        """No call starts any more."""
+        with self._free:
+            self._stopped.set()
+            self._free.notify_all()
+
+    def wait(self, seconds: float) -> None:
+        """Wait, unless the run is stopped: that is an LLMError."""
+        if self._stopped.wait(max(0.0, seconds)):
+            raise LLMError("stopped")
+
+    @contextmanager
+    def turn(self) -> Iterator[tuple[float, int]]:
+        """A place among the calls that run at a time: how long to wait for an answer, and how often that has grown."""
+        with self._free:
+            self._free.wait_for(lambda: self._running < self.limit or self._stopped.is_set())
+            self._running += 1
+            start = self._last = max(self._last + 60 / self.chat.per_minute, time.monotonic())
+        try:
+            self.wait(start - time.monotonic())
+            yield self.patience, self._waves
+        finally:
+            with self._free:
+                self._running -= 1
+                self._free.notify_all()
+
+    def paced(self, silent: bool, waves: int) -> None:
+        """A server that answers one request at a time works on for those that gave up: ask for less, and wait longer."""
+        with self._free:
+            self._calm = 0 if silent else self._calm + 1
+            if silent:
+                self.limit = max(1, self.limit // 2)
+            elif self._calm >= 16 * self.limit < 16 * self.chat.workers:
+                self.limit, self._calm = self.limit + 1, 0
+            if not silent or waves < self._waves:  # or sent before the others were
+                return
+            self._waves += 1
+            self.patience = min(2 * self.patience, 4 * self.longest)
+        _logger.warning(
+            "no answer within %g s: fewer calls at a time from here on, with up to %g s for each (--workers, "
+            "--timeout)", self.patience / 2, self.patience)
+
+    def post(self, mode: str, body: dict[str, Any]) -> tuple[int, str, float]:
+        """One call: the status, the body or what went wrong on the way, and how long the server wants us to wait."""
+        api = self.client.responses if mode == "responses" else self.client.chat.completions
+        with self.turn() as (patience, waves):
             try:
-                reply = api.with_raw_response.create(**request_body(question, mode, complaint))
-                self.modes = [mode, *modes]
-                return mode, read_reply(self.clean(reply.text))
+                text = self.clean(api.with_raw_response.create(**body, timeout=patience).text)
+                self.paced(False, waves)
+                return 200, text, 0.0
             except self.openai.APIStatusError as error:
-                if not modes and error.status_code == 400:
-                    return mode, Reply(self.clean(str(error))[:500], "error")
-                if not modes or error.status_code not in _DECLINED:
-                    raise
+                status, text, head = error.status_code, error.response.text, error.response.headers
+            except self.openai.APITimeoutError:
+                self.paced(True, waves)
+                return _SILENT, f"no answer within {patience:g} s", 0.0
+            except self.openai.OpenAIError as error:
+                status, text, head = _AWAY, f"{type(error).__name__}: {error} {error.__cause__ or ''}", {}
+        later = 0.0
+        for name, unit in (("retry-after", 1), ("retry-after-ms", 1000)):
+            with suppress(ValueError):
+                later = float(head.get(name, "")) / unit
+        return status, self.clean(text), later if 0 < later < math.inf else 0.0
+
+    def adapt(self, words: str, body: dict[str, Any]) -> bool:
+        """Leave out, or rename, what a server refuses by name, for the rest of the run; whether that changes anything."""
+        named = [name for name in _SOFT if name in body and re.search(rf"\b{name}\b", words)]
+        named = [name for name in named if not ("tokens" in name and _LIMIT.search(words))]
+        for name in named[-1:] if re.search(r"\bboth\b", words) else named:
+            new = "max_completion_tokens" if name == "max_tokens" else ""
+            if name not in self.instead:
+                self.instead[name] = new
+                _logger.warning("%s refuses %s, which %s from here on: %s", body["model"], name,
+                                f"is called {new}" if new else "is left out", words[:200])
+        return bool(named)
+
+    def send(self, question: Question, complaint: str) -> tuple[str, Reply]:
+        """Ask once, in the first form that the server accepts; returns that form and the reply.
+
+        What passes is tried again. Raises LLMError with the server's words if the request itself is wrong.
+        """
+        modes, failed = list(self.modes), 0
+        while True:
+            mode, body = modes[0], request_body(question, modes[0], complaint)
+            for name in _SOFT:
+                if name in self.instead and name in body:
+                    value = body.pop(name)
+                    body |= {self.instead[name]: value} if self.instead[name] else {}
+            status, text, later = self.post(mode, body)
+            reply = read_reply(text) if status == 200 else None
+            if reply and reply.status != "error":
+                self.modes, self.works = modes, True
+                return mode, reply
+            words = _words_of(text)
+            if reply:  # 200, and an error all the same
+                passes = re.search(r"\b(?:429|5\d\d)\b|rate.?limit|overload|server_error|unavailable|loading", words,
+                                   re.I)
+                status = 503 if passes else 404 if _PATH.search(words) else 400
+            passes = status in (408, 409, 425, 429) or status >= 500 and status != 501
+            if passes and later <= 120 and not _BROKE.search(words) and failed < self.chat.retries:
+                failed += 1
+                if status == _SILENT and failed > 2:
+                    raise LLMError(_advised(f"{status} {words}, and less before"))
+                self.wait(later or (0 if status == _SILENT else min(0.5 * 2**failed, 8)))
+            elif status == 400 and _POLICY.search(words):
+                return mode, Reply(words, "error")
+            elif status in (400, 422) and self.adapt(words, body):
+                continue
+            elif len(modes) > 1 and (status in (400, 415, 422, 501) or status in (404, 405) and mode == "responses"
+                                     and not re.search(r"\bmodel\b", words)):
+                modes.pop(0)
+            elif self.works and status in (400, 413, 422):
+                return mode, Reply(words, "error")
+            else:
+                raise LLMError(_advised(f"{status} {words}"))
 
     def settle(self, question: Question) -> None:
-        """Ask until an answer can be used, `tries` times at most; every answer is recorded."""
-        status = complaint = ""
-        for _ in range(self.chat.tries):
-            mode, reply = self.send(question, complaint)
-            self.record.add(question.key, reply, question.class_id, question.kind, mode)
-            if (status := reply.status) in ("ok", "error"):
-                break
-            form = words()["forms"]["list" if mode == "list" else "json"]
-            complaint = "" if status == "refused" else f"That answer was {status}. {form}"
-        if status != "ok":
-            where = f"class {question.class_id!r}, {question.kind}, sample {question.sample}"
-            _logger.warning("%s: no usable answer, the last was %s", where, status)
+        """Ask until an answer can be used, `tries` times at most; every answer is recorded.
+
+        Raises LLMError, and stops the run, if nothing can be recorded, or if eight questions got no usable answer and
+        none did.
+        """
+        complaint, reply = "", Reply("", "error")
+        try:
+            for _ in range(self.chat.tries):
+                mode, reply = self.send(question, complaint)
+                self.record.add(question.key, reply, question.class_id, question.kind, mode)
+                if reply.status in ("ok", "error"):
+                    break
+                form = words()["forms"]["list" if mode == "list" else "json"]
+                complaint = "" if reply.status == "refused" else f"That answer was {reply.status}. {form}"
+            if reply.status != "ok":
+                where = f"class {question.class_id!r}, {question.kind}, sample {question.sample}"
+                _logger.warning("%s: no usable answer, the last was %s", where, reply.status)
+            self.replies.append(reply)
+            if len(self.replies) >= 8 and all(one.status != "ok" for one in self.replies[:8]):
+                raise nothing_of_use(self.replies)
+        except BaseException:
+            self.stop()
+            raise
 
     def run(self, questions: Sequence[Question], batch: bool) -> None:
-        """Settle all questions, first in a batch if wanted. After an error no new call starts; what is on its way is
-        still recorded. The client's errors become LLMError, which holds neither key nor request."""
+        """Settle all questions, first in a batch if wanted. The first is asked alone: it shows what is wrong with all.
+
+        After an error no new call starts; what is on its way is still recorded. Every error of the client becomes
+        LLMError, which holds neither key nor request."""
         with ThreadPoolExecutor(self.chat.workers) as pool:
             try:
                 if batch:
                     _run_batches(self, questions)
-                futures = [pool.submit(self.settle, q) for q in questions if q.key not in self.record]
-                for future in tqdm(as_completed(futures), "asking", len(futures), disable=not self.progress):
-                    future.result()
+                todo = [q for q in questions if q.key not in self.record]
+                with tqdm(desc="asking", total=len(todo), disable=not self.progress) as bar:
+                    while todo and not self.works:
+                        self.settle(todo.pop(0))
+                        bar.update()
+                    for future in as_completed([pool.submit(self.settle, q) for q in todo]):
+                        future.result()
+                        bar.update()
                 return
+            except LLMError as error:
+                problem = self.clean(str(error))
+            except self.openai.APIStatusError as error:
+                problem = _advised(f"{error.status_code} {_words_of(self.clean(error.response.text))}")
+                problem += ", or leave out --batch where there is no Batch API"
             except self.openai.OpenAIError as error:
-                problem = self.clean(f"{type(error).__name__}: {error}")[:500]
+                problem = _advised(f"{_AWAY} {self.clean(f'{type(error).__name__}: {error}')[:400]}")
             finally:
+                self.stop()
                 pool.shutdown(cancel_futures=True)
-        raise LLMError(f"{problem}. {self.record!r} keeps what was answered; the next run goes on from there.")
+        kept = f"; {self.record!r} keeps what was answered, and the next run goes on from there"
+        raise LLMError(problem + kept * bool(len(self.record)))
 
 # %% ../../nbs/03_language.ipynb #f1f836cb
 def _run_batches(session: _Session, questions: Sequence[Question]) -> None:
     """Collect the batches that the record knows as handed in, hand in what is still missing, collect that too."""
-    record, files, batches = session.record, session.client.files, session.client.batches
+    client = session.client.with_options(max_retries=session.chat.retries)
+    record, files, batches = session.record, client.files, client.batches
     _collect(session, questions)
     missing = [q for q in questions if q.key not in record]
     head = {"method": "POST", "url": _ENDPOINT}
@@ -406,7 +801,8 @@ def _run_batches(session: _Session, questions: Sequence[Question]) -> None:
 
 def _collect(session: _Session, questions: Sequence[Question]) -> None:
     """Wait for every batch on its way and record its answers, those to questions that nobody asks any more included."""
-    known, record, client = {q.key: q for q in questions}, session.record, session.client
+    known, record = {q.key: q for q in questions}, session.record
+    client = session.client.with_options(max_retries=session.chat.retries)
     done = {note.get("collected") for note in record.notes}
     for note in [note for note in record.notes if "batch" in note and note["batch"] not in done]:
         name, model = note["batch"], note["model"]
@@ -421,17 +817,21 @@ def _collect(session: _Session, questions: Sequence[Question]) -> None:
             record.write({"collected": name, "status": "gone"})
             continue
         files = [client.files.content(file).text for file in (batch.output_file_id, batch.error_file_id) if file]
-        for line in map(json.loads, filter(None, "\n".join(files).split("\n"))):
+        lines, problems = [json.loads(line) for line in "\n".join(files).split("\n") if line], []
+        for line in lines:
             prompt, _, sample = line["custom_id"].rpartition("-")
             key, response = (model, prompt, int(sample)), line.get("response") or {}
             problem = line.get("error") or response.get("status_code") != 200
             text = session.clean(json.dumps(line if problem else response["body"]))
+            problems += [_words_of(text)] * bool(problem)
             if key not in record:
                 about = (known[key].class_id, known[key].kind) if key in known else ("", "")
                 record.add(key, Reply(text[:500], "error") if problem else read_reply(text), *about, "batch")
         record.write({"collected": name, "status": batch.status})
         if batch.status == "failed":
-            raise LLMError(session.clean(f"batch {name} failed: {batch.errors}")[:500])
+            raise LLMError(_words_of(session.clean(f"batch {name} failed: {batch.errors}")))
+        if problems and len(problems) == len(lines) and batch.status == "completed":
+            raise LLMError(_advised(f"400 batch {name} has errors only, the last: {problems[-1]}"))
 
 # %% ../../nbs/03_language.ipynb #fc074d50
 class Answer(NamedTuple):
@@ -455,7 +855,8 @@ def ask(questions: Sequence[Question], record: Record, chat: Chat = Chat(), *, r
     """The answers, in the order of the questions; only what `record` does not answer is asked for.
 
     Before the first call `confirm` gets the estimate and must return True, unless `yes`. With `replay` nothing is sent.
-    An answer that stays unusable comes back with its status. Raises ReplayMiss for a gap in a replayed record,
+    Two runs with one record share it: the second waits and pays for what is then missing. An answer that stays unusable
+    comes back with its status. Raises ValueError for a record that cannot be written, ReplayMiss for a gap in a replayed record,
     PermissionError if the estimate is not confirmed, LLMError if the model cannot be reached.
     """
     unique = {q.key: q for q in questions}
@@ -469,5 +870,9 @@ def ask(questions: Sequence[Question], record: Record, chat: Chat = Chat(), *, r
         cost = estimate(questions, record, price, batch)
         if not (yes or confirm is not None and confirm(cost)):
             raise PermissionError(f"not confirmed, nothing was sent; pass yes=True or a confirm that agrees: {cost}")
-        _Session(chat, record, progress).run(missing, batch)
+        session = _Session(chat, record, progress)
+        check_writable(record.path, "--record")
+        with record.held():
+            if missing := [q for key, q in unique.items() if key not in record]:
+                session.run(missing, batch)
     return [Answer(q, reply.raw, reply.status) for q in questions if (reply := record.get(q.key))]
