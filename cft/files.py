@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'PACKAGE', 'ASSETS', 'written', 'written_folder', 'write_text', 'write_json', 'read_json', 'write_csv',
-           'sha256', 'replace_part', 'need', 'html_template']
+           'sha256', 'append_bytes', 'check_writable', 'replace_part', 'need', 'html_template']
 
 # %% ../nbs/appendix/00_files.ipynb #4987389d
+import errno
 import hashlib
 import importlib
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -120,6 +122,40 @@ def sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+# %% ../nbs/appendix/00_files.ipynb #a64b2004
+def append_bytes(path: Path, data: bytes) -> None:
+    """Append to a file, all of it or nothing, and wait for the disk. Raises OSError."""
+    done, number = 0, os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        while done < len(data):  # a write may be short
+            done += (size := os.write(number, data[done:]))
+            if not size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(number)
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(number, os.fstat(number).st_size - done)
+        raise
+    finally:
+        os.close(number)
+
+def check_writable(path: str | Path, option: str) -> None:
+    """Try now whether a file can be written later. Raises ValueError that names it and the option that gave it."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        why = "" if path.is_file() or not path.exists() else "it is no file"
+        if path.is_file():
+            os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        why = error.strerror or str(error)
+    if why:
+        raise ValueError(f"{path} cannot be written: {why}; give another {option}")
 
 # %% ../nbs/appendix/00_files.ipynb #fabb73f2
 def replace_part(path: str | Path, name: str, text: str) -> Path:

@@ -4,26 +4,19 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Key', 'ANSWERS', 'RECORDED', 'PRICES', 'MODES', 'printable', 'ClassName', 'read_classes', 'words',
-           'Sampling', 'Question', 'questions', 'Items', 'parse_items', 'Reply', 'LLMError', 'check_writable', 'Record',
-           'Price', 'Estimate', 'estimate', 'Chat', 'request_body', 'read_reply', 'nothing_of_use', 'Answer',
-           'ReplayMiss', 'ask']
+           'Sampling', 'Question', 'questions', 'Record', 'Price', 'Estimate', 'estimate', 'Chat', 'request_body',
+           'Answer', 'ReplayMiss', 'ask']
 
 # %% ../../nbs/03_language.ipynb #da4b9237
-import ast
 import csv
-import errno
 import hashlib
-import ipaddress
 import json
 import logging
 import math
 import os
 import re
-import tempfile
 import threading
 import time
-import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -31,14 +24,14 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import yaml
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict
 from tqdm.auto import tqdm
 
-from ..files import ASSETS, need
+from .answers import AWAY, NO_MONEY, NO_PATH, SILENT, Items, LLMError, Reply, advised, nothing_of_use
+from .answers import parse_items, read_reply, words_of
+from ..files import ASSETS, append_bytes, check_writable, need
 
 # %% ../../nbs/03_language.ipynb #c1dfd96e
 def printable(text: str, what: str, limit: int, least: int = 1) -> str:
@@ -136,172 +129,9 @@ def questions(classes: Sequence[ClassName], sampling: Sampling = Sampling(),
     facts, samples = {key: json.dumps(value) for key, value in told.items()}, range(sampling.samples)
     return [Question(key, kind, facts[key], k, sampling) for key in facts for kind in kinds for k in samples]
 
-# %% ../../nbs/03_language.ipynb #1574bddb
-class Items(BaseModel):
-    """The schema of an answer."""
-
-    model_config = ConfigDict(extra="forbid")
-    items: list[str]
-
-_THINK = r"[<◁\[](/?)(?:\w+:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad)\b[^<>\n]{0,99}?[>▷\]]"
-_ASIDE = (  # what is in an answer and does not belong to it, and what takes its place
-    (r"\A.*<\|channel\|>final.{0,50}?<\|message\|>", ""), (r"<\|?channel\|?>\s*(?:analysis|thought|commentary).*",
-                                                           ""), (r"<\|[^|>]*\|>|</?s>", ""), (r"<li\b[^<>]*>", "\n- "),
-    (r"</?(?:answer|final|output|response|result|strong|code|[bip]|em|[ou]l|li|br)\b[^<>]*>", "\n"))
-_SPACES = str.maketrans(dict.fromkeys("\u200b\u2060\ufeff\xad") | dict.fromkeys("\xa0\u202f\u205f\u3000\u2009", " "))
-_LISTS = ("items", "concepts", "features", "answer", "answers", "result", "results", "list", "data")
-_NAMES = ("name", "item", "concept", "feature", "phrase", "label", "title", "text", "value")
-_OPENS = re.compile(r"\s*(?:```\w*\s*)?[{\[]")
-_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "「": "」"}
-_BULLET = (r"(?:[-–—•‣⁃◦▪▫●○■□∙·➢➤→✓✔☑](?![-–—])|[*+](?=\s|[^\s*+][^*\n]*$)|\**\(?\d{1,3}[.):、．](?!\d)\**|"
-           r"\(?[a-zA-Z]\)(?=\s))[ \t]*(?:\[[ xX]\][ \t]+)?")
-
-def _decode(text: str, start: int) -> tuple[Any, int]:
-    """The JSON value, or else the Python literal, that begins at `start`, and where it ends. ValueError if none does."""
-    with suppress(ValueError, RecursionError):
-        return json.JSONDecoder(strict=False).raw_decode(text, start)
-    for end in [m.end() for m in re.finditer("[]}]", text[:start + 20_000]) if m.start() > start][:12]:
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return ast.literal_eval(re.sub(r"\\(?![\\'\"bfnrtux])", "", text[start:end])), end
-    raise ValueError("no value here")
-
-def _values(text: str) -> list[list[Any]]:
-    """All such values in a text; those with nothing but commas or bullets between them are together."""
-    found, at, last, failed = [[]], 0, 0, 0
-    while failed < 12 and (start := re.compile(r"[{\[]").search(text, at)):
-        try:
-            value, end = _decode(text, start.start())
-        except ValueError:
-            at, failed = start.end(), failed + 1
-            continue
-        if found[-1] and not re.fullmatch(rf"[\s,;]*(?:{_BULLET})?", text[last:start.start()]):
-            found.append([])
-        found[-1].append(value)
-        at = last = end
-    return found
-
-def _phrases(value: Any, inside: bool = True) -> list[str]:
-    """The texts of a decoded answer: those of lists, the name of an object in a list, or else the lists of an object."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [text for part in value for text in _phrases(part)]
-    if not isinstance(value, dict):
-        return []
-    fields = {str(key).strip().lower(): part for key, part in value.items()}
-    texts = [fields[key] for key in (*_NAMES, *fields) if isinstance(fields.get(key), str)]
-    if inside and texts and set(_NAMES) & set(fields) and not set(_LISTS[:1]) & set(fields):
-        return texts[:1]
-    lists = {key: part for key, part in fields.items() if isinstance(part, list | dict)}
-    chosen = next(([lists[key]] for key in _LISTS if key in lists), list(lists.values()))
-    found = [text for part in chosen for text in _phrases(part, isinstance(part, list))]
-    return found or (texts[:1] if inside else texts if all(map(str.isdigit, fields)) else [])
-
-def _lines(text: str) -> list[str]:
-    """The items of a list, without what explains them after a colon or a dash; of a table the first cells with letters."""
-    found, table = [], False
-    for line in text.split("\n"):
-        table = "|" in line and (table or "--" in line and set(line) <= set("|-: "))  # below the rule under its head
-        if table:
-            cells = [cell for cell in line.split("|") if any(map(str.isalpha, cell))]
-            found += cells[:1]
-        elif bullet := re.match(rf"[ \t>]*{_BULLET}(.*)", line):
-            found.append(re.split(r":\s|\s[-–—]+\s", bullet[1])[0] or bullet[1])
-        elif found and line[:1] in (" ", "\t") and line.strip() and not re.search("[*:]", found[-1]):
-            found[-1] += f" {line.strip()}"  # it was broken off there
-    return found
-
-def _tidy(item: str) -> str:
-    """An item in lower case, without what decorates it: a bullet, bold type, quotes around it, a full stop."""
-    if len(item) > 300:
-        return item.lower()
-    item = re.sub(rf"^{_BULLET}\s+", "", unicodedata.normalize("NFC", item.translate(_SPACES)).strip())
-    bold = re.match(r"(\*+|_+|`+)(.+?)(?::\s*\1|\1\s*(?:$|[:(–—]|-\s))", item)
-    item, before = bold[2] if bold else item, ""
-    while item != before:
-        before, item = item, item.strip(" \t\r\n*_`").rstrip(".,;:… ")
-        end, inner = _QUOTES.get(item[:1]), item[1:-1]
-        if len(item) > 2 and item[-1] == end:
-            mark = re.search(f"[{item[0]}{end}]", inner)
-            after = mark and inner[mark.end():mark.end() + 1].isalnum() or mark and inner[:mark.start()][-1:].isspace()
-            even = item[0] != end or inner.count(end) % 2 == 0
-            item = item if mark and even and mark[0] == end and not after else inner  # "these" and "these" are two pairs
-    return item.lower()
-
-def parse_items(raw: str) -> list[str]:
-    """The items of an answer, in lower case: from JSON `{"items": [...]}` or from a list with -, •, * or 1.
-
-    Thoughts, introductions, fences and closing words are left out; of several JSON values the last one counts. Raises
-    ValueError if there is no item.
-    """
-    kept, thinks = [], False
-    for k, part in enumerate(re.split(_THINK, re.sub(r"\r\n?", "\n", raw.translate(_SPACES)), flags=re.I)):
-        if k % 2:
-            kept, thinks = [] if part and not thinks else kept, not part
-        elif not thinks:
-            kept.append(part)
-    text = "".join(kept)
-    for pattern, instead in _ASIDE:
-        text = re.sub(pattern, instead, text, flags=re.S | re.I)
-    versions = (text, text.translate(dict.fromkeys(map(ord, "“”"), '"')))
-    groups, begins = [], re.match(_OPENS, text)
-    for version in versions:
-        with suppress(ValueError):  # a value that breaks off is none, whatever is inside it
-            if begins:
-                _decode(version, begins.end() - 1)
-            groups += [_phrases(one if len(one) > 1 else one[0], len(one) > 1) for one in _values(version)[::-1] if one]
-    found = next(filter(None, groups), None) or ([] if begins else _lines(text))
-    items = [item for item in map(_tidy, found) if any(map(str.isalnum, item))]
-    if not items:
-        raise ValueError(f"expected a JSON object with items, or a list with one item per line, got {raw[:60]!r}")
-    return items
-
 # %% ../../nbs/03_language.ipynb #b3f0c7f6
-class Reply(NamedTuple):
-    """What came back: the raw text, ok / refused / truncated / malformed / error, and the tokens in and out."""
-
-    raw: str
-    status: str
-    tokens: tuple[int, ...] = (0, 0)
-
-class LLMError(RuntimeError):
-    """The model cannot be reached, declines the request, answers nothing of use; or its answers cannot be kept."""
-
 _NOTES = {"note", "batch", "collected"}  # what a line says that is no answer
 _logger = logging.getLogger(__name__)
-
-def check_writable(path: str | Path, option: str) -> None:
-    """Try now whether a file can be written later. Raises ValueError that names it and the option that gave it."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        why = "" if path.is_file() or not path.exists() else "it is no file"
-        if path.is_file():
-            os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
-        with tempfile.TemporaryFile(dir=path.parent) as file:
-            file.write(bytes(4096))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        why = error.strerror or str(error)
-    if why:
-        raise ValueError(f"{path} cannot be written: {why}; give another {option}")
-
-def _append(path: Path, data: bytes) -> None:
-    """Append to a file, all of it or nothing, and wait for the disk. Raises OSError."""
-    done, number = 0, os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        while done < len(data):  # a write may be short
-            done += (size := os.write(number, data[done:]))
-            if not size:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(number)
-    except OSError:
-        with suppress(OSError):
-            os.ftruncate(number, os.fstat(number).st_size - done)
-        raise
-    finally:
-        os.close(number)
 
 class Record:
     """Answers in a JSONL file, by `Key`. Of several to one question the first that is ok counts, or else the last."""
@@ -350,7 +180,7 @@ class Record:
         with self._lock:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                _append(self.path, self._break + json.dumps(line).encode() + b"\n")
+                append_bytes(self.path, self._break + json.dumps(line).encode() + b"\n")
             except OSError as error:
                 raise LLMError(f"the record {self.path} takes no more answers: {error.strerror}") from None
             self._break = b""
@@ -433,8 +263,10 @@ def estimate(questions: Sequence[Question], record: Record, price: Price | None 
 MODES = ("responses", "schema", "json", "list")  # from the firmest hold on the answer's form to none
 _ENDPOINT = "/v1/chat/completions"  # of a batch
 _FINAL = ("completed", "failed", "expired", "cancelled")  # fates of a batch
-_LONGEST, _BATCH_SIZE = 100_000, 50_000  # characters of an answer that are kept, requests in one batch
+_BATCH_SIZE = 50_000  # requests in one batch
 _SCHEMA = {"name": "items", "strict": True, "schema": Items.model_json_schema()}
+_NEAR = re.compile(r"https?://(?:[^/@]*@)?(?:127\.|10\.|192\.168\.|172\.(?:1[6-9]|2\d|3[01])\.|\[|[^./:]+(?:[:/]|$)|"
+                   r"[^/:]+\.(?:local|lan)\b)")  # servers on this machine or network
 
 @dataclass(frozen=True)
 class Chat:
@@ -445,33 +277,18 @@ class Chat:
     workers: int = 8  # calls at the same time
     per_minute: float = 500  # calls started
     timeout: float | None = None  # seconds without an answer; None: 60, or 300 for a server on this machine or network
-    retries: int = 6  # of a call that fails on its way
+    retries: int = 6  # of a call that fails on its way; two of one that stays without an answer
     tries: int = 3  # for an answer that can be used
     poll: float = 30.0  # seconds between looks at a batch
 
     def __post_init__(self) -> None:
         if not set(self.modes) <= set(MODES) or min(self.workers, self.tries) < 1 or self.per_minute <= 0:
             raise ValueError(f"modes must be of {', '.join(MODES)}; workers, tries, per_minute above 0; got {self}")
-        if self.workers > 256 or not 0 < (1 if self.timeout is None else self.timeout) < 1e6:
+        if self.workers > 256 or not 0 < (self.timeout or 1.0) < 1e6 or self.timeout == 0:
             raise ValueError(
                 f"workers must be 1 to 256 and timeout some seconds, got {self.workers} and {self.timeout}")
-        with suppress(ValueError):
-            if self.base_url is None or urlsplit(self.base_url).scheme in ("http", "https") and _host(self.base_url):
-                return
-        raise ValueError("base_url must be a server's address, such as http://localhost:11434/v1")
-
-    def patience(self, url: str | None) -> float:
-        """Seconds to wait for an answer of a server."""
-        if self.timeout is not None:
-            return self.timeout
-        host = _host(url or "")
-        near = host.endswith((".local", ".lan")) or bool(host) and "." not in host
-        with suppress(ValueError):
-            near = ipaddress.ip_address(host).is_private
-        return 300.0 if near else 60.0
-
-def _host(url: str) -> str:
-    return urlsplit(url).hostname or ""
+        if self.base_url is not None and not re.match(r"https?://[^\s/:]", self.base_url):
+            raise ValueError("base_url must be a server's address, such as http://localhost:11434/v1")
 
 # %% ../../nbs/03_language.ipynb #22d200f8
 def request_body(question: Question, mode: str, complaint: str = "") -> dict[str, Any]:
@@ -488,101 +305,11 @@ def request_body(question: Question, mode: str, complaint: str = "") -> dict[str
     form = {"response_format": kinds[mode]} if mode in kinds else {}
     return body | {"messages": messages, "max_tokens": s.max_tokens} | form
 
-def _words_of(text: str) -> str:
-    """What a server says about an error, in one printable line: from JSON of the usual shapes, or as it stands."""
-    said: list[str] = []
-
-    def collect(value: Any) -> None:
-        if isinstance(value, str | int) and str(value) not in said:
-            said.append(str(value))
-        for part in value[:9] if isinstance(value, list) else ():
-            collect(part)
-        for name in ("message", "msg", "error", "detail", "errors", "title", "loc", "param", "code"):
-            if isinstance(value, dict) and value.get(name):
-                collect(value[name])
-
-    with suppress(ValueError, RecursionError):
-        collect(json.loads(text))
-    plain = "; ".join(said) or re.sub(r"<[^<>]*>", " ", text)
-    return " ".join("".join(c if c.isprintable() else " " for c in plain[:2000]).split())[:400]
-
-def _text(content: Any) -> str:
-    """The text of a message, which may come in parts, some of them thoughts."""
-    if isinstance(content, list):
-        return "".join(_text(part) for part in content)
-    if isinstance(content, dict):
-        thought = re.search("think|thought|reason|refusal", str(content.get("type")))
-        return "" if thought else _text(content["text"]) if "text" in content else json.dumps(content)
-    return content if isinstance(content, str) else ""
-
-def _used(usage: Any) -> tuple[int, int]:
-    """Tokens in and out; what is no number counts 0, since nobody's bookkeeping spoils an answer."""
-    usage = usage if isinstance(usage, dict) else {}
-    number = lambda *names: next(
-        (int(n) for n in map(usage.get, names) if isinstance(n, int | float) and 0 < n < 1e9), 0)
-    return number("input_tokens", "prompt_tokens"), number("output_tokens", "completion_tokens")
-
-def read_reply(text: str) -> Reply:
-    """The reply in the body of an HTTP response, of a response or of a chat completion, whatever it may hold.
-
-    A body that reports an error is one; thoughts in a field of their own are read only if they are the answer in JSON.
-    """
-    try:
-        body = json.loads(text)
-        tokens = _used(body.get("usage"))
-        if (body.get("error") or body.get("object") == "error") and not (body.get("choices") or body.get("output")):
-            return Reply(_words_of(text), "error")
-        if "choices" in body:
-            choice = body["choices"][0]
-            message, ending = choice.get("message", choice), choice.get("finish_reason")
-            raw, refusal = _text(message.get("content", message.get("text"))), message.get("refusal")
-            thought = _text(message.get("reasoning_content") or message.get("reasoning"))
-            if thought and not raw.strip():
-                raw = thought if thought.strip()[:1] in ("{", "[") else f"<think>{thought}"
-        else:
-            parts = [part for item in body["output"] if item["type"] == "message" for part in item["content"]]
-            raw, refusal = _text(parts), "".join(part.get("refusal", "") for part in parts)
-            ending = (body.get("incomplete_details") or {}).get("reason")
-        raw = raw[:_LONGEST]
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return Reply(text[:_LONGEST], "malformed")
-    if refusal or ending == "content_filter":
-        return Reply(str(refusal or raw)[:_LONGEST], "refused", tokens)
-    if ending in ("length", "max_tokens", "max_output_tokens"):
-        return Reply(raw, "truncated", tokens)
-    try:
-        parse_items(raw)
-    except ValueError:
-        return Reply(raw, "malformed", tokens)
-    return Reply(raw, "ok", tokens)
-
 # %% ../../nbs/03_language.ipynb #cb4e5208
-_SILENT, _AWAY = 598, 599  # as status: no answer in time, no connection
 _SOFT = ("temperature", "top_p", "max_tokens", "max_completion_tokens", "max_output_tokens", "store")
-_LIMIT = re.compile("context|too (?:large|long|small|many)|at (?:most|least)|m[ai][xn]imum|exceed|greater|less", re.I)
+_LIMIT = re.compile("context|too (?:large|long|small|many)|at (?:most|least)|maximum|minimum|exceed|greater|less", re.I)
 _POLICY = re.compile("content.?(?:filter|management|policy)", re.I)
-_PATH = re.compile("unexpected endpoint|page not found|unknown (?:url|path|route|endpoint)", re.I)
-_BROKE = re.compile("insufficient_quota|current quota|billing|credit", re.I)
-_ADVICE = (  # for what a server says, with its status in front: the first that fits
-    (r"^40[13]\b|api.?key", "check the key in OPENAI_API_KEY"), (_BROKE.pattern, "check the account of the key"),
-    (_PATH.pattern, "check --base-url, which most often ends with /v1: --base-url …/v1"),
-    (r"temperature|top_p", "give --temperature none"), (r"token|context|truncated", "give another --max-tokens"),
-    (rf"^{_SILENT}", "give a longer --timeout or fewer --workers"), (rf"^{_AWAY}",
-                                                                     "check that a server is at --base-url"),
-    (r"^40[45]\b(?!.*\bmodel\b)", "check --base-url, most often --base-url …/v1, and --model"),
-    (r"^4|malformed|refused", "give another --model"), ("", "try again later"))
-
-def _advised(words: str) -> str:
-    """What was said, and what to do about it; a status of ours is left out."""
-    advice = next(advice for pattern, advice in _ADVICE if re.search(pattern, words, re.I))
-    return f"{re.sub(f'^(?:{_SILENT}|{_AWAY}) ', '', words).rstrip('. ')}; {advice}"
-
-def nothing_of_use(replies: Sequence[Reply]) -> LLMError:
-    """The error for answers of which none can be used: how many of which kind, and what the last one said."""
-    counts = ", ".join(f"{n} {status}" for status, n in Counter(reply.status for reply in replies).most_common())
-    last = " ".join("".join(c if c.isprintable() else " " for c in replies[-1].raw[-300:]).split())
-    return LLMError(
-        _advised(f"none of {len(replies)} answers can be used ({counts}); the last says: {last or 'nothing'}"))
+_PASSING = re.compile(r"\b(?:429|5\d\d)\b|rate.?limit|overload|server_error|unavailable|loading", re.I)
 
 class _Session:
     """Calls to one server, at a shared pace, recorded as they arrive."""
@@ -592,16 +319,14 @@ class _Session:
         self._key = (os.environ.get("OPENAI_API_KEY") or "").strip()
         if not self._key and not url:
             raise LLMError("expected a key in OPENAI_API_KEY, base_url of a server, or replay=True; got none of them")
-        if self._key and not (self._key.isascii() and self._key.isprintable()):
+        if not (self._key.isascii() and self._key.isprintable()):
             raise LLMError("the key in OPENAI_API_KEY must be one line of ASCII characters")
-        self.patience = self.longest = chat.patience(url)
-        self.client = self.openai.OpenAI(api_key=self._key or "none", base_url=url, timeout=self.patience,
-                                         max_retries=0)
+        self.patience = self.first = chat.timeout or (300.0 if _NEAR.match(url or "") else 60.0)
+        self.client = self.openai.OpenAI(api_key=self._key or "none", base_url=url, max_retries=0)
         self.chat, self.record, self.progress = chat, record, progress
         self.modes = list(chat.modes or MODES[bool(chat.base_url):])
         self.instead: dict[str, str] = {}  # names in a request that the server refuses → what it takes, or ""
-        self.works = False  # whether any answer came: then the requests are right
-        self.replies: list[Reply] = []  # the last one to each question, as long as none is ok
+        self.works, self.replies = False, list[Reply]()  # whether any answer came; the last reply to each question
         self.limit, self._running, self._waves, self._calm = chat.workers, 0, 0, 0
         self._free, self._last, self._stopped = threading.Condition(), -math.inf, threading.Event()
 
@@ -621,116 +346,91 @@ class _Session:
         if self._stopped.wait(max(0.0, seconds)):
             raise LLMError("stopped")
 
-    @contextmanager
-    def turn(self) -> Iterator[tuple[float, int]]:
-        """A place among the calls that run at a time: how long to wait for an answer, and how often that has grown."""
-        with self._free:
-            self._free.wait_for(lambda: self._running < self.limit or self._stopped.is_set())
-            self._running += 1
-            start = self._last = max(self._last + 60 / self.chat.per_minute, time.monotonic())
-        try:
-            self.wait(start - time.monotonic())
-            yield self.patience, self._waves
-        finally:
-            with self._free:
-                self._running -= 1
-                self._free.notify_all()
-
     def paced(self, silent: bool, waves: int) -> None:
-        """A server that answers one request at a time works on for those that gave up: ask for less, and wait longer."""
-        with self._free:
-            self._calm = 0 if silent else self._calm + 1
-            if silent:
-                self.limit = max(1, self.limit // 2)
-            elif self._calm >= 16 * self.limit < 16 * self.chat.workers:
-                self.limit, self._calm = self.limit + 1, 0
-            if not silent or waves < self._waves:  # or sent before the others were
-                return
-            self._waves += 1
-            self.patience = min(2 * self.patience, 4 * self.longest)
-        _logger.warning(
-            "no answer within %g s: fewer calls at a time from here on, with up to %g s for each (--workers, "
-            "--timeout)", self.patience / 2, self.patience)
+        """A server that takes one request at a time works on for those that gave up: ask for less, and wait longer."""
+        self._running, self._calm = self._running - 1, 0 if silent else self._calm + 1
+        if silent:
+            self.limit = max(1, self.limit // 2)
+        elif self._calm >= 16 * self.limit < 16 * self.chat.workers:
+            self.limit, self._calm = self.limit + 1, 0
+        if silent and waves == self._waves:  # or else it was sent before we knew
+            self._waves, self.patience = waves + 1, min(2 * self.patience, 4 * self.first)
+            _logger.warning(
+                "no answer in time: from here on fewer calls at a time, and up to %g s for each (--workers, "
+                "--timeout)", self.patience)
+        self._free.notify_all()
 
     def post(self, mode: str, body: dict[str, Any]) -> tuple[int, str, float]:
         """One call: the status, the body or what went wrong on the way, and how long the server wants us to wait."""
         api = self.client.responses if mode == "responses" else self.client.chat.completions
-        with self.turn() as (patience, waves):
-            try:
-                text = self.clean(api.with_raw_response.create(**body, timeout=patience).text)
-                self.paced(False, waves)
-                return 200, text, 0.0
-            except self.openai.APIStatusError as error:
-                status, text, head = error.status_code, error.response.text, error.response.headers
-            except self.openai.APITimeoutError:
-                self.paced(True, waves)
-                return _SILENT, f"no answer within {patience:g} s", 0.0
-            except self.openai.OpenAIError as error:
-                status, text, head = _AWAY, f"{type(error).__name__}: {error} {error.__cause__ or ''}", {}
-        later = 0.0
-        for name, unit in (("retry-after", 1), ("retry-after-ms", 1000)):
-            with suppress(ValueError):
-                later = float(head.get(name, "")) / unit
-        return status, self.clean(text), later if 0 < later < math.inf else 0.0
+        with self._free:
+            self._free.wait_for(lambda: self._running < self.limit or self._stopped.is_set())
+            self._running, patience, waves = self._running + 1, self.patience, self._waves
+            start = self._last = max(self._last + 60 / self.chat.per_minute, time.monotonic())
+        status, text, head = 200, "", {}
+        try:
+            self.wait(start - time.monotonic())
+            text = api.with_raw_response.create(**body, timeout=patience).text
+        except self.openai.APIStatusError as error:
+            status, text, head = error.status_code, error.response.text, error.response.headers
+        except self.openai.APITimeoutError:
+            status, text = SILENT, f"no answer within {patience:g} s"
+        except self.openai.OpenAIError as error:
+            status, text = AWAY, f"{type(error).__name__}: {error} {error.__cause__ or ''}"
+        finally:
+            with self._free:
+                self.paced(status == SILENT, waves)
+        later = [
+            float(head[name]) / unit for name, unit in (("retry-after-ms", 1000), ("retry-after", 1))
+            if re.fullmatch(r"\d+(\.\d+)?", head.get(name, ""))]
+        return status, self.clean(text), (later or [0.0])[0]
 
-    def adapt(self, words: str, body: dict[str, Any]) -> bool:
+    def adapt(self, said: str, body: dict[str, Any]) -> bool:
         """Leave out, or rename, what a server refuses by name, for the rest of the run; whether that changes anything."""
-        named = [name for name in _SOFT if name in body and re.search(rf"\b{name}\b", words)]
-        named = [name for name in named if not ("tokens" in name and _LIMIT.search(words))]
-        for name in named[-1:] if re.search(r"\bboth\b", words) else named:
-            new = "max_completion_tokens" if name == "max_tokens" else ""
+        named = [name for name in _SOFT if name in body and re.search(rf"\b{name}\b", said)]
+        named = [name for name in named if not ("tokens" in name and _LIMIT.search(said))]
+        for name in named[-1:] if re.search(r"\bboth\b", said) else named:
             if name not in self.instead:
-                self.instead[name] = new
+                new = self.instead[name] = "max_completion_tokens" if name == "max_tokens" else ""
                 _logger.warning("%s refuses %s, which %s from here on: %s", body["model"], name,
-                                f"is called {new}" if new else "is left out", words[:200])
+                                f"is called {new}" if new else "is left out", said[:200])
         return bool(named)
 
     def send(self, question: Question, complaint: str) -> tuple[str, Reply]:
-        """Ask once, in the first form that the server accepts; returns that form and the reply.
-
-        What passes is tried again. Raises LLMError with the server's words if the request itself is wrong.
-        """
+        """Ask once, in the first form that the server accepts; returns that form and the reply. What passes is tried
+        again. Raises LLMError with the server's words if the request itself is wrong."""
         modes, failed = list(self.modes), 0
         while True:
             mode, body = modes[0], request_body(question, modes[0], complaint)
-            for name in _SOFT:
-                if name in self.instead and name in body:
-                    value = body.pop(name)
-                    body |= {self.instead[name]: value} if self.instead[name] else {}
+            for old, new in self.instead.items():
+                body |= {new: body.get(old)} if new and old in body else {}
+                body.pop(old, None)
             status, text, later = self.post(mode, body)
-            reply = read_reply(text) if status == 200 else None
+            reply, said = read_reply(text) if status == 200 else None, words_of(text)
             if reply and reply.status != "error":
                 self.modes, self.works = modes, True
                 return mode, reply
-            words = _words_of(text)
             if reply:  # 200, and an error all the same
-                passes = re.search(r"\b(?:429|5\d\d)\b|rate.?limit|overload|server_error|unavailable|loading", words,
-                                   re.I)
-                status = 503 if passes else 404 if _PATH.search(words) else 400
-            passes = status in (408, 409, 425, 429) or status >= 500 and status != 501
-            if passes and later <= 120 and not _BROKE.search(words) and failed < self.chat.retries:
+                status = 503 if _PASSING.search(said) else 404 if NO_PATH.search(said) else 400
+            passes = (status in (408, 409, 425, 429) or status >= 500 and status != 501) and not NO_MONEY.search(said)
+            if passes and later <= 120 and failed < min(self.chat.retries, 2 if status == SILENT else 99):
                 failed += 1
-                if status == _SILENT and failed > 2:
-                    raise LLMError(_advised(f"{status} {words}, and less before"))
-                self.wait(later or (0 if status == _SILENT else min(0.5 * 2**failed, 8)))
-            elif status == 400 and _POLICY.search(words):
-                return mode, Reply(words, "error")
-            elif status in (400, 422) and self.adapt(words, body):
+                self.wait(later or min(0.5 * 2**failed, 8) * (status != SILENT))
+            elif status == 400 and _POLICY.search(said):
+                return mode, Reply(said, "error")
+            elif status in (400, 422) and self.adapt(said, body):
                 continue
-            elif len(modes) > 1 and (status in (400, 415, 422, 501) or status in (404, 405) and mode == "responses"
-                                     and not re.search(r"\bmodel\b", words)):
+            elif len(modes) > 1 and (status in (400, 415, 422, 501) or mode == "responses" and status in (404, 405)
+                                     and not re.search(r"\bmodel\b", said)):
                 modes.pop(0)
             elif self.works and status in (400, 413, 422):
-                return mode, Reply(words, "error")
+                return mode, Reply(said, "error")
             else:
-                raise LLMError(_advised(f"{status} {words}"))
+                raise LLMError(advised(f"{status} {said}"))
 
     def settle(self, question: Question) -> None:
-        """Ask until an answer can be used, `tries` times at most; every answer is recorded.
-
-        Raises LLMError, and stops the run, if nothing can be recorded, or if eight questions got no usable answer and
-        none did.
-        """
+        """Ask until an answer can be used, `tries` times at most; every answer is recorded. LLMError, which ends the
+        run, if it cannot be recorded, or if eight questions had no usable answer and none had one."""
         complaint, reply = "", Reply("", "error")
         try:
             for _ in range(self.chat.tries):
@@ -740,21 +440,20 @@ class _Session:
                     break
                 form = words()["forms"]["list" if mode == "list" else "json"]
                 complaint = "" if reply.status == "refused" else f"That answer was {reply.status}. {form}"
-            if reply.status != "ok":
-                where = f"class {question.class_id!r}, {question.kind}, sample {question.sample}"
-                _logger.warning("%s: no usable answer, the last was %s", where, reply.status)
             self.replies.append(reply)
-            if len(self.replies) >= 8 and all(one.status != "ok" for one in self.replies[:8]):
+            if len(self.replies) >= 8 and all(one.status != "ok" for one in self.replies):
                 raise nothing_of_use(self.replies)
         except BaseException:
             self.stop()
             raise
+        if reply.status != "ok":
+            where = f"class {question.class_id!r}, {question.kind}, sample {question.sample}"
+            _logger.warning("%s: no usable answer, the last was %s", where, reply.status)
 
     def run(self, questions: Sequence[Question], batch: bool) -> None:
-        """Settle all questions, first in a batch if wanted. The first is asked alone: it shows what is wrong with all.
-
-        After an error no new call starts; what is on its way is still recorded. Every error of the client becomes
-        LLMError, which holds neither key nor request."""
+        """Settle all questions, first in a batch if wanted. The first goes alone: it shows what is wrong with all. After
+        an error no new call starts; what is on its way is still recorded. The client's errors become LLMError, which
+        holds neither key nor request."""
         with ThreadPoolExecutor(self.chat.workers) as pool:
             try:
                 if batch:
@@ -771,10 +470,10 @@ class _Session:
             except LLMError as error:
                 problem = self.clean(str(error))
             except self.openai.APIStatusError as error:
-                problem = _advised(f"{error.status_code} {_words_of(self.clean(error.response.text))}")
-                problem += ", or leave out --batch where there is no Batch API"
+                said = words_of(self.clean(error.response.text))
+                problem = f"{advised(f'{error.status_code} {said}')}, or leave out --batch where there are no batches"
             except self.openai.OpenAIError as error:
-                problem = _advised(f"{_AWAY} {self.clean(f'{type(error).__name__}: {error}')[:400]}")
+                problem = advised(f"{AWAY} {self.clean(f'{type(error).__name__}: {error}')[:400]}")
             finally:
                 self.stop()
                 pool.shutdown(cancel_futures=True)
@@ -823,15 +522,15 @@ def _collect(session: _Session, questions: Sequence[Question]) -> None:
             key, response = (model, prompt, int(sample)), line.get("response") or {}
             problem = line.get("error") or response.get("status_code") != 200
             text = session.clean(json.dumps(line if problem else response["body"]))
-            problems += [_words_of(text)] * bool(problem)
+            problems += [words_of(text)] * bool(problem)
             if key not in record:
                 about = (known[key].class_id, known[key].kind) if key in known else ("", "")
                 record.add(key, Reply(text[:500], "error") if problem else read_reply(text), *about, "batch")
         record.write({"collected": name, "status": batch.status})
         if batch.status == "failed":
-            raise LLMError(_words_of(session.clean(f"batch {name} failed: {batch.errors}")))
+            raise LLMError(words_of(session.clean(f"batch {name} failed: {batch.errors}")))
         if problems and len(problems) == len(lines) and batch.status == "completed":
-            raise LLMError(_advised(f"400 batch {name} has errors only, the last: {problems[-1]}"))
+            raise LLMError(advised(f"400 batch {name} has errors only, the last: {problems[-1]}"))
 
 # %% ../../nbs/03_language.ipynb #fc074d50
 class Answer(NamedTuple):
