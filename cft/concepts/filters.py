@@ -273,11 +273,13 @@ class Similarity:
 
     @classmethod
     @cache
-    def best(cls) -> "Similarity":
-        """The best that is installed and downloads nothing: all-MiniLM-L6-v2, or else spelling."""
+    def best(cls, many: bool = False) -> "Similarity":
+        """The best that is installed and downloads nothing: all-MiniLM-L6-v2, or else spelling, as for `many` texts."""
+        encoders: tuple[Encoder, ...] = (NGrams(),)
         with suppress(Exception):  # whatever is missing or broken
-            encoder = SentenceEncoder.minilm()
-            return cls((encoder,)) if encoder(["a beak"]).size else cls()
+            encoders = encoders if many else (SentenceEncoder.minilm(),)
+            encoders[0](["a beak"])
+            return cls(encoders)
         return cls()
 
     @classmethod
@@ -363,9 +365,10 @@ def filter_concepts(classes: Sequence[ClassName], concepts: Sequence[Concept], s
                     rules: Rules = Rules()) -> ConceptSet:
     """Filters 1, 2a, 2b and 3. A merged concept's classes, and their kinds, go to the concept that stays.
 
-    similarity: None for the best that is installed; its name stands in the settings of the set.
+    similarity: None for the best that is installed, and for more than 10,000 phrases the one that takes a minute; its
+    name stands in the settings of the set.
     """
-    similarity = similarity or Similarity.best()
+    similarity = similarity or Similarity.best(len(concepts) > 10_000)
     left, dropped, names = sorted(concepts, key=lambda c: c.text), [], [c.name for c in classes]
     texts = lambda: [c.text for c in left]
 
