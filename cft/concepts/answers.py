@@ -39,7 +39,7 @@ _BULLET = (r"(?:[-–—•‣⁃◦▪▫●○■□∙·➢➤→✓✔☑](?
            r"\(?[a-zA-Z]\)(?=\s))[ \t]*(?:\[[ xX]\][ \t]+)?")
 
 def _decode(text: str, start: int) -> tuple[Any, int]:
-    """The JSON value, or else the Python literal, that begins at `start`, and where it ends. ValueError if none does."""
+    """The JSON value, or else the Python literal, that begins at `start`, and where it ends. ValueError for none."""
     with suppress(ValueError, RecursionError):
         return json.JSONDecoder(strict=False).raw_decode(text, start)
     for end in [m.end() for m in re.finditer("[]}]", text[:start + 20_000]) if m.start() > start][:12]:
@@ -63,7 +63,7 @@ def _values(text: str) -> list[list[Any]]:
     return found
 
 def _phrases(value: Any, inside: bool = True) -> list[str]:
-    """The texts of a decoded answer: those of lists, the name of an object in a list, or else the lists of an object."""
+    """The texts of a decoded answer: those of lists, the name of an object in a list, or else an object's lists."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list | tuple):
@@ -80,7 +80,7 @@ def _phrases(value: Any, inside: bool = True) -> list[str]:
     return found or (texts[:1] if inside else texts if all(map(str.isdigit, fields)) else [])
 
 def _lines(text: str) -> list[str]:
-    """The items of a list, without what explains them after a colon or a dash; of a table the first cells with letters."""
+    """The items of a list, without what explains them after a colon or a dash; of a table, the first cells of rows."""
     found, table = [], False
     for line in text.split("\n"):
         table = "|" in line and (table or "--" in line and set(line) <= set("|-: "))  # below the rule under its head
@@ -107,7 +107,7 @@ def _tidy(item: str) -> str:
             mark = re.search(f"[{item[0]}{end}]", inner)
             after = mark and inner[mark.end():mark.end() + 1].isalnum() or mark and inner[:mark.start()][-1:].isspace()
             even = item[0] != end or inner.count(end) % 2 == 0
-            item = item if mark and even and mark[0] == end and not after else inner  # "these" and "these" are two pairs
+            item = item if mark and even and mark[0] == end and not after else inner  # "a" and "b" are two pairs
     return item.lower()
 
 def parse_items(raw: str) -> list[str]:
@@ -133,7 +133,7 @@ def parse_items(raw: str) -> list[str]:
                 _decode(version, begins.end() - 1)
             groups += [_phrases(one if len(one) > 1 else one[0], len(one) > 1) for one in _values(version)[::-1] if one]
     found = next(filter(None, groups), None) or ([] if begins else _lines(text))
-    items = [item for item in map(_tidy, found) if any(map(str.isalnum, item))]
+    items = [item for item in map(_tidy, found) if re.search(r"[^\s!-/:-@\[-`{-~\u2010-\u2027]", item)]
     if not items:
         raise ValueError(f"expected a JSON object with items, or a list with one item per line, got {raw[:60]!r}")
     return items
@@ -228,8 +228,8 @@ _ADVICE = (  # what a server says, with the status in front, and what to do: the
     ("^4|malformed|refused", "give another --model"), ("", "try again later"))
 
 def advised(said: str) -> str:
-    advice = next(advice for pattern, advice in _ADVICE
-                  if re.search(pattern, said, 0 if pattern in (NO_MONEY.pattern, NO_PATH) else re.I))
+    """What a server said, with the status in front, and what to do about it."""
+    advice = next(advice for pattern, advice in _ADVICE if re.search(pattern, said, re.I))
     return f"{re.sub(f'^(?:{SILENT}|{AWAY}) ', '', said).rstrip('. ')}; {advice}"
 
 class LLMError(RuntimeError):

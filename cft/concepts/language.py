@@ -386,7 +386,7 @@ class _Session:
         return status, self.clean(text), (later or [0.0])[0]
 
     def adapt(self, said: str, body: dict[str, Any]) -> bool:
-        """Leave out, or rename, what a server refuses by name, for the rest of the run; whether that changes anything."""
+        """Leave out, or rename, what a server refuses by name, for the rest of the run; whether it refuses anything."""
         named = [name for name in _SOFT if name in body and re.search(rf"\b{name}\b", said)]
         named = [name for name in named if not ("tokens" in name and _LIMIT.search(said))]
         for name in named[-1:] if re.search(r"\bboth\b", said) else named:
@@ -420,8 +420,9 @@ class _Session:
                 return mode, Reply(said, "error")
             elif status in (400, 422) and self.adapt(said, body):
                 continue
-            elif len(modes) > 1 and (status in (400, 415, 422, 501) or mode == "responses" and status in (404, 405)
-                                     and not re.search(r"\bmodel\b", said)):
+            elif len(modes) > 1 and "token" not in said and (status in (400, 415, 422, 501)
+                                                             or mode == "responses" and status in (404, 405)
+                                                             and not re.search(r"\bmodel\b", said)):
                 modes.pop(0)
             elif self.works and status in (400, 413, 422):
                 return mode, Reply(said, "error")
@@ -451,9 +452,11 @@ class _Session:
             _logger.warning("%s: no usable answer, the last was %s", where, reply.status)
 
     def run(self, questions: Sequence[Question], batch: bool) -> None:
-        """Settle all questions, first in a batch if wanted. The first goes alone: it shows what is wrong with all. After
-        an error no new call starts; what is on its way is still recorded. The client's errors become LLMError, which
-        holds neither key nor request."""
+        """Settle all questions, first in a batch if wanted. The first goes alone: it shows what is wrong with all.
+
+        After an error no new call starts; what is on its way is still recorded. The client's errors become LLMError,
+        which holds neither key nor request.
+        """
         with ThreadPoolExecutor(self.chat.workers) as pool:
             try:
                 if batch:
@@ -555,8 +558,8 @@ def ask(questions: Sequence[Question], record: Record, chat: Chat = Chat(), *, r
 
     Before the first call `confirm` gets the estimate and must return True, unless `yes`. With `replay` nothing is sent.
     Two runs with one record share it: the second waits and pays for what is then missing. An answer that stays unusable
-    comes back with its status. Raises ValueError for a record that cannot be written, ReplayMiss for a gap in a replayed record,
-    PermissionError if the estimate is not confirmed, LLMError if the model cannot be reached.
+    comes back with its status. Raises ReplayMiss for a gap in a replayed record, ValueError for one that cannot be
+    written, PermissionError if the estimate is not confirmed, LLMError if the model cannot be reached.
     """
     unique = {q.key: q for q in questions}
     missing = [q for key, q in unique.items() if key not in record]

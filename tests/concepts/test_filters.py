@@ -33,7 +33,8 @@ from cft.concepts.filters import (
     refine,
     unfit,
 )
-from cft.concepts.language import ANSWERS, KINDS, RECORDED, Answer, ClassName, Record, Reply, Sampling, questions
+from cft.concepts.answers import LLMError, Reply
+from cft.concepts.language import ANSWERS, KINDS, RECORDED, Answer, ClassName, Record, Sampling, questions
 from cft.data import backdrop
 
 ONE = Sampling(samples=1)
@@ -111,8 +112,11 @@ def test_the_demo_set_has_parts_that_are_drawn_and_things_that_are_not():
 def test_what_stays_unusable_is_told(tmp_path):
     record, question = Record(tmp_path / "answers.jsonl"), questions(CLASSES[:1], ONE, ["around"])[0]
     record.add(question.key, Reply("I cannot.", "refused"))
-    with pytest.warns(UserWarning) as caught:
+    with pytest.raises(LLMError, match=r"none of 1 answers can be used \(1 refused\); the last says: I cannot"):
         discover(CLASSES[:1], record, ONE, kinds=["around"], replay=True)
+    record.add(questions(CLASSES[1:2], ONE, ["around"])[0].key, Reply('{"items": ["water"]}', "ok"))
+    with pytest.warns(UserWarning) as caught:
+        discover(CLASSES[:2], record, ONE, kinds=["around"], similarity=Similarity(), replay=True)
     expected = ["1 questions have no usable answer: n1 around 0: refused", "1 classes have no concept: n1"]
     assert [str(w.message) for w in caught] == expected
 
@@ -183,7 +187,7 @@ def test_edges_of_the_cutoffs():
     assert near_twins(np.array([[1, 0.9], [0.9, 1]]), 0.9) == {1: 0}
     assert near_twins(np.array([[1, 0.8999], [0.8999, 1]]), 0.9) == {}
     assert near_class(np.array([[0.85, 0.8499]]), 0.85) == {0: 0}
-    found = filter_concepts(CLASSES, [given("x" * 30, "n1"), given("x" * 31, "n1")])
+    found = filter_concepts(CLASSES, [given("x" * 30, "n1"), given("x" * 31, "n1")], Similarity())
     assert [len(c.text) for c in found.concepts] == [30]
     names = ["Persian cat", "bird"]
     texts = ["persian cat", "a Persian cat", "PERSIAN CAT", "the bird", "BIRD", "Bird", "An bird", "birds", "my bird"]
@@ -261,9 +265,9 @@ def test_the_pipeline_equals_a_plain_one_and_is_idempotent(seed, bug_compatible)
 
 
 def test_no_candidates():
-    found = filter_concepts(CLASSES, [])
+    found = filter_concepts(CLASSES, [], Similarity())
     assert found.concepts == () and found.of("n1") == () and found.pairs() == []
-    assert filter_concepts(CLASSES, [given("boat", "n1")]).concepts == ()
+    assert filter_concepts(CLASSES, [given("boat", "n1")], Similarity()).concepts == ()
 
 
 def test_many_concepts_are_filtered_in_blocks():
