@@ -1,4 +1,5 @@
 """Files written whole: kills at random moments, two writers, a full disk, a folder that may not be written."""
+import errno
 import json
 import os
 import random
@@ -14,7 +15,19 @@ import pandas as pd
 import pytest
 
 from cft import files
-from cft.files import need, read_json, replace_part, sha256, write_csv, write_json, write_text, written, written_folder
+from cft.files import (
+    append_bytes,
+    check_writable,
+    need,
+    read_json,
+    replace_part,
+    sha256,
+    write_csv,
+    write_json,
+    write_text,
+    written,
+    written_folder,
+)
 
 LARGE = 200_000  # bytes: more than one buffer
 WRITER = """
@@ -281,3 +294,52 @@ def test_assets_and_extras():
     assert need("json", "json", "cft[all]", "this test") is json
     with pytest.raises(ImportError, match=r"it needs nothing-like-it; install it with: pip install 'cft\[rare\]'"):
         need("nothing_like_it", "nothing-like-it", "cft[rare]", "it")
+
+
+# ---------------------------------------------------------------- appending, and trying first
+
+def test_appending_is_all_or_nothing(tmp_path, monkeypatch):
+    path, write, room = tmp_path / "a", os.write, [5]
+
+    def full(number, data):
+        if not room:
+            raise OSError(errno.ENOSPC, "full")
+        return write(number, data[:room.pop()])
+    append_bytes(path, b"one\n")
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="full"):
+        append_bytes(path, b"two and more\n")
+    monkeypatch.setattr(os, "write", lambda number, data: 0)
+    with pytest.raises(OSError, match="No space"):
+        append_bytes(path, b"three\n")
+    monkeypatch.setattr(os, "write", lambda number, data: write(number, data[:2]))
+    append_bytes(path, b"four\n")
+    assert path.read_bytes() == b"one\nfour\n"
+
+
+def test_appending_beyond_a_limit_of_the_system(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    append_bytes(tmp_path / "a", b"x" * 90)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError):
+            append_bytes(tmp_path / "a", b"y" * 90)
+        with pytest.raises(ValueError, match="b cannot be written: .*--out"):
+            check_writable(tmp_path / "b", "--out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "a").read_bytes() == b"x" * 90
+
+
+def test_whether_a_file_can_be_written_is_tried_without_a_trace(tmp_path):
+    (tmp_path / "there").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    for good in ("there", "new", "deep/new"):
+        check_writable(tmp_path / good, "--out")
+    assert (tmp_path / "there").read_text() == "kept" and sorted(os.listdir(tmp_path)) == ["deep", "folder", "there"]
+    for bad in ("folder", "there/x", "n" * 300):
+        with pytest.raises(ValueError, match="cannot be written: .*; give another --out"):
+            check_writable(tmp_path / bad, "--out")
+    for bad in ("/proc/x", "/dev/null"):
+        with pytest.raises(ValueError, match="cannot be written"):
+            check_writable(bad, "--out")

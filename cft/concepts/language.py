@@ -265,8 +265,8 @@ _ENDPOINT = "/v1/chat/completions"  # of a batch
 _FINAL = ("completed", "failed", "expired", "cancelled")  # fates of a batch
 _BATCH_SIZE = 50_000  # requests in one batch
 _SCHEMA = {"name": "items", "strict": True, "schema": Items.model_json_schema()}
-_NEAR = re.compile(r"https?://(?:[^/@]*@)?(?:127\.|10\.|192\.168\.|172\.(?:1[6-9]|2\d|3[01])\.|\[|[^./:]+(?:[:/]|$)|"
-                   r"[^/:]+\.(?:local|lan)\b)")  # servers on this machine or network
+_NEAR = re.compile(r"https?://(?:[^/@]*@)?(?:(?:127|10|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d+){2,3}|"
+                   r"\[.*\]|[^./:]+|[^/:]+\.(?:local|lan))(?:[:/]|$)")  # servers on this machine or network
 
 @dataclass(frozen=True)
 class Chat:
