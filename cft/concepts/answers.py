@@ -27,9 +27,9 @@ class Items(BaseModel):
 
 _THINK = r"[<◁\[](/?)(?:\w+:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad)\b[^<>\n]{0,99}?[>▷\]]"
 _ASIDE = (  # what is in an answer and does not belong to it, and what takes its place
-    (r"\A.*<\|channel\|>final.{0,50}?<\|message\|>", ""), (r"<\|?channel\|?>\s*(?:analysis|thought|commentary).*",
-                                                           ""), (r"<\|[^|>]*\|>|</?s>", ""), (r"<li\b[^<>]*>", "\n- "),
-    (r"</?(?:answer|final|output|response|result|strong|code|[bip]|em|[ou]l|li|br)\b[^<>]*>", "\n"))
+    (r"\A.*<\|channel\|>final.{0,50}?<\|message\|>", ""), (r"<\|?channel\|?>\s*(?:analysis|thought|commentary).*", ""),
+    (r"<\|[^|>]*\|>|</?s>", ""), (r"<li\b[^<>]*>", "\n- "), (r"</?(?:strong|[bi]|em|code|span)\b[^<>]*>", ""),
+    (r"</?(?:answer|final|output|response|result|p|[ou]l|li|br)\b[^<>]*>", "\n"))
 _SPACES = str.maketrans(dict.fromkeys("\u200b\u2060\ufeff\xad") | dict.fromkeys("\xa0\u202f\u205f\u3000\u2009", " "))
 _LISTS = ("items", "concepts", "features", "answer", "answers", "result", "results", "list", "data")
 _NAMES = ("name", "item", "concept", "feature", "phrase", "label", "title", "text", "value")

@@ -265,6 +265,7 @@ _ENDPOINT = "/v1/chat/completions"  # of a batch
 _FINAL = ("completed", "failed", "expired", "cancelled")  # fates of a batch
 _BATCH_SIZE = 50_000  # requests in one batch
 _SCHEMA = {"name": "items", "strict": True, "schema": Items.model_json_schema()}
+_ADDRESS = r"https?://(?:[^\s/@]+@)?(?:\[[\da-fA-F:.]+\]|[^\s/:?#@\[\]]+)(?::\d{1,5})?(?:[/?]\S*)?"
 _NEAR = re.compile(r"https?://(?:[^/@]*@)?(?:(?:127|10|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d+){2,3}|"
                    r"\[.*\]|[^./:]+|[^/:]+\.(?:local|lan))(?:[:/]|$)")  # servers on this machine or network
 
@@ -287,7 +288,7 @@ class Chat:
         if self.workers > 256 or not 0 < (self.timeout or 1.0) < 1e6 or self.timeout == 0:
             raise ValueError(
                 f"workers must be 1 to 256 and timeout some seconds, got {self.workers} and {self.timeout}")
-        if self.base_url is not None and not re.match(r"https?://[^\s/:]", self.base_url):
+        if self.base_url is not None and not re.fullmatch(_ADDRESS, self.base_url):
             raise ValueError("base_url must be a server's address, such as http://localhost:11434/v1")
 
 # %% ../../nbs/03_language.ipynb #22d200f8
@@ -321,6 +322,7 @@ class _Session:
             raise LLMError("expected a key in OPENAI_API_KEY, base_url of a server, or replay=True; got none of them")
         if not (self._key.isascii() and self._key.isprintable()):
             raise LLMError("the key in OPENAI_API_KEY must be one line of ASCII characters")
+        Chat(url)  # refuses what is no address
         self.patience = self.first = chat.timeout or (300.0 if _NEAR.match(url or "") else 60.0)
         self.client = self.openai.OpenAI(api_key=self._key or "none", base_url=url, max_retries=0)
         self.chat, self.record, self.progress = chat, record, progress
@@ -406,14 +408,15 @@ class _Session:
                 body |= {new: body.get(old)} if new and old in body else {}
                 body.pop(old, None)
             status, text, later = self.post(mode, body)
-            reply, said = read_reply(text) if status == 200 else None, words_of(text)
+            reply = read_reply(text) if status == 200 else None
             if reply and reply.status != "error":
                 self.modes, self.works = modes, True
                 return mode, reply
+            said, few = words_of(text), status == SILENT or status == AWAY and not self.works
             if reply:  # 200, and an error all the same
                 status = 503 if _PASSING.search(said) else 404 if NO_PATH.search(said) else 400
             passes = (status in (408, 409, 425, 429) or status >= 500 and status != 501) and not NO_MONEY.search(said)
-            if passes and later <= 120 and failed < min(self.chat.retries, 2 if status == SILENT else 99):
+            if passes and later <= 120 and failed < min(self.chat.retries, 2 if few else 99):
                 failed += 1
                 self.wait(later or min(0.5 * 2**failed, 8) * (status != SILENT))
             elif status == 400 and _POLICY.search(said):
