@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from .answers import AWAY, NO_MONEY, NO_PATH, SILENT, Items, LLMError, Reply, advised, nothing_of_use
-from .answers import parse_items, read_reply, words_of
+from .answers import parse_items, read_reply, server_words
 from ..files import ASSETS, append_bytes, check_writable, need
 
 # %% ../../nbs/03_language.ipynb #c1dfd96e
@@ -412,7 +412,7 @@ class _Session:
             if reply and reply.status != "error":
                 self.modes, self.works = modes, True
                 return mode, reply
-            said, few = words_of(text), status == SILENT or status == AWAY and not self.works
+            said, few = server_words(text), status == SILENT or status == AWAY and not self.works
             if reply:  # 200, and an error all the same
                 status = 503 if _PASSING.search(said) else 404 if NO_PATH.search(said) else 400
             passes = (status in (408, 409, 425, 429) or status >= 500 and status != 501) and not NO_MONEY.search(said)
@@ -476,7 +476,7 @@ class _Session:
             except LLMError as error:
                 problem = self.clean(str(error))
             except self.openai.APIStatusError as error:
-                said = words_of(self.clean(error.response.text))
+                said = server_words(self.clean(error.response.text))
                 problem = f"{advised(f'{error.status_code} {said}')}, or leave out --batch where there are no batches"
             except self.openai.OpenAIError as error:
                 problem = advised(f"{AWAY} {self.clean(f'{type(error).__name__}: {error}')[:400]}")
@@ -528,13 +528,13 @@ def _collect(session: _Session, questions: Sequence[Question]) -> None:
             key, response = (model, prompt, int(sample)), line.get("response") or {}
             problem = line.get("error") or response.get("status_code") != 200
             text = session.clean(json.dumps(line if problem else response["body"]))
-            problems += [words_of(text)] * bool(problem)
+            problems += [server_words(text)] * bool(problem)
             if key not in record:
                 about = (known[key].class_id, known[key].kind) if key in known else ("", "")
                 record.add(key, Reply(text[:500], "error") if problem else read_reply(text), *about, "batch")
         record.write({"collected": name, "status": batch.status})
         if batch.status == "failed":
-            raise LLMError(words_of(session.clean(f"batch {name} failed: {batch.errors}")))
+            raise LLMError(server_words(session.clean(f"batch {name} failed: {batch.errors}")))
         if problems and len(problems) == len(lines) and batch.status == "completed":
             raise LLMError(advised(f"400 batch {name} has errors only, the last: {problems[-1]}"))
 

@@ -47,31 +47,30 @@ def class_names() -> tuple[str, ...]:
 
 # %% ../../nbs/21_testsets.ipynb #f69f2161
 def class_titles(names: Sequence[str], file: str | Path | None = None) -> dict[str, str]:
-    """What the classes in these folders are called: WordNet ids by their names there, and namesakes with a definition;
-    other names without a number that all have in front, and with spaces. Or as `file` says: a title a line in the order
-    of `names`, or lines that begin with a name. Raises ValueError for numbers, unknown ids and titles that occur twice.
-    """
-    number = r"^(?:\d+|n\d{8})[._ -]+(?=[^\W\d_])"
+    """What the classes in these folders are called: WordNet ids by their names there, namesakes with a definition; the
+    others without a number that all have in front, and with spaces. Or as `file` says: a title a line in the order of
+    `names`, or lines that begin with a name. Raises ValueError for numbers, unknown ids and titles that occur twice."""
+    number, describe = r"^(?:\d+|n\d{8})[._ -]+(?=[^\W\d_])", ImageNetInfo("imagenet-1k").label_name_to_description
     front = number if all(re.match(number, name) for name in names) else "^$"
     titles = {name: re.sub(r"[\s_]+", " ", re.sub(front, "", name)).strip() for name in names}
-    ids = [name for name in names if re.fullmatch(r"n\d{8}", name) and file is None]
-    if file is not None:
-        lines = [line.strip() for line in Path(file).read_text("utf-8-sig", "replace").splitlines() if line.strip()]
-        pairs = dict(re.split(r'[\s,;:"]+', line.strip('"') + " ", maxsplit=1) for line in lines)
-        if not set(names) <= set(pairs) and len(lines) != len(names):
-            raise ValueError(f"{file} must have {len(names)} lines, or one for each folder's name; got {len(lines)}")
-        found = map(pairs.get, names) if set(names) <= set(pairs) else lines
-        titles = {name: str(title).strip(' "') for name, title in zip(names, found)}
-    describe = ImageNetInfo("imagenet-1k").label_name_to_description
+    twice = lambda name: list(titles.values()).count(titles[name]) > 1
+    ids = [name for name in names if re.fullmatch(r"n\d{8}", name)]
     for detailed in (False, True):
-        for name in [name for name in ids if not detailed or list(titles.values()).count(titles[name]) > 1]:
+        for name in [name for name in ids if twice(name) or not detailed]:
             with suppress(KeyError):
                 titles[name] = describe(name, detailed)
-    wrong = [name for name, title in titles.items() if not re.search(r"[^\W\d_]", title) or title == name in ids]
-    same = [name for name, title in titles.items() if list(titles.values()).count(title) > 1]
-    if wrong or same:
-        raise ValueError(f"the folders {', '.join((wrong or same)[:5])} have no names of their own that say what they "
-                         "show; give --names FILE with a title a line, in the order of the folders")
+    if file is not None:
+        lines = Path(file).read_text("utf-8-sig", "replace").splitlines()
+        lines = [line.strip() for line in lines if line.strip()]
+        pairs = dict(re.split(r'[\s,;:"]+', line.strip('"') + " ", maxsplit=1) for line in lines)
+        told = [pairs[name]
+                for name in names] if set(names) <= set(pairs) else lines if len(lines) == len(names) else []
+        titles = dict.fromkeys(names, "") | {name: title.strip(' "') for name, title in zip(names, told)}
+    bare = [name for name in names if not re.search(r"[^\W\d_]", titles[name]) or twice(name)]
+    if bare := bare or [name for name in names if re.fullmatch(r"n\d{8}", titles[name])]:
+        raise ValueError(
+            f"the folders {', '.join(bare[:5])} have no title of their own in {file or 'their names'}; give "
+            f"--names FILE with a title a line, in the order of the {len(names)} folders")
     return titles
 
 # %% ../../nbs/21_testsets.ipynb #b1d57811

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from cft.concepts.answers import Reply, advised, nothing_of_use, one_line, parse_items, read_reply, words_of
+from cft.concepts.answers import Reply, advised, nothing_of_use, one_line, parse_items, read_reply, server_words
 
 JSON = '{"items": ["a beak", "wings"]}'
 BOTH = ["a beak", "wings"]
@@ -46,7 +46,7 @@ BOTH = ["a beak", "wings"]
         "| Concept | Why |\n|---|---|\n| a beak | long |\n| wings | broad |",
         "| # | Part |\n|:-:|:--|\n| 1 | a beak |\n| 2 | **wings** |",
         "Part | Why\n--- | ---\na beak | long\nwings | broad", "<ul><li>a beak</li><li>wings</li></ul>",
-        "items:\n  - a beak\n  - wings"])
+        "- <b>a beak</b>: long\n- <i>wings</i>", "items:\n  - a beak\n  - wings"])
 def test_a_list_is_found_in_whatever_it_comes(raw):
     assert parse_items(raw) == BOTH
 
@@ -126,7 +126,7 @@ def test_an_abyss_of_brackets_is_malformed():
     ("<h1>502</h1>\nBad", "502 Bad"), ("\x1b[31mred\x07\n\u202eevil", "[31mred evil"), ("", ""),
     ("[" * 5000, "[" * 400)])
 def test_a_servers_words_are_one_harmless_line(text, words):
-    assert words_of(text) == words and one_line(words) == words
+    assert server_words(text) == words and one_line(words) == words
 
 @pytest.mark.parametrize("said, option", [("401 Incorrect API key", "OPENAI_API_KEY"),
                                           ("403 no access", "OPENAI_API_KEY"), ("404 Not Found", "--base-url …/v1"),

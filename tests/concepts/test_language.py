@@ -626,7 +626,8 @@ def test_a_server_nearby_has_more_time(serve, record, url, seconds):
 
 
 def test_addresses_keys_and_samplings_that_cannot_be(record, monkeypatch):
-    for url in ("localhost:11434", "ftp://host/v1", "http://", "", "file:///etc/passwd"):
+    for url in ("localhost:11434", "ftp://host/v1", "http://", "", "http://host:port/v1",
+                "http://a b/v1", "https://:80", "http://[zz]/v1"):
         with pytest.raises(ValueError, match="base_url must be"):
             Chat(url)
     for bad in ({"workers": 257}, {"timeout": 0}, {"timeout": math.nan}, {"timeout": -1.0}, {"timeout": math.inf}):

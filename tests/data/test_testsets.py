@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -679,9 +680,9 @@ def test_titles_of_all_of_imagenet_differ():
     assert [titles[name].split(":")[0] for name in ("n02012849", "n03126707")] == ["crane", "crane"]
 
 
-@pytest.mark.parametrize("folders", [["0", "1"], ["007", "dog"], ["n99999999", "dog"], ["a_b", "a b"], ["12.", "13."]])
+@pytest.mark.parametrize("folders", [["0", "1"], ["007", "dog"], ["n99999999", "dog"], ["a_b", "a b"], ["12_", "13_"]])
 def test_what_is_no_title_is_refused_by_name(folders):
-    with pytest.raises(ValueError, match=f"{folders[0]}.*--names FILE"):
+    with pytest.raises(ValueError, match=rf"folders {re.escape(folders[0])}\b.*in their names; give --names FILE"):
         class_titles(folders)
 
 
@@ -697,5 +698,5 @@ def test_titles_from_a_file(tmp_path, text):
 @pytest.mark.parametrize("text", ["tench\n", "a\nb\nc\n", "", "0\n1\n", "tench\ntench\n"])
 def test_a_file_of_titles_that_does_not_fit(tmp_path, text):
     (tmp_path / "names.txt").write_text(text)
-    with pytest.raises(ValueError, match="names"):
+    with pytest.raises(ValueError, match="folders 0, 1.*names.txt; give --names FILE.* 2 folders"):
         class_titles(["0", "1"], tmp_path / "names.txt")
