@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'PACKAGE', 'ASSETS', 'reason', 'printable', 'wait', 'written', 'written_folder', 'write_text', 'write_json',
-           'read_json', 'read_yaml', 'read_rows', 'write_csv', 'sha256', 'check_writable', 'locked', 'replace_part',
-           'need', 'choose_device', 'html_template']
+           'read_json', 'read_yaml', 'read_rows', 'write_csv', 'sha256', 'append_bytes', 'check_writable', 'locked',
+           'replace_part', 'need', 'choose_device', 'html_template']
 
 # %% ../nbs/appendix/00_files.ipynb #4987389d
 import csv
@@ -209,6 +209,23 @@ def sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+# %% ../nbs/appendix/00_files.ipynb #a64b2004
+def append_bytes(path: Path, data: bytes) -> None:
+    """Append to a file, all of it or nothing, and wait for the disk. Raises OSError."""
+    done, number = 0, os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        while done < len(data):  # a write may be short
+            done += (size := os.write(number, data[done:]))
+            if not size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(number)
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(number, os.fstat(number).st_size - done)
+        raise
+    finally:
+        os.close(number)
 
 # %% ../nbs/appendix/00_files.ipynb #53b3b678
 def check_writable(path: str | Path, option: str, folder: bool = False) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from cft import files
 from cft.files import (
+    append_bytes,
     check_writable,
     locked,
     need,
@@ -385,3 +386,50 @@ def test_json_of_another_kind(tmp_path):
     (tmp_path / "j").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="j is no JSON"):
         read_json(tmp_path / "j")
+# ---------------------------------------------------------------- appending, and trying first
+
+def test_appending_is_all_or_nothing(tmp_path, monkeypatch):
+    path, write, room = tmp_path / "a", os.write, [5]
+
+    def full(number, data):
+        if not room:
+            raise OSError(errno.ENOSPC, "full")
+        return write(number, data[:room.pop()])
+    append_bytes(path, b"one\n")
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="full"):
+        append_bytes(path, b"two and more\n")
+    monkeypatch.setattr(os, "write", lambda number, data: 0)
+    with pytest.raises(OSError, match="No space"):
+        append_bytes(path, b"three\n")
+    monkeypatch.setattr(os, "write", lambda number, data: write(number, data[:2]))
+    append_bytes(path, b"four\n")
+    assert path.read_bytes() == b"one\nfour\n"
+
+
+def test_appending_beyond_a_limit_of_the_system(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    append_bytes(tmp_path / "a", b"x" * 90)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError):
+            append_bytes(tmp_path / "a", b"y" * 90)
+        with pytest.raises(ValueError, match="b cannot be written: .*--out"):
+            check_writable(tmp_path / "b", "--out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "a").read_bytes() == b"x" * 90
+
+
+def test_whether_a_file_can_be_written_is_tried_without_a_trace(tmp_path):
+    (tmp_path / "there").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    for good in ("there", "new", "deep/new"):
+        check_writable(tmp_path / good, "--out")
+    assert (tmp_path / "there").read_text() == "kept" and sorted(os.listdir(tmp_path)) == ["deep", "folder", "there"]
+    for bad in ("folder", "there/x", "n" * 300):
+        with pytest.raises(ValueError, match="cannot be written: .*; give another --out"):
+            check_writable(tmp_path / bad, "--out")
+    for bad in ("/proc/x", "/dev/null"):
+        with pytest.raises(ValueError, match="cannot be written"):
+            check_writable(bad, "--out")

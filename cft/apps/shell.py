@@ -214,7 +214,8 @@ def _sentence(error: BaseException) -> str:
         return f"{error.filename}: {reason(error)}" if error.filename else reason(error)
     worker = re.findall('File "(.*?)"', text)  # a process that reads pictures puts its traceback into the text
     raised = worker or [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    ours = isinstance(error, ValueError | NotImplementedError) and Path((raised or [""])[-1]).is_relative_to(PACKAGE)
+    ours = isinstance(error, ValueError | NotImplementedError | OSError) and Path(
+        (raised or [""])[-1]).is_relative_to(PACKAGE)
     if ours or isinstance(error, ImportError) or kind.__module__.startswith("cft.") or worker and kind is not KeyError:
         return re.split(r"^[\w.]+: ", text, flags=re.M)[-1] if worker else text
     return ""

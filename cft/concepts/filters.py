@@ -16,15 +16,18 @@ import re
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import TypeAdapter
+from scipy.sparse import csr_array
 
+from .answers import Reply, nothing_of_use, one_line
 from .language import ANSWERS, KINDS, RECORDED, Answer, Chat, ClassName, Estimate, Price, Question, Record
 from .language import Sampling, ask, printable, questions, words
 from ..data import backdrop
@@ -193,14 +196,23 @@ class NGrams:
         """Unit vectors (texts, 4096)."""
         rows = np.zeros((len(texts), self.size), np.float32)
         for row, text in zip(rows, texts):
-            phrase = [word for word in re.findall(r"\w+", text.lower()) if word not in words()["filler"]]
-            phrase = [re.sub(r"(?<=\w\w[^\Ws])s$", "", word) for word in phrase] or [text.lower() or "?"]
-            for k, word in enumerate(phrase, 1):
-                grams = [f"^{word}$"[i:i + 3] for i in range(max(len(word), 1))]
-                weight = (1.0 if k == len(phrase) else 0.6) / math.sqrt(len(grams))
-                for gram in grams:
-                    row[zlib.crc32(gram.encode()) % self.size] += weight
+            for column, weight in self._weights(text):
+                row[column] += weight
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    def sparse(self, texts: Sequence[str]) -> Any:
+        """The same vectors in a sparse array, for texts by the ten thousand."""
+        row, column, weight = np.array([(k, *each) for k, text in enumerate(texts) for each in self._weights(text)]).T
+        rows = csr_array((weight.astype(np.float32), (row.astype(int), column.astype(int))), (len(texts), self.size))
+        return rows.multiply(1 / np.sqrt(rows.power(2).sum(1))[:, None]).tocsr()
+
+    def _weights(self, text: str) -> Iterator[tuple[int, float]]:
+        phrase = [word for word in re.findall(r"\w+", text.lower()) if word not in words()["filler"]]
+        phrase = [re.sub(r"(?<=\w\w[^\Ws])s$", "", word) for word in phrase] or [text.lower() or "?"]
+        for k, word in enumerate(phrase, 1):
+            grams = [f"^{word}$"[i:i + 3] for i in range(max(len(word), 1))]
+            weight = (1.0 if k == len(phrase) else 0.6) / math.sqrt(len(grams))
+            yield from ((zlib.crc32(gram.encode()) % self.size, weight) for gram in grams)
 
 # %% ../../nbs/04_filters.ipynb #a9334987
 class SentenceEncoder:
@@ -246,9 +258,11 @@ class ClipText:
         return np.concatenate([model.encode_text(tokenize(block)).float().numpy() for block in blocks])
 
 # %% ../../nbs/04_filters.ipynb #80e28a51
+_MANY = 4096  # texts, from which on most of the trigrams' zeros are not stored
+
 @dataclass(frozen=True)
 class Similarity:
-    """A weighted mean of the cosines of several encoders; the default works offline and knows only spelling."""
+    """A weighted mean of the cosines of several encoders; without any it knows only spelling. See also `best`."""
 
     encoders: tuple[Encoder, ...] = (NGrams(),)
     weights: tuple[float, ...] = (1.0,)
@@ -258,15 +272,29 @@ class Similarity:
             raise ValueError(f"weights must be one for each encoder and sum to 1, got {self.weights}")
 
     @classmethod
+    @cache
+    def best(cls, many: bool = False) -> "Similarity":
+        """The best that is installed and downloads nothing: all-MiniLM-L6-v2, or else spelling, as for `many` texts."""
+        encoders: tuple[Encoder, ...] = (NGrams(),)
+        with suppress(Exception):  # whatever is missing or broken
+            encoders = encoders if many else (SentenceEncoder.minilm(),)
+            encoders[0](["a beak"])
+            return cls(encoders)
+        return cls()
+
+    @classmethod
     def paper(cls, mpnet: str | Path, clip: str | Path, weights: tuple[float, float] = (0.25, 0.75)) -> "Similarity":
         """all-mpnet-base-v2 from a folder and CLIP ViT-B/16 from a file, mixed 1:3 as in the code of Label-free CBM."""
         return cls((SentenceEncoder(mpnet), ClipText(clip)), weights)
 
-    def vectors(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors whose products are the similarities, (texts, dimensions of all encoders), float32.
+    def vectors(self, texts: Sequence[str]) -> Any:
+        """Unit vectors whose products are the similarities, (texts, dimensions of all encoders), float32; those of
+        spelling for more than 4096 texts in a sparse array.
 
         Raises ValueError for an encoder that gives anything but one finite vector, not zero, for each text.
         """
+        if len(texts) > _MANY and len(self.encoders) == 1 and isinstance(spelling := self.encoders[0], NGrams):
+            return spelling.sparse(texts)
         parts = []
         for encoder, weight in zip(self.encoders, self.weights):
             vectors = np.asarray(encoder(texts), np.float32)
@@ -279,7 +307,10 @@ class Similarity:
     def __call__(self, a: Sequence[str], b: Sequence[str]) -> np.ndarray:
         """Similarities (a, b) in [-1, 1], float32."""
         both = self.vectors([*a, *b])
-        return both[:len(a)] @ both[len(a):].T
+        return _dense(both[:len(a)] @ both[len(a):].T)
+
+def _dense(rows: Any) -> np.ndarray:
+    return rows if isinstance(rows, np.ndarray) else rows.toarray()
 
 # %% ../../nbs/04_filters.ipynb #667be543
 def named_classes(texts: Sequence[str], names: Sequence[str]) -> dict[int, str]:
@@ -330,10 +361,14 @@ class Rules:
     bug_compatible: bool = False
     abstract: bool = False  # also drop phrases with an abstract word, as `refine` does
 
-def filter_concepts(
-    classes: Sequence[ClassName], concepts: Sequence[Concept], similarity: Similarity = Similarity(),
-    rules: Rules = Rules()) -> ConceptSet:
-    """Filters 1, 2a, 2b and 3. A merged concept's classes, and their kinds, go to the concept that stays."""
+def filter_concepts(classes: Sequence[ClassName], concepts: Sequence[Concept], similarity: Similarity | None = None,
+                    rules: Rules = Rules()) -> ConceptSet:
+    """Filters 1, 2a, 2b and 3. A merged concept's classes, and their kinds, go to the concept that stays.
+
+    similarity: None for the best that is installed, and for more than 10,000 phrases the one that takes a minute; its
+    name stands in the settings of the set.
+    """
+    similarity = similarity or Similarity.best(len(concepts) > 10_000)
     left, dropped, names = sorted(concepts, key=lambda c: c.text), [], [c.name for c in classes]
     texts = lambda: [c.text for c in left]
 
@@ -346,14 +381,16 @@ def filter_concepts(
     left = drop({k: "cannot be seen" for k, text in enumerate(texts()) if abstract & set(text.split())})
     left = drop({k: f"names the class {name!r}" for k, name in named_classes(texts(), names).items()})
     vectors = similarity.vectors([*names, *texts()])
-    near, vectors = vectors[:len(names)] @ vectors[len(names):].T, vectors[len(names):]
+    near, vectors = _dense(vectors[:len(names)] @ vectors[len(names):].T), vectors[len(names):]
     hits = near_class(near, rules.class_cutoff, rules.bug_compatible)
     left = drop({k: f"like the class {names[i]!r} ({near[i, k]:.2f})" for k, i in hits.items()})
-    vectors = np.delete(vectors, list(hits), axis=0)
-    blocks = (vectors[start:start + 1024] @ vectors.T for start in range(0, len(left), 1024))
+    vectors = vectors[[k for k in range(vectors.shape[0]) if k not in hits]]
+    size = 1024 if len(left) <= _MANY else 256
+    blocks = (_dense(vectors[start:start + size] @ vectors.T) for start in range(0, len(left), size))
     place = near_twins((row for block in blocks for row in block), rules.concept_cutoff)
     for k, kept in sorted(place.items()):
-        alike = f"similar ({vectors[k] @ vectors[kept]:.2f})"
+        one, other = _dense(vectors[[k, kept]])
+        alike = f"similar ({one @ other:.2f})"
         dropped.append(Dropped(left[k].text, left[k].owners, alike, left[kept].text))
     homes = [left[place.get(k, k)].text for k in range(len(left))]
     shares = [(owner, home, kinds) for c, home in zip(left, homes) for owner, _, kinds in c.shares()]
@@ -362,30 +399,39 @@ def filter_concepts(
 
 # %% ../../nbs/04_filters.ipynb #c66c6517
 def discover(classes: Sequence[ClassName], record: Record, sampling: Sampling = _SAMPLING, chat: Chat = _CHAT, *,
-             kinds: Sequence[str] = KINDS, similarity: Similarity = Similarity(), rules: Rules = Rules(),
+             kinds: Sequence[str] = KINDS, similarity: Similarity | None = None, rules: Rules = Rules(),
              replay: bool = False, yes: bool = False, confirm: Callable[[Estimate], bool] | None = None,
              batch: bool = False, price: Price | None = None, progress: bool = True) -> ConceptSet:
-    """Ask for the concepts of all classes and filter them. Arguments and errors of asking as in `ask`.
+    """Ask for the concepts of all classes and filter them. Arguments and errors of asking as in `ask`; `similarity` as
+    in `filter_concepts`.
 
-    Warns of questions that stayed without a usable answer, and of classes that are left without a concept.
+    Warns of questions that stayed without a usable answer, and of classes that are left without a concept. Raises
+    LLMError if no answer can be used, ValueError if no concept is left.
     """
     answers = ask(questions(classes, sampling, kinds), record, chat, replay=replay, yes=yes, confirm=confirm,
                   batch=batch, price=price, progress=progress)
+    if not any(answer.status == "ok" for answer in answers):
+        raise nothing_of_use([Reply(raw, status) for _, raw, status in answers] or [Reply("", "missing")])
     candidates, strange = gather(answers)
     found = filter_concepts(classes, candidates, similarity, rules)
+    if not found.pairs(tuple(set(kinds) & set(MASK_KINDS)) or kinds):
+        gone = Counter(re.sub(r"\W*\d.*|'.*", "", d.reason) for d in (*strange, *found.dropped))
+        raise ValueError(f"no concept is left of {len(candidates) + len(strange)} phrases in {len(answers)} answers "
+                         f"({', '.join(f'{n}: {why}' for why, n in gone.items())}); the last answer says: "
+                         f"{one_line(answers[-1].raw[-200:])}")
     failed = [f"{q.class_id} {q.kind} {q.sample}: {status}" for q, _, status in answers if status != "ok"]
     empty = [c.id for c in classes if not found.of(c.id)]
     for problem, names in (("questions have no usable answer", failed), ("classes have no concept", empty)):
         if names:
-            more = ", …" if len(names) > 5 else ""
-            warnings.warn(f"{len(names)} {problem}: {', '.join(names[:5])}{more}", stacklevel=2)
+            more = ", …" if len(names) > 50 else ""
+            warnings.warn(f"{len(names)} {problem}: {', '.join(names[:50])}{more}", stacklevel=2)
     settings = {"sampling": asdict(sampling), "kinds": list(kinds), **found.settings}
     return replace(found, dropped=(*strange, *found.dropped), settings=settings)
 
 def demo_concepts() -> ConceptSet:
     """The concepts of the twelve classes of `backdrop`, from the answers that the package carries; offline."""
     classes = tuple(ClassName(name, name) for name in backdrop.CLASSES)
-    return discover(classes, Record(ANSWERS), RECORDED, replay=True, progress=False)
+    return discover(classes, Record(ANSWERS), RECORDED, similarity=Similarity(), replay=True, progress=False)
 
 # %% ../../nbs/04_filters.ipynb #35e995c1
 @dataclass(frozen=True)
@@ -408,7 +454,7 @@ class Round(NamedTuple):
 
 # %% ../../nbs/04_filters.ipynb #450ddec8
 def refine(concepts: ConceptSet, measure: Callable[[ConceptSet], Feedback], ask: Callable[..., Sequence[Answer]],
-           similarity: Similarity = Similarity(), rules: Rules = Rules(abstract=True), sampling: Sampling = _SAMPLING,
+           similarity: Similarity | None = None, rules: Rules = Rules(abstract=True), sampling: Sampling = _SAMPLING,
            occurrence: float = 0.15, coverage: float = 0.20, rounds: int = 3) -> tuple[ConceptSet, tuple[Round, ...]]:
     """Measure, drop, ask for replacements, filter, and measure again, until nothing is missing or `rounds` are over.
 
@@ -442,7 +488,7 @@ def _replacements(concepts: ConceptSet, c: ClassName, sampling: Sampling) -> lis
     facts = {"class": c.name, "description": c.description, "found": concepts.of(c.id)[:50], "rejected": rejected[:50]}
     return [Question(c.id, "replace", json.dumps(facts), sample, sampling) for sample in range(sampling.samples)]
 
-def _with_new(concepts: ConceptSet, new: tuple[Sequence[Concept], Sequence[Dropped]], similarity: Similarity,
+def _with_new(concepts: ConceptSet, new: tuple[Sequence[Concept], Sequence[Dropped]], similarity: Similarity | None,
               rules: Rules) -> ConceptSet:
     """The set with new candidates, filtered together; nothing comes back that a class has lost before."""
     met = {(owner, d.text) for d in concepts.dropped for owner in d.owners}

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Key', 'ANSWERS', 'RECORDED', 'PRICES', 'MODES', 'printable', 'ClassName', 'read_classes', 'words',
-           'Sampling', 'Question', 'questions', 'Items', 'parse_items', 'Reply', 'Record', 'Price', 'Estimate',
-           'estimate', 'LLMError', 'Chat', 'request_body', 'read_reply', 'Answer', 'ReplayMiss', 'ask']
+           'Sampling', 'Question', 'questions', 'Record', 'Price', 'Estimate', 'estimate', 'Chat', 'request_body',
+           'Answer', 'ReplayMiss', 'ask']
 
 # %% ../../nbs/03_language.ipynb #da4b9237
-import csv
 import hashlib
 import json
 import logging
@@ -17,19 +16,21 @@ import os
 import re
 import threading
 import time
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from ..files import ASSETS, need
+from .answers import AWAY, NO_MONEY, NO_PATH, SILENT, Items, LLMError, Reply, advised, nothing_of_use
+from .answers import parse_items, read_reply, server_words
+from ..files import ASSETS, append_bytes, check_writable, need, read_rows
 
 # %% ../../nbs/03_language.ipynb #c1dfd96e
 def printable(text: str, what: str, limit: int, least: int = 1) -> str:
@@ -55,11 +56,13 @@ class ClassName:
 
 def read_classes(path: str | Path) -> tuple[ClassName, ...]:
     """Classes from a CSV file: id, name and, if wanted, description. Raises ValueError for what `ClassName` refuses."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path)
     if not rows or not {"id", "name"} <= rows[0].keys():
         raise ValueError(f"{path} must have the columns id and name, got {list(rows[0]) if rows else 'nothing'}")
-    return tuple(ClassName(row["id"], row["name"], row.get("description") or "") for row in rows)
+    try:
+        return tuple(ClassName(row["id"], row["name"], row.get("description") or "") for row in rows)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 # %% ../../nbs/03_language.ipynb #0ade7c2c
 KINDS = ("important", "around", "superclass")
@@ -80,6 +83,12 @@ class Sampling:
     top_p: float | None = 1.0
     max_tokens: int = 256
     samples: int = 2  # for each class and kind
+
+    def __post_init__(self) -> None:
+        printable(self.model, "the name of a language model", 200)
+        warm = self.temperature is None or 0 <= self.temperature <= 2
+        if not warm or min(self.max_tokens, self.samples) < 1:
+            raise ValueError(f"temperature must be None or 0 to 2, max_tokens and samples above 0; got {self}")
 
 @dataclass(frozen=True)
 class Question:
@@ -121,50 +130,32 @@ def questions(classes: Sequence[ClassName], sampling: Sampling = Sampling(),
     facts, samples = {key: json.dumps(value) for key, value in told.items()}, range(sampling.samples)
     return [Question(key, kind, facts[key], k, sampling) for key in facts for kind in kinds for k in samples]
 
-# %% ../../nbs/03_language.ipynb #1574bddb
-class Items(BaseModel):
-    """The schema of an answer."""
-
-    model_config = ConfigDict(extra="forbid")
-    items: list[str]
-
-def parse_items(raw: str) -> list[str]:
-    """The items of an answer, in lower case: from JSON `{"items": [...]}` or from a list with -, •, * or 1.
-
-    Raises ValueError if the answer is neither, or holds no item.
-    """
-    text = re.sub(r"^\s*```(?:json)?\s*|\s*```\s*$", "", raw)
-    try:
-        items = Items.model_validate_json(text).items
-    except ValueError:
-        listed = not text.lstrip().startswith(("{", "["))
-        items = re.split(r"\n\s*(?:[-–•*]+|\d+[.)](?=\s))[ \t]*", "\n" + text)[1:] if listed else []
-    items = [unicodedata.normalize("NFC", item).strip(" \t\r\n*_\"'").rstrip(".,; ").lower() for item in items]
-    if not any(items):
-        raise ValueError(f"expected a JSON object with items, or a list with one item per line, got {raw[:60]!r}")
-    return [item for item in items if item]
-
 # %% ../../nbs/03_language.ipynb #b3f0c7f6
-class Reply(NamedTuple):
-    """What came back: the raw text, ok / refused / truncated / malformed / error, and the tokens in and out."""
-
-    raw: str
-    status: str
-    tokens: tuple[int, ...] = (0, 0)
+_NOTES = {"note", "batch", "collected"}  # what a line says that is no answer
+_logger = logging.getLogger(__name__)
 
 class Record:
     """Answers in a JSONL file, by `Key`. Of several to one question the first that is ok counts, or else the last."""
     def __init__(self, path: str | Path):
-        self.path, self.torn, self.notes = Path(path), 0, []
+        self.path, self._lock = Path(path), threading.Lock()
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the file again. Raises ValueError with its name if it cannot be read, or holds something else."""
+        self.torn, self.notes = 0, []
         self._replies: dict[Key, Reply] = {}
-        self._lock = threading.Lock()
-        data = self.path.read_bytes() if self.path.exists() else b""
+        try:
+            data = self.path.read_bytes().removeprefix(b"\xef\xbb\xbf") if self.path.exists() else b""
+        except OSError as error:
+            raise ValueError(f"the record {self.path} cannot be read: {error.strerror}") from None
         self._break = b"" if data.endswith(b"\n") or not data else b"\n"
         for line in data.splitlines():
             try:
                 self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 self.torn += 1
+        if data.strip() and not self._replies and not _NOTES & set().union(*self.notes) and data[:9] != b'{"model":':
+            raise ValueError(f"{self.path} is no record of answers; give another file, or one that is not there yet")
 
     def __len__(self) -> int:
         return len(self._replies)
@@ -186,14 +177,35 @@ class Record:
         self.write(line | {"status": reply.status, "tokens": list(reply.tokens), "raw": reply.raw})
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one JSON line, an answer or a note, in one write that is flushed to the disk."""
+        """Append one JSON line, an answer or a note, and wait for the disk. Raises LLMError if it takes no more."""
         with self._lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab", buffering=0) as file:
-                file.write(self._break + json.dumps(line).encode() + b"\n")
-                os.fsync(file.fileno())
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                append_bytes(self.path, self._break + json.dumps(line).encode() + b"\n")
+            except OSError as error:
+                raise LLMError(f"the record {self.path} takes no more answers: {error.strerror}") from None
             self._break = b""
             self._take(line)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs from asking with this record meanwhile: they wait, and then find the answers in it."""
+        name = hashlib.sha256(self.path.name.encode(errors="surrogateescape")).hexdigest()[:16]
+        lock = FileLock(self.path.resolve().with_name(f".{name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _logger.warning(
+                "another run is asking with %s: this one waits for it, and pays only for what is then "
+                "missing", self.path.name)
+            lock.acquire()
+        try:
+            self.reload()
+            yield
+        finally:
+            with suppress(OSError):
+                os.unlink(lock.lock_file)
+            lock.release()
 
     def _take(self, line: dict[str, Any]) -> None:
         if not isinstance(line, dict) or not all(isinstance(line.get(name, ""), str) for name in ("raw", "status")):
@@ -201,7 +213,9 @@ class Record:
         if "prompt" not in line:
             self.notes.append(line)
         elif (key := (line["model"], line["prompt"], line["sample"])) not in self:
-            self._replies[key] = Reply(line["raw"], line["status"], tuple(line.get("tokens", (0, 0))))
+            tokens = line.get("tokens")
+            self._replies[key] = Reply(line["raw"], line["status"],
+                                       tuple(tokens) if isinstance(tokens, list) else (0, 0))
 
 ANSWERS = ASSETS / "answers_demo.jsonl"
 RECORDED = Sampling(model="cft-recorded")  # the model's name in the record that the package carries
@@ -248,15 +262,13 @@ def estimate(questions: Sequence[Question], record: Record, price: Price | None 
 
 # %% ../../nbs/03_language.ipynb #0a57cb53
 MODES = ("responses", "schema", "json", "list")  # from the firmest hold on the answer's form to none
-_DECLINED = (400, 404, 405, 415, 422, 501)  # what servers say to a request in a form that they do not know
 _ENDPOINT = "/v1/chat/completions"  # of a batch
 _FINAL = ("completed", "failed", "expired", "cancelled")  # fates of a batch
-_LONGEST, _BATCH_SIZE = 100_000, 50_000  # characters of an answer that are kept, requests in one batch
+_BATCH_SIZE = 50_000  # requests in one batch
 _SCHEMA = {"name": "items", "strict": True, "schema": Items.model_json_schema()}
-_logger = logging.getLogger(__name__)
-
-class LLMError(RuntimeError):
-    """The model cannot be reached, or declines the request in every form."""
+_ADDRESS = r"https?://(?:[^\s/@]+@)?(?:\[[\da-fA-F:.]+\]|[^\s/:?#@\[\]]+)(?::\d{1,5})?(?:[/?]\S*)?"
+_NEAR = re.compile(r"https?://(?:[^/@]*@)?(?:(?:127|10|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d+){2,3}|"
+                   r"\[.*\]|[^./:]+|[^/:]+\.(?:local|lan))(?:[:/]|$)")  # servers on this machine or network
 
 @dataclass(frozen=True)
 class Chat:
@@ -266,14 +278,19 @@ class Chat:
     modes: tuple[str, ...] = ()  # forms to try in turn; empty: MODES, without "responses" where base_url is given
     workers: int = 8  # calls at the same time
     per_minute: float = 500  # calls started
-    timeout: float = 60.0  # seconds without an answer
-    retries: int = 6  # of a call that fails on its way
+    timeout: float | None = None  # seconds without an answer; None: 60, or 300 for a server on this machine or network
+    retries: int = 6  # of a call that fails on its way; two of one that stays without an answer
     tries: int = 3  # for an answer that can be used
     poll: float = 30.0  # seconds between looks at a batch
 
     def __post_init__(self) -> None:
         if not set(self.modes) <= set(MODES) or min(self.workers, self.tries) < 1 or self.per_minute <= 0:
             raise ValueError(f"modes must be of {', '.join(MODES)}; workers, tries, per_minute above 0; got {self}")
+        if self.workers > 256 or not 0 < (self.timeout or 1.0) < 1e6 or self.timeout == 0:
+            raise ValueError(
+                f"workers must be 1 to 256 and timeout some seconds, got {self.workers} and {self.timeout}")
+        if self.base_url is not None and not re.fullmatch(_ADDRESS, self.base_url):
+            raise ValueError("base_url must be a server's address, such as http://localhost:11434/v1")
 
 # %% ../../nbs/03_language.ipynb #22d200f8
 def request_body(question: Question, mode: str, complaint: str = "") -> dict[str, Any]:
@@ -290,107 +307,191 @@ def request_body(question: Question, mode: str, complaint: str = "") -> dict[str
     form = {"response_format": kinds[mode]} if mode in kinds else {}
     return body | {"messages": messages, "max_tokens": s.max_tokens} | form
 
-def read_reply(text: str) -> Reply:
-    """The reply in the body of an HTTP response, of a response or of a chat completion, whatever it may hold."""
-    try:
-        body = json.loads(text)
-        usage = body.get("usage") or {}
-        used = lambda *names: int(next(filter(None, map(usage.get, names)), 0))
-        tokens = used("input_tokens", "prompt_tokens"), used("output_tokens", "completion_tokens")
-        if "choices" in body:
-            message, ending = body["choices"][0]["message"], body["choices"][0].get("finish_reason")
-            raw, refusal = message.get("content") or "", message.get("refusal")
-        else:
-            parts = [part for item in body["output"] if item["type"] == "message" for part in item["content"]]
-            raw, refusal = ("".join(part.get(name, "") for part in parts) for name in ("text", "refusal"))
-            ending = (body.get("incomplete_details") or {}).get("reason")
-        raw = str(raw)[:_LONGEST]
-    except (ValueError, TypeError, LookupError, AttributeError):
-        return Reply(text[:_LONGEST], "malformed")
-    if refusal or ending == "content_filter":
-        return Reply(str(refusal or raw)[:_LONGEST], "refused", tokens)
-    if ending in ("length", "max_tokens", "max_output_tokens"):
-        return Reply(raw, "truncated", tokens)
-    try:
-        parse_items(raw)
-    except ValueError:
-        return Reply(raw, "malformed", tokens)
-    return Reply(raw, "ok", tokens)
-
 # %% ../../nbs/03_language.ipynb #cb4e5208
+_SOFT = ("temperature", "top_p", "max_tokens", "max_completion_tokens", "max_output_tokens", "store")
+_LIMIT = re.compile("context|too (?:large|long|small|many)|at (?:most|least)|maximum|minimum|exceed|greater|less", re.I)
+_POLICY = re.compile("content.?(?:filter|management|policy)", re.I)
+_PASSING = re.compile(r"\b(?:429|5\d\d)\b|rate.?limit|overload|server_error|unavailable|loading", re.I)
+
 class _Session:
     """Calls to one server, at a shared pace, recorded as they arrive."""
     def __init__(self, chat: Chat, record: Record, progress: bool):
         self.openai = need("openai", "openai", "cft[llm]", "asking a language model")
         url = chat.base_url or os.environ.get("OPENAI_BASE_URL") or None
-        self._key = os.environ.get("OPENAI_API_KEY") or ""
+        self._key = (os.environ.get("OPENAI_API_KEY") or "").strip()
         if not self._key and not url:
             raise LLMError("expected a key in OPENAI_API_KEY, base_url of a server, or replay=True; got none of them")
-        limits = {"timeout": chat.timeout, "max_retries": chat.retries}
-        self.client = self.openai.OpenAI(api_key=self._key or "none", base_url=url, **limits)
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise LLMError("the key in OPENAI_API_KEY must be one line of ASCII characters")
+        Chat(url)  # refuses what is no address
+        self.patience = self.first = chat.timeout or (300.0 if _NEAR.match(url or "") else 60.0)
+        self.client = self.openai.OpenAI(api_key=self._key or "none", base_url=url, max_retries=0)
         self.chat, self.record, self.progress = chat, record, progress
         self.modes = list(chat.modes or MODES[bool(chat.base_url):])
-        self._lock, self._last = threading.Lock(), -math.inf
+        self.instead: dict[str, str] = {}  # names in a request that the server refuses → what it takes, or ""
+        self.works, self.replies = False, list[Reply]()  # whether any answer came; the last reply to each question
+        self.limit, self._running, self._waves, self._calm = chat.workers, 0, 0, 0
+        self._free, self._last, self._stopped = threading.Condition(), -math.inf, threading.Event()
 
     def clean(self, text: str) -> str:
         """`text` without anything that is, or looks like, a key."""
         text = text.replace(self._key, "[key]") if len(self._key) > 5 else text
         return re.sub(r"\bsk-[\w*-]{6,}", "[key]", text)
 
+    def stop(self) -> None:
+        """No call starts any more."""
+        with self._free:
+            self._stopped.set()
+            self._free.notify_all()
+
+    def wait(self, seconds: float) -> None:
+        """Wait, unless the run is stopped: that is an LLMError."""
+        if self._stopped.wait(max(0.0, seconds)):
+            raise LLMError("stopped")
+
+    def paced(self, silent: bool, waves: int) -> None:
+        """A server that takes one request at a time works on for those that gave up: ask for less, and wait longer."""
+        self._running, self._calm = self._running - 1, 0 if silent else self._calm + 1
+        if silent:
+            self.limit = max(1, self.limit // 2)
+        elif self._calm >= 16 * self.limit < 16 * self.chat.workers:
+            self.limit, self._calm = self.limit + 1, 0
+        if silent and waves == self._waves:  # or else it was sent before we knew
+            self._waves, self.patience = waves + 1, min(2 * self.patience, 4 * self.first)
+            _logger.warning(
+                "no answer in time: from here on fewer calls at a time, and up to %g s for each (--workers, "
+                "--timeout)", self.patience)
+        self._free.notify_all()
+
+    def post(self, mode: str, body: dict[str, Any]) -> tuple[int, str, float]:
+        """One call: the status, the body or what went wrong on the way, and how long the server wants us to wait."""
+        api = self.client.responses if mode == "responses" else self.client.chat.completions
+        with self._free:
+            self._free.wait_for(lambda: self._running < self.limit or self._stopped.is_set())
+            self._running, patience, waves = self._running + 1, self.patience, self._waves
+            start = self._last = max(self._last + 60 / self.chat.per_minute, time.monotonic())
+        status, text, head = 200, "", {}
+        try:
+            self.wait(start - time.monotonic())
+            text = api.with_raw_response.create(**body, timeout=patience).text
+        except self.openai.APIStatusError as error:
+            status, text, head = error.status_code, error.response.text, error.response.headers
+        except self.openai.APITimeoutError:
+            status, text = SILENT, f"no answer within {patience:g} s"
+        except self.openai.OpenAIError as error:
+            status, text = AWAY, f"{type(error).__name__}: {error} {error.__cause__ or ''}"
+        finally:
+            with self._free:
+                self.paced(status == SILENT, waves)
+        later = [
+            float(head[name]) / unit for name, unit in (("retry-after-ms", 1000), ("retry-after", 1))
+            if re.fullmatch(r"\d+(\.\d+)?", head.get(name, ""))]
+        return status, self.clean(text), (later or [0.0])[0]
+
+    def adapt(self, said: str, body: dict[str, Any]) -> bool:
+        """Leave out, or rename, what a server refuses by name, for the rest of the run; whether it refuses anything."""
+        named = [name for name in _SOFT if name in body and re.search(rf"\b{name}\b", said)]
+        named = [name for name in named if not ("tokens" in name and _LIMIT.search(said))]
+        for name in named[-1:] if re.search(r"\bboth\b", said) else named:
+            if name not in self.instead:
+                new = self.instead[name] = "max_completion_tokens" if name == "max_tokens" else ""
+                _logger.warning("%s refuses %s, which %s from here on: %s", body["model"], name,
+                                f"is called {new}" if new else "is left out", said[:200])
+        return bool(named)
+
     def send(self, question: Question, complaint: str) -> tuple[str, Reply]:
-        """Ask once, in the first form that the server accepts; returns that form and the reply."""
-        modes = list(self.modes)
+        """Ask once, in the first form that the server accepts; returns that form and the reply. What passes is tried
+        again. Raises LLMError with the server's words if the request itself is wrong."""
+        modes, failed = list(self.modes), 0
         while True:
-            mode = modes.pop(0)
-            api = self.client.responses if mode == "responses" else self.client.chat.completions
-            with self._lock:  # calls start `per_minute` times a minute at most
-                start = self._last = max(self._last + 60 / self.chat.per_minute, time.monotonic())
-            time.sleep(max(0.0, start - time.monotonic()))
-            try:
-                reply = api.with_raw_response.create(**request_body(question, mode, complaint))
-                self.modes = [mode, *modes]
-                return mode, read_reply(self.clean(reply.text))
-            except self.openai.APIStatusError as error:
-                if not modes and error.status_code == 400:
-                    return mode, Reply(self.clean(str(error))[:500], "error")
-                if not modes or error.status_code not in _DECLINED:
-                    raise
+            mode, body = modes[0], request_body(question, modes[0], complaint)
+            for old, new in self.instead.items():
+                body |= {new: body.get(old)} if new and old in body else {}
+                body.pop(old, None)
+            status, text, later = self.post(mode, body)
+            reply = read_reply(text) if status == 200 else None
+            if reply and reply.status != "error":
+                self.modes, self.works = modes, True
+                return mode, reply
+            said, few = server_words(text), status == SILENT or status == AWAY and not self.works
+            if reply:  # 200, and an error all the same
+                status = 503 if _PASSING.search(said) else 404 if NO_PATH.search(said) else 400
+            passes = (status in (408, 409, 425, 429) or status >= 500 and status != 501) and not NO_MONEY.search(said)
+            if passes and later <= 120 and failed < min(self.chat.retries, 2 if few else 99):
+                failed += 1
+                self.wait(later or min(0.5 * 2**failed, 8) * (status != SILENT))
+            elif status == 400 and _POLICY.search(said):
+                return mode, Reply(said, "error")
+            elif status in (400, 422) and self.adapt(said, body):
+                continue
+            elif len(modes) > 1 and "token" not in said and (status in (400, 415, 422, 501)
+                                                             or mode == "responses" and status in (404, 405)
+                                                             and not re.search(r"\bmodel\b", said)):
+                modes.pop(0)
+            elif self.works and status in (400, 413, 422):
+                return mode, Reply(said, "error")
+            else:
+                raise LLMError(advised(f"{status} {said}"))
 
     def settle(self, question: Question) -> None:
-        """Ask until an answer can be used, `tries` times at most; every answer is recorded."""
-        status = complaint = ""
-        for _ in range(self.chat.tries):
-            mode, reply = self.send(question, complaint)
-            self.record.add(question.key, reply, question.class_id, question.kind, mode)
-            if (status := reply.status) in ("ok", "error"):
-                break
-            form = words()["forms"]["list" if mode == "list" else "json"]
-            complaint = "" if status == "refused" else f"That answer was {status}. {form}"
-        if status != "ok":
+        """Ask until an answer can be used, `tries` times at most; every answer is recorded. LLMError, which ends the
+        run, if it cannot be recorded, or if eight questions had no usable answer and none had one."""
+        complaint, reply = "", Reply("", "error")
+        try:
+            for _ in range(self.chat.tries):
+                mode, reply = self.send(question, complaint)
+                self.record.add(question.key, reply, question.class_id, question.kind, mode)
+                if reply.status in ("ok", "error"):
+                    break
+                form = words()["forms"]["list" if mode == "list" else "json"]
+                complaint = "" if reply.status == "refused" else f"That answer was {reply.status}. {form}"
+            self.replies.append(reply)
+            if len(self.replies) >= 8 and all(one.status != "ok" for one in self.replies):
+                raise nothing_of_use(self.replies)
+        except BaseException:
+            self.stop()
+            raise
+        if reply.status != "ok":
             where = f"class {question.class_id!r}, {question.kind}, sample {question.sample}"
-            _logger.warning("%s: no usable answer, the last was %s", where, status)
+            _logger.warning("%s: no usable answer, the last was %s", where, reply.status)
 
     def run(self, questions: Sequence[Question], batch: bool) -> None:
-        """Settle all questions, first in a batch if wanted. After an error no new call starts; what is on its way is
-        still recorded. The client's errors become LLMError, which holds neither key nor request."""
+        """Settle all questions, first in a batch if wanted. The first goes alone: it shows what is wrong with all.
+
+        After an error no new call starts; what is on its way is still recorded. The client's errors become LLMError,
+        which holds neither key nor request.
+        """
         with ThreadPoolExecutor(self.chat.workers) as pool:
             try:
                 if batch:
                     _run_batches(self, questions)
-                futures = [pool.submit(self.settle, q) for q in questions if q.key not in self.record]
-                for future in tqdm(as_completed(futures), "asking", len(futures), disable=not self.progress):
-                    future.result()
+                todo = [q for q in questions if q.key not in self.record]
+                with tqdm(desc="asking", total=len(todo), disable=not self.progress) as bar:
+                    while todo and not self.works:
+                        self.settle(todo.pop(0))
+                        bar.update()
+                    for future in as_completed([pool.submit(self.settle, q) for q in todo]):
+                        future.result()
+                        bar.update()
                 return
+            except LLMError as error:
+                problem = self.clean(str(error))
+            except self.openai.APIStatusError as error:
+                said = server_words(self.clean(error.response.text))
+                problem = f"{advised(f'{error.status_code} {said}')}, or leave out --batch where there are no batches"
             except self.openai.OpenAIError as error:
-                problem = self.clean(f"{type(error).__name__}: {error}")[:500]
+                problem = advised(f"{AWAY} {self.clean(f'{type(error).__name__}: {error}')[:400]}")
             finally:
+                self.stop()
                 pool.shutdown(cancel_futures=True)
-        raise LLMError(f"{problem}. {self.record!r} keeps what was answered; the next run goes on from there.")
+        kept = f"; {self.record!r} keeps what was answered, and the next run goes on from there"
+        raise LLMError(problem + kept * bool(len(self.record)))
 
 # %% ../../nbs/03_language.ipynb #f1f836cb
 def _run_batches(session: _Session, questions: Sequence[Question]) -> None:
     """Collect the batches that the record knows as handed in, hand in what is still missing, collect that too."""
-    record, files, batches = session.record, session.client.files, session.client.batches
+    client = session.client.with_options(max_retries=session.chat.retries)
+    record, files, batches = session.record, client.files, client.batches
     _collect(session, questions)
     missing = [q for q in questions if q.key not in record]
     head = {"method": "POST", "url": _ENDPOINT}
@@ -406,7 +507,8 @@ def _run_batches(session: _Session, questions: Sequence[Question]) -> None:
 
 def _collect(session: _Session, questions: Sequence[Question]) -> None:
     """Wait for every batch on its way and record its answers, those to questions that nobody asks any more included."""
-    known, record, client = {q.key: q for q in questions}, session.record, session.client
+    known, record = {q.key: q for q in questions}, session.record
+    client = session.client.with_options(max_retries=session.chat.retries)
     done = {note.get("collected") for note in record.notes}
     for note in [note for note in record.notes if "batch" in note and note["batch"] not in done]:
         name, model = note["batch"], note["model"]
@@ -421,17 +523,21 @@ def _collect(session: _Session, questions: Sequence[Question]) -> None:
             record.write({"collected": name, "status": "gone"})
             continue
         files = [client.files.content(file).text for file in (batch.output_file_id, batch.error_file_id) if file]
-        for line in map(json.loads, filter(None, "\n".join(files).split("\n"))):
+        lines, problems = [json.loads(line) for line in "\n".join(files).split("\n") if line], []
+        for line in lines:
             prompt, _, sample = line["custom_id"].rpartition("-")
             key, response = (model, prompt, int(sample)), line.get("response") or {}
             problem = line.get("error") or response.get("status_code") != 200
             text = session.clean(json.dumps(line if problem else response["body"]))
+            problems += [server_words(text)] * bool(problem)
             if key not in record:
                 about = (known[key].class_id, known[key].kind) if key in known else ("", "")
                 record.add(key, Reply(text[:500], "error") if problem else read_reply(text), *about, "batch")
         record.write({"collected": name, "status": batch.status})
         if batch.status == "failed":
-            raise LLMError(session.clean(f"batch {name} failed: {batch.errors}")[:500])
+            raise LLMError(server_words(session.clean(f"batch {name} failed: {batch.errors}")))
+        if problems and len(problems) == len(lines) and batch.status == "completed":
+            raise LLMError(advised(f"400 batch {name} has errors only, the last: {problems[-1]}"))
 
 # %% ../../nbs/03_language.ipynb #fc074d50
 class Answer(NamedTuple):
@@ -455,8 +561,9 @@ def ask(questions: Sequence[Question], record: Record, chat: Chat = Chat(), *, r
     """The answers, in the order of the questions; only what `record` does not answer is asked for.
 
     Before the first call `confirm` gets the estimate and must return True, unless `yes`. With `replay` nothing is sent.
-    An answer that stays unusable comes back with its status. Raises ReplayMiss for a gap in a replayed record,
-    PermissionError if the estimate is not confirmed, LLMError if the model cannot be reached.
+    Two runs with one record share it: the second waits and pays for what is then missing. An answer that stays unusable
+    comes back with its status. Raises ReplayMiss for a gap in a replayed record, ValueError for one that cannot be
+    written, PermissionError if the estimate is not confirmed, LLMError if the model cannot be reached.
     """
     unique = {q.key: q for q in questions}
     missing = [q for key, q in unique.items() if key not in record]
@@ -469,5 +576,9 @@ def ask(questions: Sequence[Question], record: Record, chat: Chat = Chat(), *, r
         cost = estimate(questions, record, price, batch)
         if not (yes or confirm is not None and confirm(cost)):
             raise PermissionError(f"not confirmed, nothing was sent; pass yes=True or a confirm that agrees: {cost}")
-        _Session(chat, record, progress).run(missing, batch)
+        session = _Session(chat, record, progress)
+        check_writable(record.path, "--record")
+        with record.held():
+            if missing := [q for key, q in unique.items() if key not in record]:
+                session.run(missing, batch)
     return [Answer(q, reply.raw, reply.status) for q in questions if (reply := record.get(q.key))]

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..data.backdrop import SHIFTED
-from ..files import ASSETS, write_text
+from ..files import ASSETS, read_yaml, write_text
 from .paper import ARTEFACTS, DEMO, PAPER, Artefact, Profile, artefact, in_our_form, needed
 
 # %% ../../nbs/appendix/02_settings.ipynb #cdf82113
@@ -100,13 +100,13 @@ def read_settings(source: str | Path, **changes: Any) -> Settings:
     path = Path(source) if Path(source).suffix in (".yaml", ".yml") else profile_file(str(source))
     if not path.is_file():
         raise ValueError(f"no settings at {path}; expected a YAML file")
+    values = read_yaml(path) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold names and values, got {type(values).__name__}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"expected names and values, got {type(values).__name__}")
         values = _filled(values)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds no settings: {' '.join(str(error).split())[:200]}") from None
+    except RecursionError:
+        raise ValueError(f"{path} holds no settings: it contains itself") from None
     try:
         return Settings.model_validate(values | changes)
     except ValidationError as error:

