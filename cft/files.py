@@ -35,9 +35,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/appendix/00_files.ipynb #a225c671
 _logger = logging.getLogger(__name__)
-_WORDS = {
-    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the file system is read-only"}
+_WORDS = {errno.ENOSPC: "the disk is full", errno.EROFS: "the file system is read-only"}
 
 def reason(error: OSError) -> str:
     """What the system said, in words."""
@@ -233,9 +231,8 @@ def check_writable(path: str | Path, option: str, folder: bool = False) -> None:
     path, why = Path(path), ""
     try:
         with suppress(FileNotFoundError):  # a name that is too long, or below a file, is told from one that is new
-            mode = os.stat(path).st_mode
-            why = "" if (
-                stat.S_ISDIR if folder else stat.S_ISREG)(mode) else f"it is no {'folder' if folder else 'file'}"
+            kind = (stat.S_ISDIR if folder else stat.S_ISREG)(os.stat(path).st_mode)
+            why = "" if kind else f"it is no {'folder' if folder else 'file'}"
         if path.is_file():
             os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
         place = next(p for p in ([path] * folder + [*path.absolute().parents]) if p.exists())
@@ -251,10 +248,9 @@ def check_writable(path: str | Path, option: str, folder: bool = False) -> None:
 # %% ../nbs/appendix/00_files.ipynb #dd2d86d3
 @contextmanager
 def locked(path: str | Path, wait_for: str = "") -> Iterator[bool]:
-    """Hold a lock file until the block ends; its folder is made. Gives False if another process holds it.
+    """Hold a lock file until the block ends; True also where there are no locks. Raises OSError if it cannot be opened.
 
-    With `wait_for`, words for what that process does, wait for it instead. True as well where there are no locks.
-    Raises OSError if the file cannot be opened.
+    If another process holds it: False, or with `wait_for`, words for what that process does, wait until it is free.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     number, since = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666), time.monotonic()
@@ -292,26 +288,21 @@ def need(module: str, package: str, extra: str, what: str) -> ModuleType:
 
 # %% ../nbs/appendix/00_files.ipynb #220aafe7
 def choose_device(text: str) -> str:
-    """A device of torch: auto (CUDA, or else Apple's MPS, or else the CPU), cpu, gpu, cuda, cuda:1 or 1, mps.
+    """A device of torch, from auto (CUDA, or else MPS, or else the CPU), cpu, gpu, cuda, cuda:1, 1 or mps.
 
-    Raises ValueError for another, and for one that torch does not find here.
+    Raises ValueError for one that torch does not find here.
     """
     import torch
 
-    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    counts = {"cuda": cuda, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    there = [kind for kind, count in counts.items() if count]
+    there = [f"cuda:{k}" for k in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     name = text.strip().lower()
-    kind, colon, number = (f"cuda:{name}" if name.isdecimal() else name).partition(":")
-    kind = there[0] if kind == "auto" or kind == "gpu" and there[0] != "cpu" else kind
-    if kind not in ("gpu", *counts) or colon and not number.isdecimal():
-        raise ValueError(f"unknown device {text!r}; expected auto, cpu, gpu, cuda, cuda:1 or mps; "
-                         f"torch finds here: {', '.join(there)}")
-    found = counts.get(kind, 0)
-    if int(number or 0) >= found:
-        raise ValueError(f"device {text} asked for, but torch finds {found or 'no'} {kind.upper()} "
-                         f"device{'s' * (found != 1)}; it finds here: {', '.join(there)}")
-    return f"cuda:{int(number)}" if number and kind == "cuda" else kind
+    name = f"cuda:{name}" if name.isdecimal() else name
+    if name == "auto" or name == "gpu" and len(there) > 1:
+        name = there[0].partition(":")[0]
+    if name not in {"cpu:0", *there, *(one.partition(":")[0] for one in there)}:
+        raise ValueError(f"torch finds no device {text!r} here; expected auto, or one of {', '.join(there)}")
+    return name
 
 # %% ../nbs/appendix/00_files.ipynb #0f5a7c32
 @cache

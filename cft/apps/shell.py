@@ -203,22 +203,24 @@ EXTRAS = {
     "batch": ("papermill", "nbclient", "snakemake")}
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSW", re.I)  # names of variables whose values are nobody's business
 
+def _text(error: BaseException) -> str:
+    """The text of an error; that of a process that reads pictures without the traceback which it puts before."""
+    text = str(error)
+    return re.split(r"^[\w.]+: ", text, flags=re.M)[-1] if "Traceback (most" in text else text
+
 def _sentence(error: BaseException) -> str:
     """What an error says to the user; "" if it was not meant to speak to one."""
-    kind, text = type(error), str(error)
+    kind, text = type(error), _text(error)
     if isinstance(error, TyperException):
         return error.format_message()
     if isinstance(error, MemoryError) or kind.__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return f"not enough memory{': ' * bool(text)}{text.partition(chr(10))[0]}"
     if isinstance(error, OSError) and error.errno:
         return f"{error.filename}: {reason(error)}" if error.filename else reason(error)
-    worker = re.findall('File "(.*?)"', text)  # a process that reads pictures puts its traceback into the text
-    raised = worker or [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    ours = isinstance(error, ValueError | NotImplementedError | OSError) and Path(
-        (raised or [""])[-1]).is_relative_to(PACKAGE)
-    if ours or isinstance(error, ImportError) or kind.__module__.startswith("cft.") or worker and kind is not KeyError:
-        return re.split(r"^[\w.]+: ", text, flags=re.M)[-1] if worker else text
-    return ""
+    raised = [frame.filename for frame in traceback.extract_tb(error.__traceback__)] or [""]
+    meant = text != str(error) or Path(raised[-1]).is_relative_to(PACKAGE)  # by us, or in a process of ours
+    meant &= isinstance(error, ValueError | NotImplementedError | OSError)
+    return text if meant or isinstance(error, ImportError) or kind.__module__.startswith("cft.") else ""
 
 def _advice(error: BaseException) -> str:
     """What to do about an error that does not say it itself, or ""."""
@@ -258,7 +260,7 @@ def _tell(error: BaseException) -> int:
     elif isinstance(error, typer.Abort):
         code, text = 2, "a question got no answer; give it beforehand, as with --yes"
     elif not text and not isinstance(error, TyperException):
-        said = " ".join(str(error).split())[:300]
+        said = " ".join(_text(error).split())[:300]
         code, text = 1, f"an unforeseen {type(error).__name__}{': ' * bool(said)}{said}; {_log(error)}"
     if text:
         with suppress(OSError):
@@ -294,7 +296,8 @@ class _Screen:
 def _guarded() -> Iterator[_Screen]:
     """Guard both streams, of which it gives standard output, and tell in a sentence what a thread leaves behind."""
     before = sys.stdout, sys.stderr, threading.excepthook, sys.unraisablehook
-    sys.stdout, sys.stderr = screen, _ = [_Screen(stream or io.StringIO()) for stream in before[:2]]
+    screen, sys.stderr = (_Screen(stream or io.StringIO()) for stream in before[:2])
+    sys.stdout = screen
     threading.excepthook = lambda failed: (_tell(failed.exc_value or failed.exc_type()), None)[1]
     sys.unraisablehook = lambda failed: None  # of destructors: nothing that could be mended
     try:

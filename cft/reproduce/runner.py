@@ -310,26 +310,19 @@ def report(root: Path, work: Work, pages: Sequence[Step], seconds: float = 0.0) 
         failed = failure_file(root, page.name).is_file()
         spent = [notes.read(step).get("seconds", 0.0) for step in in_order([page]) if step.kind not in SHARED]
         rows.append((key, "done" if not problem else "failed" if failed else "missing", sum(spent), problem))
-    jobs = next((plan["jobs"] for plan in _readable([root / "plan.json"], "jobs")), {})
+    jobs = read_json(root / "plan.json", dict)["jobs"] if (root / "plan.json").is_file() else {}
     again = f"cd {shlex.quote(str(root))} && {Path(sys.executable).name} -m cft.reproduce.runner "
     for name in jobs:
         if (root / f"logs/{name}.log").is_file() and not (root / f"jobs/{name}.json").is_file():
             died = "its process ended before its work was done; its log says more if it was not killed"
             failures.append((f"job {name}", died, None, [], f"logs/{name}.log", again + name))
-    for note in _readable(sorted((root / "failed").glob("*.json")), "step", "error", "cell", "traceback"):
+    for note in map(read_json, sorted((root / "failed").glob("*.json"))):
         command = again + shlex.quote(note["step"])
         log = next((f"logs/{name}.log" for name, job in jobs.items() if note["step"] in job["steps"]), "")
         failures.append(
             (note["step"], note["error"].splitlines()[0][:300], note["cell"], note["traceback"][-4:], log, command))
     return Reproduction(root, pd.DataFrame(rows, columns=["artefact", "status", "seconds", "missing"]),
                         pd.DataFrame(failures, columns=["step", "error", "cell", "tail", "log", "command"]), seconds)
-
-def _readable(files: Sequence[Path], *names: str) -> Iterator[dict[str, Any]]:
-    """What stands in files of our own, without those that are gone or damaged: they are made again."""
-    for file in files:
-        with contextlib.suppress(ValueError, OSError):
-            if {*names} <= {*(note := read_json(file, dict))}:
-                yield note
 
 SHARED = ("base", "world", "concepts", "ground", "concept-set", "guide")  # steps whose time is no single artefact's
 

@@ -191,7 +191,7 @@ MISTAKES = {
     "rate in words": (_with(rate="fast"), "Invalid value for '--rate'"),
     "unknown precision": (_with(precision="half"), "Invalid value for '--precision'"),
     "unknown option": (_with(colours="x"), "No such option: --colours"),
-    "no cuda": (_with(device="cuda"), "no CUDA devices; it finds here: "),
+    "no cuda": (_with(device="cuda"), "torch finds no device 'cuda' here; expected auto, or one of"),
     "class list": (_with(classes="nowhere.txt"), "no class list at nowhere.txt"),
 }
 

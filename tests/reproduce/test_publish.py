@@ -17,7 +17,6 @@ from cft.reproduce.publish import (
     end_page,
     make_page,
     markdown,
-    new_folder,
     notebook_of,
     publish,
     run_page,
@@ -30,21 +29,6 @@ from cft.reproduce.settings import RELATED, Work, read_settings, write_settings
 from cft.reproduce.tables import table_of
 
 ROOT = Path(__file__).parents[2]
-
-
-def test_a_folder_takes_its_name_when_it_is_complete(tmp_path):
-    out = tmp_path / "deep/out"
-    with new_folder(out) as draft:
-        (draft / "old.txt").write_text("old")
-        assert not out.exists()
-    with pytest.raises(OSError, match="no space"), new_folder(out) as draft:
-        (draft / "half.txt").write_text("half")
-        raise OSError("no space")
-    assert [p.name for p in out.parent.rglob("*")] == ["out", "old.txt"]
-    (out.parent / ".out.draft").mkdir()  # left by a run that was killed
-    with new_folder(out) as draft:
-        (draft / "new.txt").write_text("new")
-    assert sorted(p.name for p in out.parent.rglob("*")) == ["new.txt", "out"]
 
 
 def test_what_a_page_leaves(small, tmp_path, capsys):
