@@ -19,9 +19,9 @@ from cft import files
 from cft.files import (
     append_bytes,
     check_writable,
+    legible,
     locked,
     need,
-    printable,
     read_json,
     reason,
     replace_part,
@@ -375,8 +375,8 @@ def test_what_will_be_written_is_tried(tmp_path, monkeypatch):
 def test_words_of_the_system_are_kept_and_names_are_shown_whole():
     assert reason(OSError(errno.ENOSPC, "No space left on device; wait")) == "the disk is full; wait"
     assert reason(OSError(errno.EIO, "Input/output error")) == "Input/output error" and reason(OSError("odd")) == "odd"
-    assert printable("a b\u00e9 \u7259") == "a b\u00e9 \u7259"
-    assert printable("\x1b[2J\n\u202e\udce9") == r"\x1b[2J\n\u202e\udce9"
+    assert legible("a b\u00e9 \u7259") == "a b\u00e9 \u7259"
+    assert legible("\x1b[2J\n\u202e\udce9") == r"\x1b[2J\n\u202e\udce9"
 
 
 def test_json_of_another_kind(tmp_path):

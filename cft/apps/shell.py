@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from cft.explain.maps import Method
 
-from ..files import PACKAGE, check_writable, choose_device, printable, reason
+from ..files import check_writable, choose_device, legible, reason
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -38,7 +38,7 @@ if sys.platform == "darwin":
 
 def say(*lines: object) -> None:
     """Print lines, each of them one on the terminal whatever is in it."""
-    print(*map(printable, lines), sep="\n", flush=True)
+    print(*map(legible, lines), sep="\n", flush=True)
 
 # %% ../../nbs/appendix/14_shell.ipynb #6a9b0eb7
 HELP = {
@@ -217,8 +217,9 @@ def _sentence(error: BaseException) -> str:
         return f"not enough memory{': ' * bool(text)}{text.partition(chr(10))[0]}"
     if isinstance(error, OSError) and error.errno:
         return f"{error.filename}: {reason(error)}" if error.filename else reason(error)
-    raised = [frame.filename for frame in traceback.extract_tb(error.__traceback__)] or [""]
-    meant = text != str(error) or Path(raised[-1]).is_relative_to(PACKAGE)  # by us, or in a process of ours
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    home = frames[-1].f_globals.get("__name__", "") if frames else "cft"
+    meant = text != str(error) or home.partition(".")[0] in ("cft", "__main__")  # in a process of ours, or by us
     meant &= isinstance(error, ValueError | NotImplementedError | OSError)
     return text if meant or isinstance(error, ImportError) or kind.__module__.startswith("cft.") else ""
 
@@ -277,7 +278,7 @@ class _Screen:
 
     def write(self, text: str) -> int:
         """As that of the stream."""
-        shown = re.sub(r"[^ -~\n\r\t]", lambda found: printable(found[0]), text)
+        shown = re.sub(r"[^ -~\n\r\t]", lambda found: legible(found[0]), text)
         code = getattr(self._stream, "encoding", None) or "utf-8"
         return self._try(self._stream.write, shown.encode(code, "backslashreplace").decode(code))
 

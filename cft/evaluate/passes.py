@@ -37,7 +37,7 @@ from ..data.testsets import EvalSet, SegmentationSet, folder_set
 from .intervals import CONFIDENCE, paired_difference
 from .metrics import COLUMNS, SPLITS, doubt_about, evaluating, image_scores, pooled, summarize, top_k
 from ..explain.maps import relevance
-from ..files import printable, sha256, written
+from ..files import legible, sha256, written
 from ..train.loop import provenance
 
 # %% ../../nbs/22_passes.ipynb #c1dfd96e
@@ -198,7 +198,7 @@ def run_pass(source: TestSet, checkpoints: Sequence[Checkpoint], reading: Readin
     kept: list[dict[str, np.ndarray]] = [{} for _ in checkpoints]
     half = torch.autocast(device.type, getattr(torch, loop.precision), enabled=loop.precision != "float32")
     with evaluating(*(c.model.to(device) for c in checkpoints)), torch.inference_mode(), half:
-        for pixels, index, *masks in tqdm(loader, desc=printable(source.key), disable=not loop.progress):
+        for pixels, index, *masks in tqdm(loader, desc=legible(source.key), disable=not loop.progress):
             images = reading.normalise(pixels.to(device, non_blocking=True))
             for tested, columns in zip(checkpoints, kept):
                 try:

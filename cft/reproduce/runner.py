@@ -114,6 +114,10 @@ def _end_with(runner: str) -> None:
     if runner and Path("/proc/self").exists():
         threading.Thread(target=watch, daemon=True).start()
 
+def _placed(settings: Settings) -> Settings:
+    """Settings with the device that they mean on this machine. Raises ValueError if it is not there."""
+    return settings.model_copy(update={"device": choose_device(settings.device)})
+
 def run_job(names: Sequence[str], root: Path) -> bool:
     """Make the jobs or steps of these names in a folder's plan; whether that went well. Raises ValueError for others.
 
@@ -217,10 +221,6 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
             with progress_of(root, len(todo), progress and not verbose):
                 _snakemake(root, arguments, local)
         return report(root, work, pages, time.time() - began)
-
-def _placed(settings: Settings) -> Settings:
-    """Settings with the device that they mean on this machine. Raises ValueError if it is not there."""
-    return settings.model_copy(update={"device": choose_device(settings.device)})
 
 def _write_plan(root: Path, work: Work, jobs: dict[str, Job]) -> None:
     for folder in ("jobs", "failed", "logs"):

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from ..data.folders import Folder, MaskedImages, scan, without_object
 from ..data.models import read_weights, save_model, weights_digest
-from ..files import ASSETS, PACKAGE, VERSION, html_template, printable, read_json, write_json, write_text, written
+from ..files import ASSETS, PACKAGE, VERSION, html_template, legible, read_json, write_json, write_text, written
 from .objectives import Batch, Recipe
 
 # %% ../../nbs/16_loop.ipynb #ac3478d6
@@ -203,7 +203,7 @@ def _state(run: Path) -> dict | None:
     except OSError:
         raise
     except Exception:  # a foreign or torn file can make its reader fail in any way
-        _logger.warning("%s is damaged; the run starts from the beginning", printable(run / "state.pt"))
+        _logger.warning("%s is damaged; the run starts from the beginning", legible(run / "state.pt"))
         return None
 
 def _save_state(run: Path, job: dict, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, log: list[dict],

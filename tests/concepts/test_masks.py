@@ -1,5 +1,6 @@
 """Masks are kept exactly, whatever happens to the process that makes them."""
 import errno
+import fcntl
 import json
 import os
 import random
@@ -604,3 +605,40 @@ def test_hostile_text_stays_text(tmp_path):
     assert "<b>&" not in store._repr_html_() and "&lt;b&gt;" in store._repr_html_()
     assert store.mask("c0/0000.png", evil).shape == (10, 12)
     assert "<b>" not in training_pictures(store, concept_set("c0", texts=(evil,)))._repr_html_()
+
+
+@pytest.mark.parametrize("left", [b"", b"[]\n", b"{}\n", b"[{}]\n", b"null\n", b"\0\0\n", b"\xff"])
+def test_what_a_dead_writer_left_is_taken_over(world, store, tmp_path, left):
+    """An empty or damaged journal of a full disk, and the file of its lock, which nobody holds."""
+    built(*world, Bright(), tmp_path / "s", shards=3)
+    (tmp_path / "s/shard-00001.parquet").unlink()
+    (tmp_path / "s/shard-00001.jsonl").write_bytes(left)
+    (tmp_path / "s/shard-00001.lock").touch()
+    assert built(*world, Bright(), tmp_path / "s", shards=3).digest() == store.digest()
+    assert len(list((tmp_path / "s").iterdir())) == 4
+
+
+def test_a_build_says_what_it_waits_for(world, tmp_path, monkeypatch, caplog):
+    now, root = [0.0], tmp_path / "s"
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    built(*world, Bright(), root, shards=2)
+    (root / "shard-00000.parquet").unlink()
+    with (root / "shard-00000.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        def sleep(_):
+            now[0] += 4
+            if now[0] > 30:
+                held.close()
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        built(*world, Bright(), root, shards=2)
+    assert caplog.messages == ["waiting for other processes that work on shard-00000.parquet"]
+
+
+@pytest.mark.parametrize("text, words", [("", "no JSON"), ("[]", "holds a list"), ('{"format": 2}', "of format 2")])
+def test_a_damaged_store_is_named(world, tmp_path, text, words):
+    built(*world, Bright(), tmp_path / "s")
+    (tmp_path / "s/store.json").write_text(text)
+    with pytest.raises(ValueError, match=f"s.* {words}"):
+        MaskStore(tmp_path / "s")
