@@ -386,7 +386,8 @@ def filter_concepts(classes: Sequence[ClassName], concepts: Sequence[Concept], s
     left = drop({k: f"like the class {names[i]!r} ({near[i, k]:.2f})" for k, i in hits.items()})
     vectors = vectors[[k for k in range(vectors.shape[0]) if k not in hits]]
     size = 1024 if len(left) <= _MANY else 256
-    blocks = (_dense(vectors[start:start + size] @ vectors.T) for start in range(0, len(left), size))
+    across = vectors.T if isinstance(vectors, np.ndarray) else vectors.T.tocsr()
+    blocks = (_dense(vectors[start:start + size] @ across) for start in range(0, len(left), size))
     place = near_twins((row for block in blocks for row in block), rules.concept_cutoff)
     for k, kept in sorted(place.items()):
         one, other = _dense(vectors[[k, kept]])
