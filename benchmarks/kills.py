@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox import Case, Seen, Server, die_at, finish, judge, run, start, strays
-from spoiled import ASKED, FIT, GROUNDED, ITEMS, JUDGED, MODEL, TESTED, TUNED
+from spoiled import ASKED, FIT, GROUNDED, ITEMS, JUDGED, MODEL, TESTED
 
 UNSTABLE = re.compile(r"second|time|date|resumed|duration|host|pid", re.I)
 Result = tuple[str, str, str, str]  # kind, what, one of CLASSES, why
@@ -26,7 +26,9 @@ Result = tuple[str, str, str, str]  # kind, what, one of CLASSES, why
 def facts(root: Path, only: Sequence[str]) -> dict[str, Any]:
     """What the files say: every value of a JSON file by its place, every line of a text, the digest of all others."""
     found: dict[str, Any] = {}
-    files = [path for name in only for path in (sorted((root / name).rglob("*")) if (root / name).is_dir() else [root / name])]
+    files = [
+        path for name in only
+        for path in (sorted((root / name).rglob("*")) if (root / name).is_dir() else [root / name])]
     for path in files:
         name = path.relative_to(root).as_posix()
         if path.is_dir():
@@ -70,13 +72,19 @@ def _small_sets() -> None:
     module.open_set = partial(module.open_set, check_counts=False)
 
 
-TARGETS = (
-    Target("masks", (*GROUNDED, "--shards", 2), ("new", ), 20, 60), Target("fit", (*FIT, "--save-every", 1), ("run", ), 20, 40),
-    Target("fit from a store", ("fit", "photos", *MODEL, "--masks", "store", "--concepts", "kept.json", "--per-class", 1, "--rate", "1e-4", "--epochs", 1, "--batch", 2, "--save-every", 1, "--out", "run"), ("run", ), 4, 16),
-    Target("concepts", ASKED, ("c.json", ), 20, 44), Target("evaluate", TESTED, ("t.csv", ), 6, 10),
-    Target("evaluate sets", ("evaluate", "sets/a", "sets/r", "--sets", "in-a,in-r", "--model", "cft_vit_tiny64", "--weights", "thousand.safetensors", "--threads", 1, "--out", "e"), ("e", ), 8, 24, _small_sets),
-    Target("validate", JUDGED, ("k.json", "v.csv"), 8, 24), Target("audit", ("audit", "photos", *MODEL, "--objects", "objects", "--out", "a.json"), ("a.json", ), 4, 8))
-SMOKE = Target("reproduce", ("reproduce", "--profile", "mine.yaml", "--only", "fig1", "--seeds", 1, "--cores", 2, "--out", "r"), ("r/artefacts", ), 3, 0, patience=300.0)
+TARGETS = (Target("masks", (*GROUNDED, "--shards", 2), ("new",), 20,
+                  60), Target("fit", (*FIT, "--save-every", 1), ("run",), 20, 40),
+           Target("fit from a store",
+                  ("fit", "photos", *MODEL, "--masks", "store", "--concepts", "kept.json", "--per-class", 1, "--rate",
+                   "1e-4", "--epochs", 1, "--batch", 2, "--save-every", 1, "--out", "run"), ("run",), 4,
+                  16), Target("concepts", ASKED, ("c.json",), 20, 44), Target("evaluate", TESTED, ("t.csv",), 6, 10),
+           Target("evaluate sets", ("evaluate", "sets/a", "sets/r", "--sets", "in-a,in-r", "--model", "cft_vit_tiny64",
+                                    "--weights", "thousand.safetensors", "--threads", 1, "--out", "e"), ("e",), 8, 24,
+                  _small_sets), Target("validate", JUDGED, ("k.json", "v.csv"), 8, 24),
+           Target("audit", ("audit", "photos", *MODEL, "--objects", "objects", "--out", "a.json"), ("a.json",), 4, 8))
+SMOKE = Target("reproduce",
+               ("reproduce", "--profile", "mine.yaml", "--only", "fig1", "--seeds", 1, "--cores", 2, "--out", "r"),
+               ("r/artefacts",), 3, 0, patience=300.0)
 
 
 def more_world(home: Path) -> None:
@@ -109,7 +117,8 @@ def _paid(home: Path) -> int:
     return count
 
 
-def kill_once(target: Target, world: Path, scratch: Path, server: Server, wanted: dict[str, Any], moment: float | int) -> Result:
+def kill_once(target: Target, world: Path, scratch: Path, server: Server, wanted: dict[str, Any],
+              moment: float | int) -> Result:
     """Kill a command after `moment` seconds, or at that touch of the disk if it is a whole number; then finish it."""
     home, kind = scratch / "home", f"kills: {target.name}"
     shutil.copytree(world, home, symlinks=True)
@@ -123,7 +132,8 @@ def kill_once(target: Target, world: Path, scratch: Path, server: Server, wanted
             die_at(moment, home)()
 
     killed = Case(target.name, words, before=armed)
-    first = finish(start(killed, home, scratch / "first"), home, scratch / "first", target.patience, None if isinstance(moment, int) else moment)
+    first = finish(start(killed, home, scratch / "first"), home, scratch / "first", target.patience,
+                   None if isinstance(moment, int) else moment)
     what = f"at touch {moment}" if isinstance(moment, int) else f"after {moment:.2f} s"
     if first.hang:
         return kind, what, "hang", "the command that was to be killed hangs"
@@ -146,17 +156,22 @@ def differs(seen: Seen, wanted: dict[str, Any], files: Sequence[str]) -> str:
     found = facts(seen.home, files)
     odd = sorted(key for key, value in wanted.items() if found.get(key) != value)
     odd += sorted(name for name in {key.partition(":")[0] for key in found} - {key.partition(":")[0] for key in wanted})
+    if odd:
+        key = odd[0]
+        return f"{len(odd)} facts differ, first {key}: {str(found.get(key))[:90]} for {str(wanted.get(key))[:90]}"
     left = strays(seen.home)
-    return f"{len(odd)} facts differ, first {odd[0]}: {found.get(odd[0])!r} for {wanted.get(odd[0])!r}"[:300] if odd else f"leaves {left[0]}" if left else ""
+    return f"leaves {left[0]}" if left else ""
 
 
-def reference(target: Target, world: Path, scratch: Path, server: Server, twice: bool = True) -> tuple[dict[str, Any], float]:
+def reference(target: Target, world: Path, scratch: Path, server: Server,
+              twice: bool = True) -> tuple[dict[str, Any], float]:
     """What two uninterrupted runs agree on, and the seconds that they take."""
     made, seconds = [], 0.0
     for k in range(1 + twice):
         home = scratch / f"whole-{k}"
         shutil.copytree(world, home, symlinks=True)
-        seen = run(Case(target.name, _words(target, server, f"{scratch.name}-{k}"), before=target.before), home, scratch / f"log-{k}", target.patience, 0)
+        seen = run(Case(target.name, _words(target, server, f"{scratch.name}-{k}"), before=target.before), home,
+                   scratch / f"log-{k}", target.patience, 0)
         if seen.code:
             raise RuntimeError(f"{target.name} ended with {seen.code}: {seen.err[-400:]}")
         made.append(facts(home, target.files))
@@ -221,7 +236,8 @@ def _failing(code: int, calls: Sequence[str], root: Path, after: int) -> Callabl
             io.open = builtins.open = opened  # type: ignore[assignment]
 
     def name_writes(arguments: tuple[Any, ...]) -> bool:
-        return len(arguments) < 2 or not isinstance(arguments[1], int) or bool(arguments[1] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        return len(arguments) < 2 or not isinstance(arguments[1], int) or bool(arguments[1]
+                                                                               & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
     return before
 
@@ -229,15 +245,19 @@ def _failing(code: int, calls: Sequence[str], root: Path, after: int) -> Callabl
 DISKS = ("short", "full at fsync", "full at open", "full at rename", "read-only", "no locks")
 
 
-def disk(target: Target, world: Path, scratch: Path, server: Server, wanted: dict[str, Any], what: str, rng: random.Random) -> Result:
+def disk(target: Target, world: Path, scratch: Path, server: Server, wanted: dict[str, Any], what: str,
+         rng: random.Random) -> Result:
     """A disk that is full or read-only: one sentence; then, with room, the same command ends as if nothing had been."""
     home, kind = scratch / "home", "disks"
     shutil.copytree(world, home, symlinks=True)
     after = rng.choice((1, 1, 2, 3, 5))
     before = {
-        "short": lambda: _no_space(home, rng.choice((0, 10, 300, 2000))), "full at fsync": lambda: _failing(errno.ENOSPC, ("fsync", ), home, after),
-        "full at open": lambda: _failing(errno.ENOSPC, ("open", "mkdir"), home, after), "full at rename": lambda: _failing(errno.ENOSPC, ("replace", "rename"), home, after),
-        "read-only": lambda: _failing(errno.EROFS, ("open", "mkdir", "unlink", "replace", "rename"), home, 1), "no locks": _no_locks}[what]()
+        "short": lambda: _no_space(home, rng.choice((0, 10, 300, 2000))),
+        "full at fsync": lambda: _failing(errno.ENOSPC, ("fsync",), home, after),
+        "full at open": lambda: _failing(errno.ENOSPC, ("open", "mkdir"), home, after),
+        "full at rename": lambda: _failing(errno.ENOSPC, ("replace", "rename"), home, after),
+        "read-only": lambda: _failing(errno.EROFS, ("open", "mkdir", "unlink", "replace", "rename"), home, 1),
+        "no locks": _no_locks}[what]()
     words, case = _words(target, server, scratch.name), scratch.name
 
     def armed() -> None:
@@ -247,7 +267,8 @@ def disk(target: Target, world: Path, scratch: Path, server: Server, wanted: dic
             before()
 
     def right(seen: Seen) -> str:
-        return f"{len(server.asked(case))} questions were asked first" if what == "read-only" and server.asked(case) else ""
+        return f"{len(server.asked(case))} questions were asked first" if what == "read-only" and server.asked(
+            case) else ""
 
     names = ("no space", "full", "disk", "too large", "read-only", "written", "lock", *target.files, "a.jsonl")
     first = Case(f"{what} ({after}) in {target.name}", words, "either", names, right, before=armed)
@@ -256,7 +277,8 @@ def disk(target: Target, world: Path, scratch: Path, server: Server, wanted: dic
     if seen.hang:
         return kind, first.name, verdict, why
     paid, asked = _paid(home), len(server.asked(case))
-    again = Case(target.name, words, "work", before=target.before, right=lambda seen: differs(seen, wanted, target.files))
+    again = Case(target.name, words, "work", before=target.before,
+                 right=lambda seen: differs(seen, wanted, target.files))
     ended = judge(again, run(again, home, scratch / "last", target.patience, 0))
     if ended[0] == "good" and target.words is ASKED and len(server.asked(case)) - asked > 12 - paid:
         ended = "silent", f"{len(server.asked(case)) - asked} requests for {12 - paid} missing answers"
@@ -279,11 +301,12 @@ def _no_locks() -> Callable[[], None]:
 
 
 def together(target: Target, world: Path, scratch: Path, server: Server, wanted: dict[str, Any], gap: float) -> Result:
-    """The same command twice at the same time on one output: both good, or one refuses by name; nothing is paid twice."""
+    """The same command twice at once on one output: both good, or one refuses by name; nothing is paid twice."""
     home, kind = scratch / "home", "two at once"
     shutil.copytree(world, home, symlinks=True)
     words, case = _words(target, server, scratch.name), scratch.name
-    each = Case(target.name, words, "either", ("another", "other", "use", "lock", *target.files, "a.jsonl"), before=target.before)
+    each = Case(target.name, words, "either", ("another", "other", "use", "lock", *target.files, "a.jsonl"),
+                before=target.before)
     logs = [scratch / name for name in ("one", "two")]
     pids = []
     for log in logs:

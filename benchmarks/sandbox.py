@@ -185,7 +185,8 @@ def finish(pid: int, home: Path, log: Path, patience: float = PATIENCE, kill_aft
         time.sleep(nap)
         nap = min(0.02, nap * 1.5)
     time.sleep(0.02)  # what is on its way to a log arrives
-    read = lambda ending: log.with_suffix(ending).read_text("utf-8", "replace") if log.with_suffix(ending).exists() else ""
+    read = lambda ending: log.with_suffix(ending).read_text("utf-8", "replace") if log.with_suffix(ending).exists(
+    ) else ""
     return Seen(os.waitstatus_to_exitcode(status), read(".out"), read(".err"), time.monotonic() - began, hang, home)
 
 
@@ -197,7 +198,8 @@ def run(case: Case, home: Path, log: Path, patience: float = PATIENCE, memory: i
 
 
 def die_at(number: int, root: Path, last: Callable[[str], bool] = lambda _: False) -> Callable[[], None]:
-    """For `Case.before`: die just before the `number`-th touch of the disk below `root`, or of a name that is `last`."""
+    """For `Case.before`: die just before the `number`-th touch of the disk below `root`, or of a `last` name."""
+
     def before() -> None:
         count, mark = 0, str(root)
 
@@ -256,7 +258,8 @@ def chat(content: Any, finish: str = "stop", **more: Any) -> dict[str, Any]:
     """A chat completion."""
     choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content}}
     usage = {"prompt_tokens": 9, "completion_tokens": 9}
-    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "usage": usage, "choices": [choice]} | more
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "usage": usage, "choices": [choice]
+            } | more
 
 
 def _answer(plan: dict[str, Any], body: dict[str, Any], path: str) -> tuple[int, bytes]:
@@ -278,7 +281,8 @@ def served(place: Path) -> Iterator[Server]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def log_message(self, *_: Any) -> None: ...
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
 
         def do_POST(self) -> None:
             raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -295,14 +299,17 @@ def served(place: Path) -> Iterator[Server]:
             for name, value in (headers | plan.get("headers", {})).items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(data[: plan.get("cut", len(data))])
+            self.wfile.write(data[:plan.get("cut", len(data))])
             self.close_connection = "cut" in plan
 
         do_GET = do_POST
 
     place.mkdir(parents=True, exist_ok=True)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *_: None  # a client that was killed
+    class Quiet(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that was killed is no error."""
+
+    server = Quiet(("127.0.0.1", 0), Handler)
     pid = os.fork()
     if not pid:
         try:

@@ -11,7 +11,6 @@ nothing said), hang (more than a minute). What the commands do to the files of a
 
 import argparse
 import multiprocessing
-import os
 import random
 import shlex
 import shutil
@@ -22,7 +21,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +29,8 @@ from typing import Any, NamedTuple
 import kills
 import pandas as pd
 import spoiled
+import spoiled_files  # noqa: F401  (registers its kinds)
+import spoiled_runs  # noqa: F401
 from sandbox import CLASSES, Case, Server, die_at, judge, run, served, warm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,8 +111,9 @@ def _spoil(place: Place, job: Job, rng: random.Random, scratch: Path) -> kills.R
     shutil.copytree(place.world, home, symlinks=True)
     case = spoiled.KINDS[job.kind][1](rng, job.number, home, place.server)
     verdict, why = judge(case, seen := run(case, home, scratch / "log"))
-    command = shlex.join(["cft", *map(str, case.words)]) if case.words else "hub_set(…)"
-    return job.kind, case.name, verdict, f"{why}\n    {command[:300]}\n    {seen.seconds:.1f} s, exit {seen.code}" if verdict != "good" else why
+    command = shlex.join(["cft", *map(str, case.words)])[:300] if case.words else "hub_set(…)"
+    seen_as = f"{why}\n    {command}\n    {seen.seconds:.1f} s, exit {seen.code}"
+    return job.kind, case.name, verdict, "" if verdict == "good" else seen_as
 
 
 def jobs_of(kinds: Sequence[str], sample: int, seed: int) -> list[Job]:
@@ -137,7 +139,8 @@ def prepared(seed: int, kinds: Iterable[str], root: Path, say: Callable[[str], o
             if used:
                 scratch = root / f"whole-{target.name.replace(' ', '-')}"
                 scratch.mkdir()
-                place.wanted[target.name] = kills.reference(target, place.world, scratch, server, target is not kills.SMOKE)
+                place.wanted[target.name] = kills.reference(target, place.world, scratch, server, target
+                                                            is not kills.SMOKE)
                 say(f"{target.name} takes {place.wanted[target.name][1]:.1f} s")
         yield place
 
@@ -151,13 +154,15 @@ def table_of(results: Iterable[kills.Result]) -> pd.DataFrame:
     rows = [{"kind": kind, "tried": found.total(), **{name: found[name] for name in CLASSES}}
             for kind, found in sorted(counts.items(), key=lambda item: KINDS.index(item[0]))]
     table = pd.DataFrame(rows, columns=pd.Index(["kind", "tried", *CLASSES]))
-    return pd.concat([table, pd.DataFrame([{"kind": "all", **table.drop(columns="kind").sum().to_dict()}])], ignore_index=True)
+    return pd.concat([table, pd.DataFrame([{"kind": "all", **table.drop(columns="kind").sum().to_dict()}])],
+                     ignore_index=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Try, tell the progress, and write the table; the exit code is 1 if the harness itself broke."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "figures/reliability.csv", help="default: figures/reliability.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "figures/reliability.csv",
+                        help="default: figures/reliability.csv")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     parser.add_argument("--only", default="", help=f"some of {', '.join(KINDS)}; kills: all of them")
     parser.add_argument("--sample", type=int, default=0, help="so many tries only, drawn by the seed")
@@ -176,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 results.append(result)
                 kind, name, verdict, why = result
                 if verdict not in ("good", "missed"):
-                    print(f"{verdict:10} {kind}: {name[:90]}: {why.splitlines()[0][:110] if verdict != 'broken' else why}", flush=True)
+                    shown = why if verdict == "broken" else why.splitlines()[0][:110]
+                    print(f"{verdict:10} {kind}: {name[:90]}: {shown}", flush=True)
                 if len(results) % 50 == 0:
                     print(f"{len(results)} of {len(jobs)} after {time.monotonic() - began:.0f} s", flush=True)
     table = table_of(results)
@@ -184,7 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table.to_csv(given.out, index=False)
     if given.list_bad:
         given.list_bad.parent.mkdir(parents=True, exist_ok=True)
-        bad = sorted(f"{verdict} | {kind} | {name}\n    {why}\n" for kind, name, verdict, why in results if verdict not in ("good", "missed"))
+        bad = sorted(f"{verdict} | {kind} | {name}\n    {why}\n" for kind, name, verdict, why in results
+                     if verdict not in ("good", "missed"))
         given.list_bad.write_text("".join(bad), encoding="utf-8")
     print(table.to_string(index=False), f"\n{time.monotonic() - began:.0f} s; written to {given.out}")
     return int(any(verdict == "broken" for _, _, verdict, _ in results))
