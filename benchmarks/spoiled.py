@@ -429,7 +429,7 @@ def masks(rng: random.Random, number: int, home: Path, server: Server) -> Case:
     some = [
         home / folder / path.relative_to(home / "objects")
         for path in (files if what in ("empty", "full", "inverted") else some)]
-    said = lambda seen: "" if seen.code or re.search(r"empty|full|invert|whole|every pixel|nothing", seen.text
+    said = lambda seen: "" if seen.code or re.search(r"empty|full|invert|whole|every|nothing|cover|most", seen.text
                                                      ) else "nothing was said"
     right: Callable[[Seen], str] = said if what in ("empty", "full", "inverted", "some empty") else lambda _: ""
     may = "refuse" if what in ("transposed", "scaled", "one off", "cut", "junk", "special", "missing one",
@@ -535,7 +535,7 @@ def folders(rng: random.Random, number: int, home: Path, server: Server) -> Case
         bad = rng.choice(("..", ".", "../objects", "/etc", "a/b", "a\x1b[1m", lines[0]))
         (home / "classes.txt").write_text("\n".join([*lines[:3], bad, *lines[4:]]))
         return Case(f"a class named {bad!a}", [*TESTED, "--classes", "classes.txt"],
-                    "either" if "\x1b" in bad else "refuse", names)
+                    "either" if bad in ("a/b", "a\x1b[1m") else "refuse", names)
     may, names = spoilers[what]()
     right = table_is("masked.csv") if may == "work" and words is MASKED else lambda _: ""
     if what == "twins":

@@ -181,7 +181,7 @@ def checkpoints(rng: random.Random, number: int, home: Path, server: Server) -> 
         raws[what]()
         words[5] = path.name
         plain = words[:6] + words[8:] if "class names" in what else words
-        return Case(f"{what} as {path.suffix}", plain, "refuse", ("odd",))
+        return Case(f"{what} as {path.suffix}", plain, "refuse", ("odd", "checkpoint"))
     contents = _contents(rng, home)
     what = list(contents)[number % len(contents)]
     value, may = contents[what]
@@ -198,7 +198,8 @@ def checkpoints(rng: random.Random, number: int, home: Path, server: Server) -> 
         return ("" if seen.code or "ema" in seen.text.lower() else
                 "nothing was said of two sets of weights") if may == "said" else same(seen)
 
-    return Case(f"{what} as {ending}", words, "either" if may == "said" else may, ("odd",), right)
+    names = ("odd", "checkpoint", "classes.txt")
+    return Case(f"{what} as {ending}", words, "either" if may == "said" else may, names, right)
 
 
 # Lists of classes and CSV files
@@ -304,9 +305,9 @@ def classes(rng: random.Random, number: int, home: Path, server: Server) -> Case
     (home / "classes.txt").write_bytes(data)
     same, words = table_is("t.csv"), [*TESTED, "--classes", "classes.txt"]
     if may == "order":
-        return Case(f"list: {what}", words, "either", ("classes", ),
+        return Case(f"list: {what}", words, "either", ("class", ),
                     lambda seen: "" if "order" in seen.text else same(seen))
-    return Case(f"list: {what}", words, may, ("classes", ), same)
+    return Case(f"list: {what}", words, may, ("class", ), same)
 
 
 # Concept sets and stores
@@ -343,7 +344,7 @@ def concepts(rng: random.Random, number: int, home: Path, server: Server) -> Cas
         "control characters":
             (lambda: json.dumps(replaced(value, ("concepts", 0, "text"), lambda t: t + "\x1b[2J")), "refuse"),
         "an array": (lambda: json.dumps(value["concepts"]), "refuse"),
-        "NaN": (lambda: text.replace('"settings": {', '"settings": {"a": NaN, ', 1), "refuse"),
+        "NaN": (lambda: text.replace('"settings": {', '"settings": {"a": NaN, ', 1), "either"),
         "of other classes": (lambda: json.dumps(
             replaced(replaced(value, ("classes", 0, "id"), lambda _: "zzz"),
                      ("concepts",), lambda cs: [c for c in cs

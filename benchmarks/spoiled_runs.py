@@ -49,7 +49,7 @@ NUMBERS: Mapping[str, tuple[Sequence[Any], Sequence[Any]]] = {
     "--sets": (TESTED, ("nowhere", ",", "in-v,in-v")),
     "--protocol": (TESTED, ("x",)),
     "--save-every": (FIT, (0, -1, "x", 1.5)),
-    "--epochs": (FIT, (0, -1, "x", 10**25)),
+    "--epochs": (FIT, (0, -1, "x", 2.5)),
     "--rate": (FIT, ("nan", -1, "inf", "abc", 0)),
     "--seed": (FIT, (2**80, "x", 2**64, -(2**70))),
     "--chunk": (FIT, (-1, "x")),
@@ -106,7 +106,8 @@ def options(rng: random.Random, number: int, home: Path, server: Server) -> Case
         step = len(every) // 50 + 1
         option, words, value = every[(number % 100 * step + rng.randrange(step)) % len(every)]
         may = "either" if (option, value) in FINE else "refuse"
-        return Case(f"{option.strip()} {value!a}", [*words, option.strip(), value], may, (option.strip(" -"), ))
+        names = (option.strip(" -"), str(value) if len(str(value)) > 2 else f"got {value}")
+        return Case(f"{option.strip()} {value!a}", [*words, option.strip(), value], may, names)
     if number % 100 < 50 + len(LINES):
         what, words, name = LINES[number % 100 - 50]
         for k in range(2):

@@ -123,6 +123,7 @@ def jobs_of(kinds: Sequence[str], sample: int, seed: int) -> list[Job]:
     counts |= {"disks": len(kills.DISKS) * len(kills.TARGETS), "two at once": 3 * (len(kills.TARGETS) - len(SINGLE))}
     jobs = [Job(kind, number) for kind in kinds for number in range(counts[kind])]
     rng = random.Random(seed)
+    jobs.sort(key=lambda job: job.kind != f"kills: {kills.SMOKE.name}")  # the longest first
     return rng.sample(jobs, min(sample, len(jobs))) if sample else jobs
 
 
