@@ -20,7 +20,7 @@ from typing import Any
 from sandbox import Case, Seen, Server, die_at, finish, judge, run, start, strays
 from spoiled import ASKED, FIT, GROUNDED, ITEMS, JUDGED, MODEL, TESTED
 
-UNSTABLE = re.compile(r"second|time|date|resumed|duration|host|pid", re.I)
+UNSTABLE = re.compile(r"second|time|date|resumed|duration|host|pid|commit", re.I)
 Result = tuple[str, str, str, str]  # kind, what, one of CLASSES, why
 
 
@@ -45,6 +45,10 @@ def facts(root: Path, only: Sequence[str]) -> dict[str, Any]:
         elif path.suffix == ".md":
             lines = re.sub(r"[\d.]+ s\b", "… s", path.read_text()).splitlines()
             found |= {f"{name}:{k}": line for k, line in enumerate(lines)}
+        elif path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            found |= {f"{name}:{column}": str(values) for column, values in pq.read_table(path).to_pydict().items()}
         elif path.suffix not in (".jsonl", ".pdf"):  # a PDF holds the date
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return {key: value for key, value in found.items() if not UNSTABLE.search(key.partition(":")[2])}

@@ -143,7 +143,7 @@ def _child(case: Case, home: Path, log: Path, memory: int) -> int:
         return 0
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if not case.call:
             traceback.print_exc()
             return 70
