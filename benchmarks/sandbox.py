@@ -22,7 +22,7 @@ CLASSES = ("good", "unclear", "traceback", "silent", "hang")
 PATIENCE, MEMORY = 60.0, 6 << 30  # seconds until a command hangs, bytes of address space that it may have
 STRAY = re.compile(r"\.(draft|half|old|tmp|part)$")
 _BAR = re.compile(r"\d+%\||\[\d\d:\d\d|it/s|\?it")  # a line of a progress bar
-_JARGON = re.compile(r"<class '|object at 0x|\bNoneType\b|site-packages")  # words of Python, not of a user
+_JARGON = re.compile(r"<class '|object at 0x|'NoneType' object|site-packages")  # words of Python, not of a user
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def judge(case: Case, seen: Seen) -> tuple[str, str]:
     last = (seen.err.strip().splitlines() or ["nothing was said"])[-1][-300:]
     if seen.hang:
         return "hang", f"not done after {seen.seconds:.0f} s"
-    if "Traceback (most recent call last)" in seen.text or seen.code not in (0, 1, 2, 130):
+    fallen = "Traceback (most recent call last)" in seen.text or "an unforeseen " in seen.err  # caught, but not meant
+    if fallen or seen.code not in (0, 1, 2, 130):
         return "traceback", f"exit {seen.code}: {last}"
     if case.may == "refuse" and not seen.code:
         return "silent", f"accepted: {(seen.out.strip().splitlines() or [''])[-1][:200]}"

@@ -478,9 +478,7 @@ def hub(rng: random.Random, number: int, home: Path, server: Server) -> Case:
         "bomb": {"bytes": bomb(1, 1_000_000), "path": None},
         "cut": {"bytes": encoded(rng, "png", (90, 90))[:300], "path": None},
         "exif": {"bytes": with_exif(rng, encoded(rng, "jpg")), "path": None},
-        "a folder": {
-            "bytes": None,
-            "path": str(home)}}
+        "a folder": {"bytes": None, "path": str(home)}}
     labels = {"label -1": [0, -1, 1], "label null": [0, None, 1], "label too large": [0, 99, 1]}
     whats = [*odd, *labels, "no picture column", "splits", "no rows", "text for pictures", "label as text"]
     what, row = whats[number % len(whats)], rng.randrange(3)
@@ -488,7 +486,8 @@ def hub(rng: random.Random, number: int, home: Path, server: Server) -> Case:
     def call() -> None:
         import datasets
 
-        from cft.data.models import load_model
+        from cft.data import backdrop
+        from cft.data.models import base_model
         from cft.data.testsets import hub_set
         from cft.evaluate.passes import Loop, checkpoint, evaluate_sets
 
@@ -507,11 +506,10 @@ def hub(rng: random.Random, number: int, home: Path, server: Server) -> Case:
             source = datasets.Dataset.from_dict({"image": ["a", "b"], "label": [0, 1]})
         else:
             source = datasets.Dataset.from_dict(table, features=features)
-        model, names = load_model(TINY, home / "start.safetensors")
-        found = hub_set(
-            datasets.DatasetDict({"train": source}) if what == "splits" else source,
-            names if what in labels or what == "label as text" else None, key="mine")
-        print(evaluate_sets([checkpoint(model, "m")], [found], home / "o", loop=Loop(2)).rows().to_string())
+        names = list(backdrop.CLASSES) if what in labels or what == "label as text" else None
+        source = datasets.DatasetDict({"train": source}) if what == "splits" else source
+        found = hub_set(source, names, key="mine")
+        print(evaluate_sets([checkpoint(base_model(0), "m")], [found], home / "o", loop=Loop(2)).rows().to_string())
 
     def right(seen: Seen) -> str:
         said = re.search(r"row|aside|00000|null|picture", seen.text.partition("top1")[0])
