@@ -106,7 +106,7 @@ def options(rng: random.Random, number: int, home: Path, server: Server) -> Case
         step = len(every) // 50 + 1
         option, words, value = every[(number % 100 * step + rng.randrange(step)) % len(every)]
         may = "either" if (option, value) in FINE else "refuse"
-        names = (option.strip(" -"), str(value) if len(str(value)) > 2 else f"got {value}")
+        names = (option.strip(" -"), str(value).rpartition(",")[2] if len(str(value)) > 2 else f"got {value}")
         return Case(f"{option.strip()} {value!a}", [*words, option.strip(), value], may, names)
     if number % 100 < 50 + len(LINES):
         what, words, name = LINES[number % 100 - 50]
@@ -231,7 +231,7 @@ def _plans(rng: random.Random) -> dict[str, Plan]:
         "not UTF-8": ({"text": '{"choices": [{"message": {"content": "- a\udcff"}}]}'}, "loose", ()),
         "200 and an error": body({"error": "Unexpected endpoint or method. (POST /chat)"}, "Unexpected endpoint"),
         "cut": ({"content": fine, "cut": 50}, "refuse", ("connection", )),
-        "no temperature": (forbids("temperature", own), "refuse", ("temperature", )),
+        "no temperature": (forbids("temperature", own), "either", ("temperature", )),
         "no max_tokens": (forbids("max_tokens", "'max_tokens' is not supported with this model."), "either", ("max", )),
         "no schema": (forbids("response_format", "response_format is not supported"), "work", ()),
         "401": error(401, "Incorrect API key provided"),
