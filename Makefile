@@ -4,7 +4,7 @@ UV = $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 export OMP_NUM_THREADS := 1
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: help demo reproduce related smoke publish test quick fast export format lint lab bench clean
+.PHONY: help demo reproduce related smoke publish test quick fast export format lint lab bench torture clean
 help:
 	@echo "make demo       repair a spurious classifier; some minutes on two cores"
 	@echo "make reproduce  every table and figure of the paper, on the demo; some twenty minutes on two cores"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint       ruff over notebooks, tests and benchmarks; basedpyright over cft/ and benchmarks/"
 	@echo "make lab        read the book in JupyterLab"
 	@echo "make bench      measure speed into figures/bench.csv"
+	@echo "make torture    kills, bad inputs, full disks: good answers are counted in figures/reliability.csv"
 
 .venv/.ready: settings.ini setup.py constraints.txt pyproject.toml
 	@command -v uv >/dev/null || test -x .uv/bin/uv || { python3 -m venv .uv && .uv/bin/python -m pip install --quiet uv; }
@@ -66,6 +67,9 @@ lab: .venv/.ready
 
 bench: .venv/.ready
 	$(PY) benchmarks/run.py --out figures/bench.csv
+
+torture: .venv/.ready
+	$(PY) benchmarks/torture.py --out figures/reliability.csv --list-bad runs/torture.txt
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache
