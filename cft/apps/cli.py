@@ -24,7 +24,7 @@ import typer
 import cft
 from .shell import (CHOICES, command, open_model, run_app, say, say_inputs, use_cores, weights_file,
                             why_unexplained)
-from ..files import check_writable, read_json, write_csv, write_json
+from ..files import check_writable, read_json, sha256, write_csv, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,7 +86,8 @@ def _options(version: Version = False) -> None:
          out="The report as a page, .html, or all numbers, .json.")
 def audit(data: Path, model: str, weights: Path | None = None, pretrained: bool = False, objects: Path | None = None,
           classes: Path | None = None, after: Path | None = None, out: Path | None = None, batch: int = 32,
-          device: str = "auto", threads: int = 0, dry_run: bool = False, **reading: Any) -> None:
+          allow_empty_masks: bool = False, device: str = "auto", threads: int = 0, dry_run: bool = False,
+          **reading: Any) -> None:
     """Say whether a classifier leans on the background.
 
     Nothing is trained. Objects are cut out and shown before other backgrounds; with the number of answers that change
@@ -110,7 +111,8 @@ def audit(data: Path, model: str, weights: Path | None = None, pretrained: bool 
     if why := why_unexplained(network):
         say(f"relevance will not be measured: {why}")
     with tempfile.TemporaryDirectory() as box:
-        folder, note = _with_objects(data, objects, output_names(network, data, stored, classes), Path(box))
+        names = output_names(network, data, stored, classes)
+        folder, note = _with_objects(data, objects, names, Path(box), allow_empty_masks)
         if dry_run:
             n = len(networks) * len(folder)
             passes = f"{n * (5 if objects else 2)} forward passes and {n} relevance maps"
@@ -135,12 +137,13 @@ def audit(data: Path, model: str, weights: Path | None = None, pretrained: bool 
             Report(*found, run=run, made=f"{date.today():%d %B %Y}", command=command).save(out)
             say(f"result   {out}")
 
-def _with_objects(data: Path, objects: Path | None, names: Sequence[str], box: Path) -> "tuple[Folder, dict[str, str]]":
+def _with_objects(data: Path, objects: Path | None, names: Sequence[str], box: Path,
+                  allow_empty: bool) -> "tuple[Folder, dict[str, str]]":
     """The pictures with their object masks, and where these come from; masks from a store are written to `box`."""
     from cft.data.folders import list_folder
 
     if objects is None or not (objects / "store.json").is_file():
-        return cft.scan(data, objects=objects, classes=names, progress=True), {}
+        return cft.scan(data, objects=objects, classes=names, progress=True, allow_empty=allow_empty), {}
     store, folder = cft.MaskStore(objects), list_folder(data, names)
     there = set(store.pictures) & set(folder.names)
     if not there:
@@ -282,8 +285,8 @@ def masks(data: Path, concepts: Path, out: Path, grounder: str = CHOICES["ground
     except RuntimeError as error:  # too many pictures in a row that could not be done
         raise ValueError(f"{error}; what is done is kept, and the same command goes on") from error
     say(f"masks    {store!r}")
-    if store.set_aside:
-        say(f"         {len(store.set_aside)} pictures set aside: {'; '.join(store.set_aside)}")
+    if aside := (*store.set_aside, *folder.set_aside):
+        say(f"         {len(aside)} pictures set aside: {'; '.join(aside)}")
 
 @command(app, store="The mask store that `cft masks` built.", out="JSON file for the concepts that are kept.",
          occurrence="Least share of a class's pictures that have the concept.",
@@ -330,8 +333,9 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
         masks: Path | None = None, objects: Path | None = None, concepts: Path | None = None, per_class: int = 3,
         classes: Path | None = None, method: str = "cft", rate: float | None = None, epochs: int = 50, batch: int = 8,
         chunk: int = 0, precision: Literal["no", "bf16"] = "no", validation: Path | None = None,
-        validation_masks: Path | None = None, seed: int = 0, allow_chance: bool = False, device: str = "auto",
-        threads: int = 0, save_every: int = 100, dry_run: bool = False, **reading: Any) -> None:
+        validation_masks: Path | None = None, seed: int = 0, allow_chance: bool = False,
+        allow_empty_masks: bool = False, device: str = "auto", threads: int = 0, save_every: int = 100,
+        dry_run: bool = False, **reading: Any) -> None:
     """Fine-tune a classifier through its own relevance.
 
     Says what it will do and how long that takes before it does it. Killed at any moment, the same command goes on. The
@@ -361,7 +365,7 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
     names, needs = output_names(network, data, stored, classes), recipe.objective.needs
     box = tempfile.TemporaryDirectory()  # a dry run leaves nothing
     place = Path(box.name) if dry_run else out
-    folder = training_folder(data, masks, objects, needs, names, concepts, per_class, place)
+    folder = training_folder(data, masks, objects, needs, names, concepts, per_class, place, allow_empty_masks)
     images, held = MaskedImages(folder, Preprocess.of(network), train=augment), None
     if validation is not None:
         held = MaskedImages(cft.scan(validation, validation_masks, classes=names), Preprocess.of(network))
@@ -397,7 +401,7 @@ def _recipe(method: str, network: str, rate: float | None) -> "tuple[Recipe, boo
     return replace(recipe, rate=rate), variant.augment
 
 def training_folder(data: Path, masks: Path | None, objects: Path | None, needs: frozenset[str], names: Sequence[str],
-                    concepts: Path | None, per_class: int, out: Path) -> "Folder":
+                    concepts: Path | None, per_class: int, out: Path, allow_empty: bool = False) -> "Folder":
     """The pictures to fine-tune on, with the masks that the method needs; masks from a store are written below `out`.
 
     Raises ValueError for a mask store without `concepts`, and as `folders.scan`.
@@ -411,7 +415,8 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
     if masks is None or not (masks / "store.json").is_file():
         if objects is None and "object" in needs:
             raise ValueError("this method needs object masks: give --objects FOLDER with FOLDER/<class>/<picture>.png")
-        return cft.scan(data, masks if "mask" in needs else None, objects if "object" in needs else None, names, True)
+        return cft.scan(data, masks if "mask" in needs else None, objects if "object" in needs else None, names, True,
+                        allow_empty)
     if concepts is None:
         raise ValueError(f"{masks} is a mask store: give --concepts FILE, the concepts to take from it")
     store, wanted = cft.MaskStore(masks), cft.ConceptSet.load(concepts)
@@ -419,6 +424,12 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
     for line in (*choice.skipped, *(f"{name} lacks {n} pictures" for name, n in choice.lacking.items())):
         say(f"masks    {line}")
     folder = list_folder(data, names).choose(choice.pictures)
+    known = dict(store.frame("picture", "sha256").dropna().drop_duplicates().itertuples(index=False, name=None))
+    if other := [
+            name for name, s in zip(folder.names, folder.samples) if known.get(name) not in (None, sha256(s.path))]:
+        raise ValueError(f"{len(other)} of the pictures in {data} are not those that {masks} was built from, first "
+                         f"{other[0]}; build the masks again")
+    folder = replace(folder, masks_read=(f"of the store {masks}, by {store.provenance['grounder']}",))
     if "object" in needs:
         folder = folder.with_masks(object=objects or store.write_pngs(None, out / "objects", choice.pictures))
     return folder.with_masks(store.write_pngs(wanted, out / "masks", choice.pictures))
@@ -433,7 +444,8 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
 def evaluate(data: list[Path], model: str, weights: list[Path] | None = None, pretrained: bool = False,
              objects: Path | None = None, classes: Path | None = None, sets: str = "",
              protocol: Literal["model", "official"] = "model", out: Path | None = None, batch: int = 32,
-             workers: int = 0, device: str = "auto", threads: int = 0, dry_run: bool = False, **reading: Any) -> None:
+             workers: int = 0, allow_empty_masks: bool = False, device: str = "auto", threads: int = 0,
+             dry_run: bool = False, **reading: Any) -> None:
     """Measure accuracy, with 95 % intervals.
 
     Top-1 and top-5 on folders of yours or on published test sets; with object masks also how well relevance segments
@@ -467,7 +479,8 @@ def evaluate(data: list[Path], model: str, weights: list[Path] | None = None, pr
         return say(f"forward passes: {', '.join(f'{n} on {name}' for name, n in counts.items())}{maps}")
     tables, told = [], {}
     for root in data:
-        folder = cft.scan(root, None, objects, output_names(network, root, stored, classes), progress=True)
+        names = output_names(network, root, stored, classes)
+        folder = cft.scan(root, None, objects, names, progress=True, allow_empty=allow_empty_masks)
         origin = origin_of(network)
         say_inputs(inputs := inputs_of(network, folder))
         told[root.name] = inputs

@@ -65,13 +65,12 @@ CORES, MANY = os.cpu_count() or 1, 10**9
 CHECKS = {  # by a parameter's name, or that of its command: the range of a number, what has to be there, folder or file
     **dict.fromkeys(("batch", "epochs", "save_every", "pictures", "per_class", "shards", "gpus"), (1, MANY)),
     **dict.fromkeys(("chunk", "shard", "workers", "seeds", "masks.per_class"), (0, MANY)), "rate": (1e-12, 10),
-    **dict.fromkeys(("threads", "cores"), (0, 4 * CORES)),
-    "max_tokens": (1, MANY), "timeout": (0.001, 10**6),
+    **dict.fromkeys(("threads", "cores"), (0, 4 * CORES)), "max_tokens": (1, MANY), "timeout": (0.001, 10**6),
     **dict.fromkeys(("occurrence", "coverage"), (0, 1)), "seed": (0, 2**32 - 1),
     **dict.fromkeys(("data", "validation"), "image folder"), "objects": "object masks",
     **dict.fromkeys(("weights", "after"), "checkpoint"), "masks.weights": None, "concepts": "concept set",
-    **dict.fromkeys(("masks", "validation_masks"), "masks"), "classes": "class list", "names": "list of titles", "store": "mask store",
-    "crop_pct": (0.01, 1.5), "img_size": (8, 8192), **dict.fromkeys(("out", "audit"), False),
+    **dict.fromkeys(("masks", "validation_masks"), "masks"), "classes": "class list", "names": "list of titles",
+    "store": "mask store", "crop_pct": (0.01, 1.5), "img_size": (8, 8192), **dict.fromkeys(("out", "audit"), False),
     **dict.fromkeys(("masks.out", "fit.out", "demo.out", "reproduce.out", "publish"), True)}
 
 def _check(command: str, given: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ from .answers import Reply, nothing_of_use, one_line
 from .language import ANSWERS, KINDS, RECORDED, Answer, Chat, ClassName, Estimate, Price, Question, Record
 from .language import Sampling, ask, printable, questions, words
 from ..data import backdrop
-from ..files import html_template, need, write_text
+from ..files import html_template, need, read_json, write_text
 
 # %% ../../nbs/04_filters.ipynb #0286dd55
 MASK_KINDS = ("important", "around")  # a superclass is the entire object: it would turn every mask into its outline
@@ -144,7 +144,7 @@ class ConceptSet:
     def load(cls, path: str | Path) -> "ConceptSet":
         """Read what `save` wrote. Raises ValueError with the file's name if it holds something else."""
         try:
-            return TypeAdapter(cls).validate_json(Path(path).read_text(encoding="utf-8"))
+            return TypeAdapter(cls).validate_json(json.dumps(read_json(path)))
         except ValueError as error:
             raise ValueError(f"{path} is no concept set: {' '.join(str(error).split())[:300]}") from None
 

@@ -60,6 +60,8 @@ def read_classes(path: str | Path) -> tuple[ClassName, ...]:
     if not rows or not {"id", "name"} <= rows[0].keys():
         raise ValueError(f"{path} must have the columns id and name, got {list(rows[0]) if rows else 'nothing'}")
     try:
+        if nameless := [row["id"] for row in rows if not any(map(str.isalpha, row["name"]))]:
+            raise ValueError(f"class {nameless[0]!r} has no name in words")
         return tuple(ClassName(row["id"], row["name"], row.get("description") or "") for row in rows)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -144,6 +146,8 @@ class Record:
         """Read the file again. Raises ValueError with its name if it cannot be read, or holds something else."""
         self.torn, self.notes = 0, []
         self._replies: dict[Key, Reply] = {}
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"the record {self.path} is no regular file; expected a JSONL file, or none")
         try:
             data = self.path.read_bytes().removeprefix(b"\xef\xbb\xbf") if self.path.exists() else b""
         except OSError as error:

@@ -155,12 +155,14 @@ class MaskStore:
         """Whatever a damaged file makes the parquet reader say, say that it is damaged."""
         try:
             yield
-        except (pa.ArrowException, OSError, KeyError, TypeError, UnicodeError, json.JSONDecodeError) as error:
+        except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}); remove it and build again") from error
 
     def _open(self, file: Path) -> tuple[pq.ParquetFile, list[str]]:
         """A shard, and the first picture of each of its row groups."""
         with self._whole(file):
+            if not file.is_file():
+                raise OSError("it is no regular file")
             shard = pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
             meta = {key: value.decode() for key, value in shard.schema_arrow.metadata.items()}
             if (meta[b"cft.store"], meta[b"cft.shard"]) != (sha256(file.with_name("store.json")), file.name):

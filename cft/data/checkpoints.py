@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,7 +217,8 @@ def _parts(path: Path) -> Iterator[Path]:
                          f"{' or '.join(_FILES[:2])}")
 
 def _unpickled(path: Path) -> Any:
-    with torch.serialization.safe_globals(_HARMLESS):
+    with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is wrong is said once
         return torch.load(path, map_location="cpu", weights_only=True)
 
 def _why(error: Exception) -> str:

@@ -75,14 +75,14 @@ def open_image(path: str | Path | IO[bytes]) -> Image.Image:
     return image.convert("RGB")
 
 _VOID = 255  # in the labels of PASCAL VOC
-_FEW = 64  # more values than this are shades and no labels
+_FEW = 64  # more values than this are shades and no labels; with 255 among them more than eight
 
 def _of_grey(values: np.ndarray, lossy: bool) -> tuple[np.ndarray, str]:
     """Where the object is in a mask of one channel, and how it was read. Raises ValueError if that is not clear."""
     known = np.unique(values)
     if len(known) <= 2:
         return values != 0, "of two values"
-    if lossy or len(known) > _FEW:
+    if lossy or len(known) > (8 if known[-1] == _VOID else _FEW):
         middle = int(known[-1]) / 2
         if np.mean((values > 0.5 * middle) & (values < 1.5 * middle)) > 0.05:
             raise ValueError("has shades of grey and not two values; expected 0 off the object and another value on it")
@@ -355,7 +355,8 @@ def _read_masks(folder: Folder, kind: str, place: Path, sizes: dict[Path, tuple[
         height, width = mask.shape
         inner = mask[height // 4:-(height // 4) or None, width // 4:-(width // 4) or None].mean()
         edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()
-        state = "empty" if not mask.any() else "full" if mask.all() else "inverted" if edge > 0.9 > 0.5 > inner else ""
+        state = "empty" if not mask.any() else "full" if mask.all(
+        ) else "inverted" if edge > 0.9 and inner < edge - 0.05 else ""
         if state:
             odd[state].append(file)
     told = [f"{n} {how}" for how, n in found.most_common()]

@@ -145,6 +145,9 @@ def _refusal(name: str, head: str, state: Mapping[str, Tensor], own: Mapping[str
     if f"{head}.weight" not in state:
         return (f"is a backbone: it has no classes, expected {head}.weight for {name}; "
                 "`cft probe` fits a head to pictures of yours")
+    kinds = [key for key in own.keys() & state.keys() if own[key].is_floating_point() != state[key].is_floating_point()]
+    if kinds:
+        return f"holds {state[min(kinds)].dtype} in {min(kinds)}, perhaps quantised; expected floating-point weights"
     wrong = [
         key for key in {**own, **state} if key not in own or key not in state or own[key].shape != state[key].shape]
     shape = lambda where, key: tuple(where[key].shape) if key in where else "absent"
@@ -267,6 +270,9 @@ def output_names(model: nn.Module, data: str | Path, stored: list[str] | None = 
             list_folder(data)  # or it names a folder without pictures
         raise ValueError(f"the model has {model.num_classes} classes but {source} names {len(names)}; "
                          "give a file (--classes FILE) with the name of every model output, one a line")
+    if file is not None and stored and sorted(names) == sorted(stored) and names != list(stored):
+        raise ValueError(
+            f"{file} has the checkpoint's class names in another order; leave out --classes, or correct it")
     guessed = file is None and not stored and names is not wordnet
     vars(model)["origin"] = replace(origin_of(model), classes=source, guessed=guessed)
     return list(names)

@@ -375,6 +375,7 @@ def _finished(run: Path, job: dict, model: nn.Module) -> FineTuned:
     if not record.items() >= job.items():
         raise ValueError(f"{run} holds the finished run of another job; choose another folder or remove it")
     model.load_state_dict(read_weights(run / "model.safetensors")[0])
+    (run / "state.pt").unlink(missing_ok=True)  # of a run that was killed at its very end
     return FineTuned(model.requires_grad_(True).eval(), record)
 
 def _by_epoch(log: list[dict], per_epoch: int) -> list[dict]:

@@ -71,7 +71,7 @@ def test_options_reach_the_request(ask):
 
 @pytest.mark.parametrize("words, said", [(("--temperature", "warm"), "--temperature must be a number or none"),
                                          (("--temperature", "nan"), "number or none"),
-                                         (("--temperature", "3"), "0 to 2"), (("--max-tokens", 0), "above 0"),
+                                         (("--temperature", "3"), "0 to 2"), (("--max-tokens", 0), "between 1 and"),
                                          (("--workers", 0), "above 0"), (("--timeout", 0), "timeout"),
                                          (("--workers", 999999), "1 to 256"),
                                          (("--base-url", "localhost:1"), "base_url must be")])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from cft.data.folders import (
     EXTENSIONS,
@@ -17,11 +17,13 @@ from cft.data.folders import (
     Preprocess,
     Sample,
     UnreadableImage,
+    class_folders,
     find_pictures,
     list_folder,
     open_image,
     open_mask,
     printable_path,
+    read_mask,
     scan,
     swap_background,
     without_object,
@@ -205,7 +207,9 @@ def test_with_masks(trio, tmp_path):
 
 def test_listing_is_reading_without_opening(folder):
     listed = list_folder(folder / "i")
-    assert listed == scan(folder / "i") and listed.with_masks(folder / "m") == scan(folder / "i", folder / "m")
+    masked = scan(folder / "i", folder / "m")
+    assert listed == scan(folder / "i") and listed.with_masks(folder / "m").samples == masked.samples
+    assert masked.masks_read == ("masks: 6 of two values",)
     place(folder, "i/ant/torn.jpg", "i/bee/x.gif", "i/ant/._0.jpg")
     assert len(list_folder(folder / "i")) == 7 and len(scan(folder / "i")) == 6
     aside = scan(folder / "i").set_aside
@@ -338,3 +342,123 @@ def test_a_model_built_for_another_size_says_so():
     assert preprocess.size == (64, 96)
     other = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=224, num_classes=3, depth=1)
     assert Preprocess.of(other).size == (224, 224)
+
+
+# ---------------------------------------------------------------- masks and pictures as other tools write them
+
+
+def disk(size=(40, 30)):
+    """A disc, bool (height, width)."""
+    y, x = np.mgrid[:size[1], :size[0]]
+    return (x - 20) ** 2 + (y - 15) ** 2 < 60
+
+
+def of_imagenet_s(m):
+    channels = [np.where(m, 300 % 256, 0), np.where(m, 300 // 256, 0), 0 * m]
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
+
+
+def of_voc(m):
+    labels = np.where(m, 15, 0).astype(np.uint8)
+    labels[:2] = 255
+    found = Image.fromarray(labels, "P")
+    found.putpalette([0, 0, 0, *[99] * 765])
+    return found
+
+
+def cut_out(m):
+    rgb = np.random.default_rng(0).integers(0, 256, (*m.shape, 3))
+    return Image.fromarray(np.concatenate([rgb, np.where(m, 255, 0)[..., None]], -1).astype(np.uint8), "RGBA")
+
+
+CONVENTIONS = {
+    "0 and 255": (lambda m: Image.fromarray(m * np.uint8(255)), "two values"),
+    "0 and 1": (lambda m: Image.fromarray(m * np.uint8(1)), "two values"),
+    "one bit": (lambda m: Image.fromarray(m), "two values"), "ImageNet-S": (of_imagenet_s, "ImageNet-S"),
+    "VOC": (of_voc, "palette"), "cut out": (cut_out, "transparency"),
+    "labels": (lambda m: Image.fromarray(np.where(m, np.where(np.arange(m.shape[1]) < 20, 3, 7), 0).astype(np.uint8)),
+               "labels"),
+    "grey as colours": (lambda m: Image.fromarray(m * np.uint8(255)).convert("RGB"), "two values"),
+    "soft edges": (lambda m: Image.fromarray(m * np.uint8(255)).filter(ImageFilter.GaussianBlur(0.6)), "shades"),
+    "16 bits": (lambda m: Image.fromarray(m * np.uint16(65535)), "two values")}
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_masks_are_read_by_their_convention_and_it_is_said(convention, tmp_path):
+    make, words = CONVENTIONS[convention]
+    make(truth := disk()).save(tmp_path / "m.png")
+    found, how = read_mask(tmp_path / "m.png")
+    expected = truth & (np.arange(30) > 1)[:, None] if convention == "VOC" else truth
+    assert words in how and (found != expected).mean() < (0.05 if convention == "soft edges" else 1e-9)
+    assert torch.equal(open_mask(tmp_path / "m.png", (40, 30)), torch.from_numpy(found))
+
+
+def test_masks_that_are_not_clear_are_refused_by_name(tmp_path):
+    Image.fromarray(np.where(disk(), 15, 255).astype(np.uint8) * (np.arange(40) > 3)).save(tmp_path / "grey.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40), np.uint8)).save(tmp_path / "noise.jpg")
+    of_imagenet_s(disk()).save(tmp_path / "coloured.jpg")
+    np.save(tmp_path / "odd.npy", np.zeros((3, 3), float))
+    for name, words in (("grey.png", "is 255 the object, or void"), ("noise.jpg", "shades of grey"),
+                        ("coloured.jpg", "coloured JPEG"), ("odd.npy", "holds float64"), ("none.png", "No such file")):
+        with pytest.raises(ValueError, match=f"{name} .*{words}"):
+            read_mask(tmp_path / name)
+    np.save(tmp_path / "good.npy", disk().astype(np.uint8))
+    assert (read_mask(tmp_path / "good.npy")[0] == disk()).all()
+
+
+@pytest.mark.parametrize(("state", "change"), [("empty", lambda m: 0 * m), ("full", lambda m: 0 * m + 255),
+                                               ("inverted", lambda m: 255 - m)])
+def test_masks_that_cannot_be_meant_are_counted_and_refused(state, change, tmp_path):
+    for k in range(4):
+        place = tmp_path / "i/ant", tmp_path / "m/ant"
+        for folder in place:
+            folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), "red").save(place[0] / f"{k}.jpg")
+        Image.fromarray((change if k == 0 else lambda m: m)(disk() * np.uint8(255))).save(place[1] / f"{k}.png")
+    with pytest.raises(ValueError, match=f"1 of 4 masks in .* are {state}, first ant/0.png"):
+        scan(tmp_path / "i", tmp_path / "m")
+    assert f"1 {state}" in scan(tmp_path / "i", tmp_path / "m", allow_empty=True).masks_read[0]
+
+
+def test_masks_called_like_the_picture_are_found_and_twins_refused(tmp_path):
+    for name in ("i/ant/a.jpg", "m/ant/a.jpg.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.fromarray(disk() * np.uint8(255)).save(tmp_path / name)
+    assert scan(tmp_path / "i", tmp_path / "m").samples[0].mask == tmp_path / "m/ant/a.jpg.png"
+    Image.new("RGB", (40, 30)).save(tmp_path / "i/ant/a.png")
+    with pytest.raises(ValueError, match="a.jpg and ant/a.png would share one mask"):
+        scan(tmp_path / "i", tmp_path / "m")
+
+
+def test_sizes_that_no_photograph_has_are_set_aside_before_they_are_decoded(tmp_path):
+    Image.new("1", (20_000, 1)).save(tmp_path / "long.png")
+    for open_it in (open_image, read_mask):
+        with pytest.raises(ValueError, match="long.png.*20000 × 1 pixels; expected"):
+            open_it(tmp_path / "long.png")
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0garbage!", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\0" * 40,
+                                  b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\2\0\4\0\0\0top\0\0\0\0\0",
+                                  b"Exif\0\0II*\0\x08\0\0\0\1\0\x25\x88\1\0\1\0\0\0\7\0\0\0\0\0\0\0"])
+def test_broken_exif_data_cost_no_picture(exif, tmp_path):
+    for ending in ("jpg", "webp"):
+        Image.new("RGB", (40, 30), "red").save(tmp_path / f"x.{ending}", exif=exif)
+        assert set(open_image(tmp_path / f"x.{ending}").size) == {40, 30}
+
+
+def test_any_failure_of_a_reader_is_an_unreadable_picture(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    for failure in (TypeError("x"), KeyError(1), RecursionError(), MemoryError(), OverflowError("y")):
+        monkeypatch.setattr(Image.Image, "convert", lambda *_, f=failure: (_ for _ in ()).throw(f))
+        monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda *_, f=failure: (_ for _ in ()).throw(f))
+        with pytest.raises(UnreadableImage, match="x.png"):
+            open_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(("names", "words"), [(["a", ".."], "a class is called"), (["a", "b/c"], "a class is called"),
+                                              (["a", "b", "a"], "'a' is there twice"),
+                                              (["é", "e\u0301"], "is there twice")])
+def test_class_names_that_lead_elsewhere_or_are_there_twice(names, words, tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ValueError, match=words):
+        class_folders(tmp_path, names)

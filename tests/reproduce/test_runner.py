@@ -441,7 +441,7 @@ def test_snakemake_runs_what_we_mean(tmp_path, monkeypatch, where):
 def test_damaged_files_of_the_runner_are_named(tmp_path):
     root, work = open_work("smoke", ("table8",), out=tmp_path)
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(ValueError, match="plan.json is no JSON"):
+    with pytest.raises(ValueError, match="plan.json is no sound JSON"):
         report(root, work, page_steps(work, root))
     for folder in ("pages", "artefacts/table8"):
         (tmp_path / folder).mkdir(parents=True)

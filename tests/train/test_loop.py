@@ -327,7 +327,7 @@ def test_a_damaged_state_is_left_behind(images, tmp_path, caplog, content):
 def test_a_damaged_record_is_named_or_made_again(images, tmp_path):
     recipe = replace(RECIPES["plain"], epochs=1)
     fine_tune(base_model(0), images, recipe, tmp_path, progress=False)
-    for content, words in (("", "is no JSON"), ("[]", "holds a list; expected a dict")):
+    for content, words in (("", "is no sound JSON"), ("[]", "holds a list; expected a dict")):
         (tmp_path / "record.json").write_text(content)
         with pytest.raises(ValueError, match=f"record.json {words}"):
             fine_tune(base_model(0), images, recipe, tmp_path, progress=False)
