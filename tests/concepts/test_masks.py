@@ -636,7 +636,8 @@ def test_a_build_says_what_it_waits_for(world, tmp_path, monkeypatch, caplog):
     assert caplog.messages == ["waiting for other processes that work on shard-00000.parquet"]
 
 
-@pytest.mark.parametrize("text, words", [("", "no sound JSON"), ("[]", "holds a list"), ('{"format": 2}', "of format 2")])
+@pytest.mark.parametrize("text, words",
+                         [("", "no sound JSON"), ("[]", "holds a list"), ('{"format": 2}', "of format 2")])
 def test_a_damaged_store_is_named(world, tmp_path, text, words):
     built(*world, Bright(), tmp_path / "s")
     (tmp_path / "s/store.json").write_text(text)
