@@ -10,7 +10,7 @@ from PIL import Image
 
 from cft.data.checkpoints import Origin, choose_state, class_list, origin_of, read_checkpoint, sound_config
 from cft.data.folders import Preprocess, scan
-from cft.data.models import TINY, inputs_of, load_model, output_names, save_model
+from cft.data.models import TINY, base_model, fit_probe, inputs_of, load_model, output_names, save_model
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_positions_are_resampled_where_another_size_is_asked_for(small, tmp_path
     assert Preprocess.of(found).size == (32, 32) and "resampled to 4 × 4" in origin_of(found).weights
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda s: {k: v for k, v in s.items() if not k.startswith("head")}, "is a backbone.*cft probe"),
+    (lambda s: {k: v for k, v in s.items() if not k.startswith("head")}, "is a backbone.*fit_probe"),
     (lambda s: {f"odd.{k}": v for k, v in s.items()}, "none of the names of"),
     (lambda s: s | {"head_dist.weight": torch.zeros(3, 96)}, "distilled DeiT"),
     (lambda s: s | {"blocks.0.norm1.weight": torch.zeros(5)},
@@ -229,3 +229,20 @@ def test_folders_of_wordnet_ids_have_imagenets_order(tmp_path):
     root, thousand = album(tmp_path / "photos", ("n01443537", "n01440764")), timm.create_model(TINY, num_classes=1000)
     names = output_names(thousand, root)
     assert names[:2] == ["n01440764", "n01443537"] and len(names) == 1000 and not origin_of(thousand).guessed
+
+
+def test_a_head_for_a_backbone(tmp_path):
+    """The base's own features tell drawn classes apart; its head is thrown away and found again."""
+    from cft.data import backdrop
+
+    backdrop.write(tmp_path / "w", {"train": 10}, seed=3)
+    folder = scan(tmp_path / "w/images/train")
+    base = base_model(0)
+    torch.save({k: v for k, v in base.state_dict().items() if not k.startswith("head.")}, tmp_path / "backbone.pth")
+    with pytest.raises(ValueError, match="is a backbone"):
+        load_model(TINY, tmp_path / "backbone.pth")
+    held = fit_probe(TINY, tmp_path / "backbone.pth", folder, tmp_path / "start.safetensors")
+    found, classes = load_model(TINY, tmp_path / "start.safetensors")
+    assert held > 70 and tuple(classes) == folder.classes and found.num_classes == 12
+    same = {k for k, v in found.state_dict().items() if torch.equal(v, base.state_dict()[k])}
+    assert same == {k for k in base.state_dict() if not k.startswith("head.")}
