@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Function', 'HELP', 'CHOICES', 'CORES', 'MANY', 'CHECKS', 'READING', 'EXTRAS', 'SECRET', 'say', 'command', 'Carried',
-           'use_cores', 'open_model', 'weights_file', 'say_inputs', 'why_unexplained', 'run_app']
+           'use_cores', 'open_model', 'weights_file', 'say_inputs', 'why_unexplained', 'class_lines', 'agreed',
+           'run_app']
 
 # %% ../../nbs/appendix/14_shell.ipynb #a40580c6
 import functools
@@ -27,6 +28,9 @@ from typer.exceptions import TyperException
 if TYPE_CHECKING:
     from torch import nn
 
+    import pandas as pd
+
+    from cft.concepts.language import Estimate
     from cft.explain.maps import Method
 
 from ..files import check_writable, choose_device, legible, reason
@@ -195,6 +199,25 @@ def why_unexplained(model: "nn.Module", method: "str | Method" = "attnlrp") -> s
     except UnsupportedModule as error:
         return str(error)
     return ""
+
+def class_lines(table: "pd.DataFrame") -> str:
+    """The lines of an audit that fit a terminal: percent, and points with their interval."""
+    shown = table.rename(columns={"n": "pictures", "accuracy": "right", "off_object": "relevance off object"})
+    if "gap" in table:
+        gap, low, high = (table[name].map("{:+.0f}".format) for name in ("gap", "gap_low", "gap_high"))
+        shown["gap"] = (gap + " [" + low + ", " + high + "]").where(table["gap"].notna(), "–")
+    columns = ["class", "pictures", "right", "gap", "relevance off object", "verdict"]
+    shown = shown[[column for column in columns if column in shown]]
+    return shown.to_string(index=False, float_format="{:.0f}".format, na_rep="–")
+
+def agreed(price: "Estimate") -> bool:
+    """Ask somebody at the terminal. PermissionError if nobody is there."""
+    try:
+        return typer.confirm(f"{price}. Go on?")
+    except typer.Abort:
+        if sys.stdin is not None and sys.stdin.isatty():
+            raise
+        raise PermissionError(f"nobody is there to agree, and nothing was sent; give --yes: {price}") from None
 
 # %% ../../nbs/appendix/14_shell.ipynb #9e6a55b6
 EXTRAS = {

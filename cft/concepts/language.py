@@ -146,9 +146,9 @@ class Record:
         """Read the file again. Raises ValueError with its name if it cannot be read, or holds something else."""
         self.torn, self.notes = 0, []
         self._replies: dict[Key, Reply] = {}
-        if self.path.exists() and not self.path.is_file():
-            raise ValueError(f"the record {self.path} is no regular file; expected a JSONL file, or none")
         try:
+            if self.path.exists() and not self.path.is_file():
+                raise ValueError(f"the record {self.path} is no regular file; expected a JSONL file, or none")
             data = self.path.read_bytes().removeprefix(b"\xef\xbb\xbf") if self.path.exists() else b""
         except OSError as error:
             raise ValueError(f"the record {self.path} cannot be read: {error.strerror}") from None

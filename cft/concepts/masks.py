@@ -170,6 +170,8 @@ def _fill(shard: _Shard, rows_of: Callable[[Search], list[dict[str, Any]]], reci
     with locked(shard.lock) as mine:
         if not mine or shard.file.exists():
             return None
+        if shard.journal.exists() and not shard.journal.is_file():
+            raise ValueError(f"{shard.journal} is no regular file; remove it, and the same command goes on")
         opener = lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
         with open(shard.journal, "ab", opener=opener) as journal:
             done, size = shard.noted()

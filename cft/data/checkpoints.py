@@ -10,9 +10,11 @@ __all__ = ['choose_state', 'timm_names', 'sound_config', 'class_list', 'Stored',
 import argparse
 import json
 import math
+import pathlib
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,18 +52,27 @@ def _strange(path: Path) -> str:
     return known or _ENDINGS.get(path.suffix.lower(), "")
 
 # %% ../../nbs/appendix/18_checkpoints.ipynb #32ac2b62
-_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher")
-_RAW = ("state_dict", "model", "model_state_dict", "model_state", "network", "net", "weights", "params", "student")
-_WRAPPINGS = ("_orig_mod.", "module.", "model.", "net.", "network.", "backbone.", "vit.encoder_q.")
+_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "averaged_model", "ema_weights", "ema",
+             "teacher")
+_RAW = ("state_dict", "model", "model_state_dict", "model_state", "network", "net", "weights", "params", "module",
+        "model_dict", "checkpoint", "student")
+_WRAPPINGS = ("_orig_mod.", "module.", "model.", "net.", "network.", "backbone.", "encoder.", "base_model.",
+              "_fsdp_wrapped_module.", "vit.encoder_q.")
 _HARMLESS = [
-    argparse.Namespace, np.dtype, np.ndarray,
-    np.float64(0).__reduce__()[0],
-    np.zeros(1).__reduce__()[0], *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?", "U1"))]
+    argparse.Namespace,
+    np.dtype,
+    np.ndarray,
+    (pathlib.PurePosixPath, "pathlib.PosixPath"),
+    (pathlib.PureWindowsPath, "pathlib.WindowsPath"),
+    *(
+        (value.__reduce__()[0], f"numpy.{home}.multiarray.{name}") for home in ("core", "_core")  # of NumPy 1 and 2
+        for name, value in (("scalar", np.float64(0)), ("_reconstruct", np.zeros(1)))),
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?", "U1"))]
 
 def _tensors(found: Any) -> dict[str, Tensor]:
     """The tensors of a state dict, by name; what stands beside them, such as a counter, is left out."""
     named = found.items() if isinstance(found, Mapping) else ()
-    return {str(key): value for key, value in named if isinstance(value, Tensor)}
+    return {str(key): value for key, value in named if isinstance(value, Tensor) and key != "n_averaged"}
 
 def choose_state(content: Any, average: bool = True) -> tuple[dict[str, Tensor], str]:
     """The tensors of an unpickled checkpoint, without wrappings in their names, and where they stood, in words.
@@ -72,15 +83,19 @@ def choose_state(content: Any, average: bool = True) -> tuple[dict[str, Tensor],
         raise ValueError("holds a whole model and not its weights; save model.state_dict() instead")
     if not isinstance(content, Mapping):
         raise ValueError(f"holds a {type(content).__name__}; expected tensors by name")
-    parts = {key: _tensors(content[key]) for key in (*_AVERAGES, *_RAW) if isinstance(content.get(key), Mapping)}
-    parts = {key: choose_state(content[key], average)[0] if not part else part for key, part in parts.items()}
+    parts: dict[str, tuple[dict[str, Tensor], str]] = {}
+    for key in (*_AVERAGES, *_RAW):
+        if isinstance(content.get(key), Mapping):
+            with suppress(ValueError):  # settings of a network are called "model", too
+                parts[key] = choose_state(content[key], average)
     order = (*_AVERAGES, *_RAW) if average else (*_RAW, *_AVERAGES)
     state, told = _tensors(content), ""
     if key := next((key for key in order if parts.get(key)), ""):
-        state, both = parts[key], {key in _AVERAGES for key in parts} == {True, False}
+        (state, inside), both = parts[key], {key in _AVERAGES for key in parts} == {True, False}
         what = "the moving average of the weights" if key in _AVERAGES else "the raw weights"
         other = "--raw takes the raw ones" if average else "it also holds their moving average"
         told = f"{what} ({key}{f'; {other}' if both else ''})"
+        told = inside if inside and key not in _AVERAGES else told
     if not state:
         keys = ", ".join(map(str, list(content)[:5]))
         raise ValueError(f"holds no tensors by name, but {keys or 'nothing'}; expected a state dict")
@@ -125,7 +140,7 @@ def timm_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     return {key: value for key, value in renamed.items() if not unused(key)}, whose
 
 # %% ../../nbs/appendix/18_checkpoints.ipynb #7e790e8b
-_RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _CONFIG = ("mean", "std", "crop_pct", "input_size", "interpolation", "crop_mode")  # timm's names
 
 def _numbers(given: Any, n: int) -> tuple[float, ...] | None:
@@ -134,12 +149,16 @@ def _numbers(given: Any, n: int) -> tuple[float, ...] | None:
 
 def sound_config(given: Mapping[str, Any], what: str) -> dict[str, Any]:
     """The pre-processing among some settings, by timm's names. Raises ValueError, naming `what`, for bad values."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{what} has pre-processing that is no table, but {str(given)[:60]}")
     found = {key: given[key] for key in _CONFIG if given.get(key) is not None}
     for key in {"mean", "std", "input_size"} & set(found):
         values = _numbers(found[key], 3)
         if values is None or key != "mean" and min(values) <= 0:
             raise ValueError(
                 f"{what} has {key} {found[key]!r}; expected 3 numbers{'' if key == 'mean' else ' above 0'}")
+        if key != "input_size" and max(map(abs, values)) > 2:
+            raise ValueError(f"{what} has {key} {found[key]!r}, of pixels up to 255; expected that of pixels up to 1")
         found[key] = tuple(map(int, values)) if key == "input_size" else values
     crop, how = found.get("crop_pct", 1.0), found.get("interpolation", "bicubic")
     if not isinstance(crop,
@@ -151,16 +170,20 @@ def sound_config(given: Mapping[str, Any], what: str) -> dict[str, Any]:
 def _of_hugging(folder: Path) -> dict[str, Any]:
     """The pre-processing of a Hugging Face folder, by timm's names."""
     file = folder / "preprocessor_config.json"
-    given = read_json(file) if file.is_file() else {}
+    given = read_json(file, dict) if file.is_file() else {}
     size = given.get("size")
     side = size if isinstance(size, int) else next(iter(size.values()), None) if isinstance(size, dict) else None
     cut = given.get("crop_size") if given.get("do_center_crop") else None
     cut = next(iter(cut.values()), None) if isinstance(cut, dict) else cut
-    known = {
-        "mean": given.get("image_mean"), "std": given.get("image_std"),
-        "interpolation": _RESAMPLE.get(given.get("resample", -1))}
+    mean, std, how = given.get("image_mean"), given.get("image_std"), given.get("resample")
+    if given.get("do_normalize") is False:
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    factor = 1 if given.get("do_rescale") is False else given.get("rescale_factor") or 1 / 255
+    if isinstance(factor, (int, float)) and not math.isclose(255 * factor, 1, rel_tol=1e-3):  # ours are between 0 and 1
+        mean, std = ([v / (255 * factor) for v in _numbers(value, 3) or ()] for value in (mean, std))
+    known = {"mean": mean, "std": std, "interpolation": _RESAMPLE.get(how, how) if isinstance(how, int) else how}
     if isinstance(side, int):
-        known |= {"input_size": (3, cut or side, cut or side), "crop_pct": (cut or side) / side}
+        known |= {"input_size": (3, cut or side, cut or side), "crop_pct": (cut or side) / (side or 1)}
         known |= {} if cut else {"crop_mode": "squash"}
     return known if file.is_file() else {}
 
@@ -177,16 +200,19 @@ def _beside(folder: Path) -> tuple[list[str] | None, dict[str, Any], str]:
     """Class names and pre-processing from the config.json in a folder, and its name; empty if there is none."""
     file = folder / "config.json"
     given = read_json(file) if file.is_file() else {}
-    if not isinstance(given, dict) or not ({"pretrained_cfg", "id2label", "architecture", "image_size"} & set(given)):
+    hugging = (folder / "preprocessor_config.json").is_file()
+    known = {"pretrained_cfg", "id2label", "architecture", "image_size"}
+    if not isinstance(given, dict) or not (hugging or known & set(given)):
         return None, {}, ""  # none, or that of something else
-    config = sound_config((given.get("pretrained_cfg") or given) if "id2label" not in given else _of_hugging(folder),
-                          str(file))
+    own = _of_hugging(folder) if hugging or "id2label" in given else given.get("pretrained_cfg") or given
+    config = sound_config(own, str(folder / "preprocessor_config.json") if hugging else str(file))
     labels = given.get("id2label")
-    names = given.get("label_names") or (given.get("pretrained_cfg") or {}).get("label_names")
+    names = given.get("label_names") or (own.get("label_names") if isinstance(own, dict) else None)
     if isinstance(labels, dict) and labels and not all(re.fullmatch(r"LABEL_\d+", str(v)) for v in labels.values()):
         names = [labels.get(str(k)) for k in range(len(labels))]
     unique = isinstance(names, list) and len(set(map(str, names))) == len(names)  # in ImageNet's two are called "crane"
-    return class_list(names, str(file)) if unique else None, config, file.name
+    return class_list(
+        names, str(file)) if unique else None, config, file.name if file.is_file() else "preprocessor_config.json"
 
 # %% ../../nbs/appendix/18_checkpoints.ipynb #7ad25f92
 class Stored(NamedTuple):
@@ -208,8 +234,10 @@ def _parts(path: Path) -> Iterator[Path]:
         return
     index = next((path / f"{name}.index.json" for name in _FILES if (path / f"{name}.index.json").is_file()), None)
     if index:
-        pieces = read_json(index).get("weight_map", {}).values()
-        yield from (path / Path(str(name)).name for name in dict.fromkeys(pieces))
+        pieces = read_json(index, dict).get("weight_map")
+        if not isinstance(pieces, dict) or not pieces:
+            raise ValueError(f"{index} has no weight_map; expected the file of every tensor")
+        yield from (path / Path(name).name for name in dict.fromkeys(map(str, pieces.values())))
     elif whole := next((path / name for name in _FILES if (path / name).is_file()), None):
         yield whole
     else:
@@ -226,6 +254,8 @@ def _why(error: Exception) -> str:
     if blocked := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return (f"holds objects of {blocked[1]}, which only running its code could bring back; "
                 "save the weights alone: torch.save(model.state_dict(), …)")
+    if str(error).startswith("Weights only"):
+        return "does not read as tensors: it is neither a safetensors file nor a pickle of tensors alone"
     return f"does not read as tensors: {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
 
 def read_checkpoint(path: str | Path, average: bool = True) -> Stored:
@@ -241,7 +271,9 @@ def read_checkpoint(path: str | Path, average: bool = True) -> Stored:
         if strange := _strange(file):
             raise ValueError(f"{file} {strange}")
         try:
-            if file.suffix == ".safetensors":
+            with file.open("rb") as opened:
+                header = opened.read(9)
+            if header[8:] == b"{":  # safetensors, whatever the ending
                 with safe_open(file, "pt") as opened:
                     metadata |= opened.metadata() or {}
                 part, told = choose_state(load_file(file))
@@ -251,18 +283,23 @@ def read_checkpoint(path: str | Path, average: bool = True) -> Stored:
             known = isinstance(error, ValueError) and str(error).startswith("holds ")
             raise ValueError(f"{file} {error if known else _why(error)}") from error
         state |= part
-    state, whose = timm_names(state)
+    try:
+        state, whose = timm_names(state)
+    except (RuntimeError, IndexError) as error:  # query, key and value that cannot be joined
+        raise ValueError(f"{path} {_why(error)}") from error
     for key, value in state.items():
+        if value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{path} holds no plain numbers in {key}; expected a dense tensor")
+        state[key] = value = value.float() if value.is_floating_point() else value
         if value.is_complex() or value.is_floating_point() and not value.isfinite().all():
             kind = "complex numbers" if value.is_complex() else "values that are not finite"
             raise ValueError(f"{path} holds {kind}, first in {key}; expected finite real weights")
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     beside, config, source = _beside(files[0].parent)
     try:
         own = {key: json.loads(metadata[key]) for key in ("classes", "config") if key in metadata}
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{files[0]} has metadata that are no JSON; expected class names and pre-processing") from None
-    if "classes" in own:
+    if own.get("classes") not in (None, []):
         classes, source = class_list(own["classes"], str(files[0])), "the checkpoint"
     if "config" in own:
         config, source = sound_config(own["config"], str(files[0])), "the checkpoint"

@@ -47,7 +47,9 @@ class ConvStem(nn.Module):
     """
     def __init__(self, img_size: int = 64, patch_size: int = 8, in_chans: int = 3, embed_dim: int = 96, **_):
         super().__init__()
-        self.patch_size = (patch_size, patch_size)
+        if img_size % patch_size:
+            raise ValueError(f"img_size must be a multiple of {patch_size}, got {img_size}")
+        self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         layers, channels = [], in_chans
@@ -123,8 +125,6 @@ def _built_like(model: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
         options["global_pool"] = "token"
     if (registers := len(state["reg_token"][0]) if "reg_token" in state else 0) != model.num_reg_tokens:
         options["reg_tokens"] = registers
-    if (channels := state["patch_embed.proj.weight"].shape[1]) != own["patch_embed.proj.weight"].shape[1]:
-        options["in_chans"] = channels
     if "blocks.0.ls1.gamma" in state and "blocks.0.ls1.gamma" not in own:
         options["init_values"] = 1e-5
     positions, known = state.get("pos_embed"), own.get("pos_embed")
@@ -144,7 +144,7 @@ def _refusal(name: str, head: str, state: Mapping[str, Tensor], own: Mapping[str
         return f"has none of the names of {name}: {there}, … there, {here}, … expected"
     if f"{head}.weight" not in state:
         return (f"is a backbone: it has no classes, expected {head}.weight for {name}; "
-                "cft.data.models.fit_probe fits a head to pictures of yours")
+                "cft probe (cft.data.models.fit_probe) fits a head to pictures of yours")
     kinds = [key for key in own.keys() & state.keys() if own[key].is_floating_point() != state[key].is_floating_point()]
     if kinds:
         return f"holds {state[min(kinds)].dtype} in {min(kinds)}, perhaps quantised; expected floating-point weights"
@@ -154,6 +154,15 @@ def _refusal(name: str, head: str, state: Mapping[str, Tensor], own: Mapping[str
     first = f"{wrong[0]} {shape(own, wrong[0])} ≠ {shape(state, wrong[0])}" if wrong else ""
     return f"does not fit {name}: {len(wrong)} tensors differ (model ≠ file), first {first}" if wrong else ""
 
+def _unlike(model: Any, file: Path) -> str:
+    """What Hugging Face's config.json says of a network, and timm's does otherwise; shapes do not tell."""
+    given = read_json(file.with_name("config.json"), dict) if file.with_name("config.json").is_file() else {}
+    ours = {"num_attention_heads": model.blocks[0].attn.num_heads, "hidden_act": "gelu"}
+    told = [f"{key} {given[key]!r} where this network has {v!r}" for key, v in ours.items() if given.get(key, v) != v]
+    if (eps := given.get("layer_norm_eps", 0)) != 0 and not 0 < eps <= 1e-5:
+        told.append(f"layer_norm_eps {eps!r} where this network has 1e-06")
+    return ", ".join(told)
+
 def load_model(name: str, weights: str | Path | None = None, num_classes: int | None = None, pretrained: bool = False,
                *, average: bool = True, img_size: int | None = None, new_head: int = 0,
                config: Mapping[str, Any] = {}) -> tuple[nn.Module, list[str] | None]:
@@ -162,7 +171,8 @@ def load_model(name: str, weights: str | Path | None = None, num_classes: int | 
     `weights` is what `read_checkpoint` takes; `pretrained=True` instead lets timm download its own. Classes, picture
     size, pooling and registers are the checkpoint's; `num_classes`, if given, must agree with it. img_size: another
     side in pixels, for which positions are resampled. new_head: classes of a random head for a backbone that has none.
-    config: pre-processing by timm's names, before that of the checkpoint. `origin_of` says what was decided. Raises ValueError with what was expected and what came.
+    config: pre-processing by timm's names, before that of the checkpoint. `origin_of` says what was decided. Raises
+    ValueError with what was expected and what came.
     """
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3]) or TINY
@@ -174,12 +184,14 @@ def load_model(name: str, weights: str | Path | None = None, num_classes: int | 
     stored = read_checkpoint(weights, average)
     state, heads = stored.state, getattr(timm.get_pretrained_cfg(name), "classifier", None) or "head"
     head = heads if isinstance(heads, str) else heads[0]
-    found = len(state[f"{head}.weight"]) if f"{head}.weight" in state else new_head or None
+    found = next(iter(state[f"{head}.weight"].shape if f"{head}.weight" in state else ()), new_head) or None
     if found and num_classes not in (None, found):
         raise ValueError(f"{weights} has {found} classes; expected {num_classes} for {name}")
     with torch.device("meta"):
         plain = timm.create_model(name, num_classes=found)
-    options, told = _built_like(plain, state) | wished, stored.weights
+    options, told = wished, stored.weights
+    with suppress(IndexError, TypeError):  # of tensors in odd shapes, which are refused below
+        options = _built_like(plain, state) | wished
     try:
         model: Any = timm.create_model(name, num_classes=found, **options)
     except Exception as error:  # timm's builders take the options of their network only
@@ -195,6 +207,8 @@ def load_model(name: str, weights: str | Path | None = None, num_classes: int | 
         state |= {key: value for key, value in model.state_dict().items() if key.startswith(f"{head}.")}
     if why := _refusal(name, head, state, model.state_dict()):
         raise ValueError(f"{weights} {why}")
+    if "names of Hugging Face" in stored.weights and (other := _unlike(model, stored.file)):
+        raise ValueError(f"{weights} is of another network than {name}: its config.json has {other}")
     model.load_state_dict(state)
     return _noted(model, told, stored.config, stored.source, config), stored.classes
 
@@ -244,8 +258,9 @@ def _noted(model: nn.Module, weights: str, stored: Mapping[str, Any], source: st
     given = sound_config(given, "the command")
     known: Any = getattr(model, "pretrained_cfg", None) or {}
     own = dict(stored) | given
+    squash = ", which stretches pictures to a square where we crop" if own.get("crop_mode") == "squash" else ""
     vars(model)["pretrained_cfg"] = dict(known) | own
-    places = [f"from {source}" if stored else "", f"{', '.join(given)} as given" if given else ""]
+    places = [f"from {source}{squash}" if stored else "", f"{', '.join(given)} as given" if given else ""]
     p = Preprocess.of(model)
     told = (
         f"{p.size[0]} × {p.size[1]}, crop {p.crop:g}, {p.interpolation}, mean {_short(p.mean)}, std {_short(p.std)}: "
@@ -302,11 +317,12 @@ def output_names(model: nn.Module, data: str | Path, stored: list[str] | None = 
         raise ValueError(f"no class list at {file}; expected a text file with one class name a line")
     wordnet = ImageNetInfo("imagenet-1k").label_names() if model.num_classes == 1000 else []
     if file is not None:
-        names, source = _lines(file), str(file)
+        names, source = _lines(file), file.name
     elif wordnet and set(found := class_folders(data)) <= set(wordnet) and not set(found) <= set(stored or ()):
         names, source = wordnet, "ImageNet's list of WordNet ids"
     else:
-        names, source = stored or class_folders(data), "the checkpoint" if stored else f"the folders of {data}, sorted"
+        names, source = stored or class_folders(
+            data), "the checkpoint" if stored else f"the folders of {Path(data).name}, sorted"
     if len(names) != model.num_classes:
         if not (file or stored):
             list_folder(data)  # or it names a folder without pictures
@@ -327,7 +343,7 @@ def inputs_of(model: nn.Module, folder: Folder) -> dict[str, str]:
     classes = f"its {model.num_classes} classes by {origin.classes}{', a guess' if origin.guessed else ''}"
     return {
         "model": f"{name}, {p:.1f} M parameters, {origin.weights}; {classes}; pictures {origin.preprocess}",
-        "data": f"{len(folder)} pictures of {len(folder.labels)} classes in {folder.root}{left}",
+        "data": f"{len(folder)} pictures of {len(folder.labels)} classes in {folder.root.name}{left}",
         "masks": "; ".join(folder.masks_read) or "none"}
 
 def _lines(file: Path) -> list[str]:

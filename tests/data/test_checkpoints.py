@@ -182,7 +182,7 @@ def test_settings_that_cannot_be(bad):
     with pytest.raises(ValueError, match="a file has"):
         sound_config(bad, "a file")
 
-@pytest.mark.parametrize("bad", [["a", "a"], "abc", [1, 2], [], ["a", " "], {"a": 1}])
+@pytest.mark.parametrize("bad", [["a", "a"], "abc", [1, 2], ["a", " "], {"a": 1}])
 def test_class_names_that_cannot_be(bad, model, tmp_path):
     with pytest.raises(ValueError, match="x has|x names"):
         class_list(bad, "x")

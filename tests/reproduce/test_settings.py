@@ -43,9 +43,9 @@ def test_the_defaults_are_the_papers_values():
 
 @pytest.mark.parametrize("text, message", [
     ("epoch: 3", "epoch: Extra inputs"), ("seeds: 0", "seeds: .*greater than or equal to 1, got 0"),
-    ("precision: fp8", "precision: .*'no' or 'bf16'"), ("- 3", "s.yaml holds no settings: expected names"),
-    ("a: [", "s.yaml holds no settings: while parsing"), ("a: !!python/object:os.system x", "could not determine"),
-    ("rates: &a {b: *a}", "s.yaml holds no settings"), ("\x00", "s.yaml holds no settings"),
+    ("precision: fp8", "precision: .*'no' or 'bf16'"), ("- 3", "s.yaml must hold names and values, got list"),
+    ("a: [", "s.yaml is no sound YAML: while parsing"), ("a: !!python/object:os.system x", "could not determine"),
+    ("rates: &a {b: *a}", "s.yaml is no sound YAML"), ("\x00", "s.yaml is no sound YAML"),
     ("rates: {demo: {cft: quick}}", "rates.demo.cft: .*got 'quick'")])
 def test_bad_settings(tmp_path, text, message):
     (tmp_path / "s.yaml").write_text(text)
