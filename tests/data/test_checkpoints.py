@@ -130,16 +130,20 @@ def test_hugging_face_and_torchvision_give_their_own_answers(small, tmp_path):
     ours, classes = load_model(small, tmp_path / "tv.pth")
     assert torch.allclose(ours(pictures), theirs(pictures), atol=1e-5) and classes is None
 
-@pytest.mark.parametrize(
-    "made", [{"img_size": 48}, {"global_pool": "avg"}, {"reg_tokens": 4}, {"in_chans": 1}, {"init_values": 0.1}])
+@pytest.mark.parametrize("made", [{"img_size": 48}, {"global_pool": "avg"}, {"reg_tokens": 4}, {"init_values": 0.1}])
 def test_a_network_is_built_like_its_checkpoint(made, small, tmp_path):
     torch.manual_seed(0)
     theirs = timm.create_model(small, **made).eval()
     torch.save(theirs.state_dict(), tmp_path / "x.pth")
     ours, _ = load_model(small, tmp_path / "x.pth")
     side = made.get("img_size", 32)
-    pictures = torch.randn(2, made.get("in_chans", 3), side, side)
+    pictures = torch.randn(2, 3, side, side)
     assert torch.equal(ours(pictures), theirs(pictures)) and Preprocess.of(ours).size == (side, side)
+
+def test_a_network_of_one_channel_is_refused_since_pictures_have_three(small, tmp_path):
+    torch.save(timm.create_model(small, in_chans=1).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"does not fit .* \(64, 3, 8, 8\) ≠ \(64, 1, 8, 8\)"):
+        load_model(small, tmp_path / "x.pth")
 
 def test_positions_are_resampled_where_another_size_is_asked_for(small, tmp_path):
     save_model(tmp_path / "x.safetensors", timm.create_model(small, img_size=48))
@@ -229,7 +233,6 @@ def test_folders_of_wordnet_ids_have_imagenets_order(tmp_path):
     root, thousand = album(tmp_path / "photos", ("n01443537", "n01440764")), timm.create_model(TINY, num_classes=1000)
     names = output_names(thousand, root)
     assert names[:2] == ["n01440764", "n01443537"] and len(names) == 1000 and not origin_of(thousand).guessed
-
 
 def test_a_head_for_a_backbone(tmp_path):
     """The base's own features tell drawn classes apart; its head is thrown away and found again."""
