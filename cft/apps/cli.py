@@ -304,6 +304,9 @@ def validate(store: Path, concepts: Path, out: Path = Path("validated.json"), oc
     from cft.concepts.validation import first_pictures
 
     masks, proposed = cft.MaskStore(store), cft.ConceptSet.load(concepts)
+    if proposed.digest() not in masks.provenance["concepts"]:
+        raise ValueError(f"{concepts} is not the concept set that {store} was built with; give that one, or build the "
+                         "masks again")
     if dry_run:
         return say(f"{len(first_pictures(masks, pictures))} pictures, {len(proposed.pairs())} pairs of class and "
                    "concept; no calls, encodings or passes")

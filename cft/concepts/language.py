@@ -554,7 +554,11 @@ class Answer(NamedTuple):
     @property
     def items(self) -> list[str]:
         """The items of an answer that is ok, or none."""
-        return parse_items(self.raw) if self.status == "ok" else []
+        try:
+            return parse_items(self.raw) if self.status == "ok" else []
+        except ValueError as error:
+            raise ValueError(f"the record's answer about class {self.question.class_id!r} cannot be used: {error}; "
+                             "remove its line from the record") from None
 
 class ReplayMiss(LookupError):
     """A question that the record does not answer."""

@@ -156,7 +156,9 @@ class MaskStore:
         try:
             yield
         except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}); remove it and build again") from error
+            odd = isinstance(error, TypeError | AttributeError | KeyError)  # what it should hold is not there
+            why = "it is no shard of masks" if odd else (str(error).splitlines() or ["no reason"])[0]
+            raise ValueError(f"{file} is damaged ({why}); remove it and build again") from error
 
     def _open(self, file: Path) -> tuple[pq.ParquetFile, list[str]]:
         """A shard, and the first picture of each of its row groups."""

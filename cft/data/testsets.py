@@ -439,10 +439,16 @@ class HubSet(EvalSet):
 
     def raw(self, index: int) -> bytes:
         """The stored bytes, or those of the file that the row points to."""
-        cell = self.table[int(self.ids[index])][self.column]
+        try:
+            cell = self.table[int(self.ids[index])][self.column]
+        except ValueError as error:  # of datasets: a cell without bytes and without a path
+            raise UnreadableImage(f"{self.key}: row {self.ids[index]} has no picture: {error}") from None
         if cell is None or cell["bytes"] is None and not cell["path"]:
             raise UnreadableImage(f"{self.key}: row {self.ids[index]} has no picture; expected bytes or a path in each")
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        try:
+            return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        except OSError as error:
+            raise UnreadableImage(f"{self.key}: row {self.ids[index]}: {cell['path']}: {error.strerror}") from None
 
 def hub_set(source: Any, classes: Sequence[str] | None = None, image: str = "image", label: str = "label",
             key: str = "hub") -> HubSet:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,8 +32,8 @@ class Settings(BaseModel):
 
     world: Literal["drawn", "imagenet"] = "imagenet"
     stamp: str = PAPER.stamp  # written over every table and figure
-    seeds: int = Field(5, ge=1)  # of the artefacts to which the paper gives five
-    ablation_seeds: int = Field(1, ge=1)  # of the others
+    seeds: int = Field(5, ge=1, le=10_000)  # of the artefacts to which the paper gives five
+    ablation_seeds: int = Field(1, ge=1, le=10_000)  # of the others
     our_form: bool = False  # also every table in our form of CFT
     kinds: tuple[str, ...] = ("important", "around")  # questions whose concepts go into the masks
     epochs: int = Field(50, ge=1)
@@ -41,7 +41,8 @@ class Settings(BaseModel):
     classes: int = Field(500, ge=1)  # that are fine-tuned on
     per_class: int = Field(3, ge=1)  # pictures of each
     pool: int = Field(30, ge=1)  # pictures of a class in which its concepts are looked for
-    rates: Mapping[str, Mapping[str, float]] = Field(default_factory=dict)  # network → method → learning rate
+    rates: Mapping[str, Mapping[str, Annotated[float,
+                                               Field(gt=0, lt=1000)]]] = Field(default_factory=dict)  # by network
     device: str = "cpu"
     precision: Literal["no", "bf16"] = "no"
     chunk: int = Field(0, ge=0)  # pictures at a time, to save memory

@@ -374,6 +374,8 @@ def _finished(run: Path, job: dict, model: nn.Module) -> FineTuned:
     record = read_json(run / "record.json", dict)
     if not record.items() >= job.items():
         raise ValueError(f"{run} holds the finished run of another job; choose another folder or remove it")
+    if not isinstance(record.get("epochs"), list):
+        raise ValueError(f"{run / 'record.json'} has no list of epochs; remove the folder, and train again")
     model.load_state_dict(read_weights(run / "model.safetensors")[0])
     (run / "state.pt").unlink(missing_ok=True)  # of a run that was killed at its very end
     return FineTuned(model.requires_grad_(True).eval(), record)
