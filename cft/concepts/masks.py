@@ -139,7 +139,12 @@ class _Shard(NamedTuple):
     lock: Path
 
     def noted(self) -> tuple[dict[str, list[dict[str, Any]]], int]:
-        """The rows of each picture in the journal, and the number of bytes that they take: a torn end is ignored."""
+        """The rows of each picture in the journal, and the number of bytes that they take; a torn end is ignored.
+
+        Raises ValueError if it is no regular file.
+        """
+        if self.journal.exists() and not self.journal.is_file():
+            raise ValueError(f"{self.journal} is no regular file; remove it, and the same command goes on")
         done, size = {}, 0
         damaged = (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError)
         with contextlib.suppress(*damaged), self.journal.open("rb") as file:
@@ -170,11 +175,9 @@ def _fill(shard: _Shard, rows_of: Callable[[Search], list[dict[str, Any]]], reci
     with locked(shard.lock) as mine:
         if not mine or shard.file.exists():
             return None
-        if shard.journal.exists() and not shard.journal.is_file():
-            raise ValueError(f"{shard.journal} is no regular file; remove it, and the same command goes on")
+        done, size = shard.noted()
         opener = lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
         with open(shard.journal, "ab", opener=opener) as journal:
-            done, size = shard.noted()
             journal.truncate(size)
             tick(len(done))
             start = size
