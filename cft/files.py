@@ -175,6 +175,8 @@ def read_yaml(path: str | Path) -> Any:
         return _once([(loader.construct_object(k, True), loader.construct_object(v, True)) for k, v in node.value])
 
     Loader.add_constructor("tag:yaml.org,2002:map", mapping)
+    for kind in ("set", "binary", "omap", "pairs"):  # which JSON would not know either
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.construct_undefined)
     try:
         return yaml.load(Path(path).read_bytes().decode("utf-8-sig"), Loader)  # a kind of safe loader
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:

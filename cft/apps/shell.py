@@ -336,6 +336,9 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
     """
     with _guarded() as screen:
         try:
+            words = sys.argv[1:] if arguments is None else arguments
+            if "" in words:  # as a path it would be this folder
+                raise ValueError(f"an empty text stands after {' '.join(['cft', *words[:words.index('')]])}")
             code = app(arguments, prog_name="cft", standalone_mode=False) or 0
             code = _tell(KeyboardInterrupt()) if code == 130 else code
             screen.flush()

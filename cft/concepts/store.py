@@ -10,6 +10,7 @@ __all__ = ['Mask', 'AREA', 'FORMAT', 'GROUP', 'SHARD', 'ASIDE', 'SCHEMA', 'encod
 import contextlib
 import functools
 import hashlib
+import io
 import json
 from bisect import bisect_right
 from collections import Counter
@@ -84,11 +85,15 @@ def write_shard(file: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]], rec
     schema = SCHEMA.with_metadata({
         "cft.recipe": json.dumps(made_by), "cft.store": sha256(file.with_name("store.json")), "cft.shard": file.name,
         "cft.groups": json.dumps(names[::GROUP])})
-    with written(file) as draft, pq.ParquetWriter(draft, schema, compression="lz4", use_dictionary=False,
-                                                  write_page_checksum=True) as writer:
+    data = io.BytesIO()
+    with pq.ParquetWriter(data, schema, compression="lz4", use_dictionary=False) as writer:
         for k in range(0, len(names), GROUP):
             group = [r for name in names[k:k + GROUP] for r in sorted(rows[name], key=lambda row: row["phrase"])]
             writer.write_table(pa.Table.from_pylist(group, schema), row_group_size=len(group))
+        checksum = hashlib.sha256(data.getbuffer()).hexdigest()  # of all but the metadata, which carry it
+        writer.add_key_value_metadata({"cft.rows": f"{data.tell()} {checksum}"})
+    with written(file) as draft:
+        draft.write(data.getbuffer())
 
 # %% ../../nbs/07_store.ipynb #5a5b0f9b
 class Finding(NamedTuple):
@@ -165,8 +170,12 @@ class MaskStore:
         with self._whole(file):
             if not file.is_file():
                 raise OSError("it is no regular file")
-            shard = pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
-            meta = {key: value.decode() for key, value in shard.schema_arrow.metadata.items()}
+            shard = pq.ParquetFile(file, pre_buffer=False)
+            meta = {key: value.decode() for key, value in shard.metadata.metadata.items()}
+            size, checksum = meta[b"cft.rows"].split()
+            with file.open("rb") as content:
+                if hashlib.sha256(content.read(int(size))).hexdigest() != checksum:
+                    raise ValueError("its rows are not those that were written")
             if (meta[b"cft.store"], meta[b"cft.shard"]) != (sha256(file.with_name("store.json")), file.name):
                 raise ValueError(f"{file} was made by another build than store.json says, or as another shard "
                                  f"({meta[b'cft.shard']})")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from ..data.backdrop import SHIFTED
 from ..files import ASSETS, read_yaml, write_text
@@ -64,6 +64,19 @@ class Settings(BaseModel):
     grounder: str = "groundingdino-swint+sam-vit-h"
     grounder_weights: Path | None = None
     objects: Path | None = None  # ImageNet-S masks; without them the masks found by the class's name
+
+    @field_validator("sets", "weights", "names", "rates")
+    @classmethod
+    def _known(cls, given: Mapping[str, Any], field: ValidationInfo) -> Mapping[str, Any]:
+        """Names that nothing would read are mistyped."""
+        known = {*PAPER.sets.values()} if field.field_name == "sets" else {
+            *PAPER.models.values(), *DEMO.models.values()}
+        methods = {PAPER.methods.get(name, name).partition(".")[0] for each in ARTEFACTS for name in each.methods}
+        inner = {method for rates in given.values() if field.field_name == "rates" for method in rates}
+        for strange, expected in (({*given} - known, known), (inner - methods, methods)):
+            if strange:
+                raise ValueError(f"nothing is called {sorted(strange)[0]!r}; expected {', '.join(sorted(expected))}")
+        return given
 
     @property
     def profile(self) -> Profile:

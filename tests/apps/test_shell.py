@@ -283,3 +283,9 @@ def test_a_run_stands_for_its_checkpoint(tmp_path):
     assert shell.weights_file(tmp_path) == tmp_path
     (tmp_path / "model.safetensors").touch()
     assert shell.weights_file(tmp_path) == tmp_path / "model.safetensors"
+
+
+def test_an_empty_text_is_no_path(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_app(typer.Typer(), ["fit", "photos", "--validation", "", "--out", "run"])
+    assert "an empty text stands after cft fit photos --validation" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import tracemalloc
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from bright_grounder import TEXTS, Bright, built, concept_set, pictures, where
@@ -167,6 +168,11 @@ def test_a_damaged_or_foreign_shard_is_noticed(world, store, tmp_path):
             MaskStore(tmp_path / "store").pictures  # noqa: B018
         with pytest.raises(ValueError, match="shard-00000.parquet was made by another build"):
             MaskStore(tmp_path / "store").records("c0/0000.png")
+    file.write_bytes(whole)
+    rows = pq.read_table(file)
+    pq.write_table(rows.set_column(6, rows.schema.field(6), rows.column(6).take(list(range(len(rows)))[::-1])), file)
+    with pytest.raises(ValueError, match="is damaged"):
+        MaskStore(tmp_path / "store").pictures  # noqa: B018
     recipe = json.loads((tmp_path / "store/store.json").read_text())
     (tmp_path / "store/store.json").write_text(json.dumps(recipe | {"format": 1}))
     with pytest.raises(ValueError, match="format 1; expected 2"):

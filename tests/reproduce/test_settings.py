@@ -46,7 +46,10 @@ def test_the_defaults_are_the_papers_values():
     ("precision: fp8", "precision: .*'no' or 'bf16'"), ("- 3", "s.yaml must hold names and values, got list"),
     ("a: [", "s.yaml is no sound YAML: while parsing"), ("a: !!python/object:os.system x", "could not determine"),
     ("rates: &a {b: *a}", "s.yaml is no sound YAML"), ("\x00", "s.yaml is no sound YAML"),
-    ("rates: {demo: {cft: quick}}", "rates.demo.cft: .*got 'quick'")])
+    ("rates: {demo: {cft: quick}}", "rates.demo.cft: .*got 'quick'"), ("kinds: !!set {a, b}", "no sound YAML.*set"),
+    ("rates: {nowhere: {cft: 1e-5}}", "rates: .*nothing is called 'nowhere'; expected .*demo"),
+    ("rates: {demo: {ctf: 1e-5}}", "rates: .*nothing is called 'ctf'; expected .*cft"),
+    ("sets: {in-x: a}", "sets: .*nothing is called 'in-x'; expected .*in-a")])
 def test_bad_settings(tmp_path, text, message):
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
