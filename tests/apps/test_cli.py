@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 from typer.main import get_command
 
-from cft.apps import cli, shell
+from cft.apps import batch, cli, shell
 from cft.apps.cli import app, main
 from cft.concepts.filters import ConceptSet, Similarity
 from cft.concepts.grounding import WEIGHTS
@@ -270,7 +270,7 @@ def test_completion_offers_commands_and_names_without_a_model(tmp_path):
 
 def test_names_listed_without_imports_are_the_real_ones():
     assert shell.CHOICES["method"] == tuple(RECIPES) and shell.CHOICES["sets"] == tuple(CARDS)
-    assert cli.LANGUAGE_MODEL == Sampling().model and {*cli.QUICK} < {*artefact("demo").methods}
+    assert cli.LANGUAGE_MODEL == Sampling().model and {*batch.QUICK} < {*artefact("demo").methods}
     assert set(shell.CHOICES["profile"]) == {file.stem for file in (ASSETS / "profiles").glob("*.yaml")}
     detector, segmenter = shell.CHOICES["grounder"][0].split("+")
     assert {detector, segmenter} <= set(WEIGHTS)
