@@ -290,11 +290,12 @@ def masks(data: Path, concepts: Path, out: Path, grounder: str = CHOICES["ground
          pictures="Pictures of each class to look at.",
          audit="CSV file for every concept with its occurrence and the reason.")
 def validate(store: Path, concepts: Path, out: Path = Path("validated.json"), occurrence: float = 0.15,
-             coverage: float = 0.20, pictures: int = 30, audit: Path | None = None, dry_run: bool = False) -> None:
+             coverage: float = 0.20, pictures: int = 30, keep_context: bool = False, audit: Path | None = None,
+             dry_run: bool = False) -> None:
     """Keep the concepts that are really in the pictures.
 
-    A concept stays if it was found in enough pictures of its class; a class is flagged if its concepts cover too little
-    of it. Both thresholds are the paper's.
+    A concept stays if it was found in enough pictures of its class and lies on it; a class is flagged if its concepts
+    cover too little of it. Both thresholds are the paper's, which keeps context, such as the sky around a bird, too.
 
     \b
     Example: with a table of every concept and the reason
@@ -309,10 +310,17 @@ def validate(store: Path, concepts: Path, out: Path = Path("validated.json"), oc
     if dry_run:
         return say(f"{len(first_pictures(masks, pictures))} pictures, {len(proposed.pairs())} pairs of class and "
                    "concept; no calls, encodings or passes")
-    found = cft.validate(masks, proposed, occurrence, coverage, pictures)
+    found = cft.validate(masks, proposed, occurrence, coverage, pictures, context=keep_context)
+    off = [d for d in found.kept.dropped if "of it on the class" in d.reason]
+    if not found.kept.pairs():
+        raise ValueError(
+            f"no concept is left: {len(off)} lie off their class (--keep-context keeps them), the others are "
+            "found in too few pictures")
     found.kept.save(out)
     if audit is not None:
         write_csv(audit, found.concepts)
+    for d in off:
+        say(f"dropped  {d.text} ({', '.join(d.owners)}): {d.reason}")
     say(*str(found).split("\n"), f"result   {out}")
 
 # %% ../../nbs/appendix/15_cli.ipynb #7b52009b
@@ -333,8 +341,8 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
         classes: Path | None = None, method: str = "cft", rate: float | None = None, epochs: int = 50, batch: int = 8,
         chunk: int = 0, precision: Literal["no", "bf16"] = "no", validation: Path | None = None,
         validation_masks: Path | None = None, seed: int = 0, allow_chance: bool = False,
-        allow_empty_masks: bool = False, device: str = "auto", threads: int = 0, save_every: int = 100,
-        dry_run: bool = False, **reading: Any) -> None:
+        allow_empty_masks: bool = False, keep_context: bool = False, device: str = "auto", threads: int = 0,
+        save_every: int = 100, dry_run: bool = False, **reading: Any) -> None:
     """Fine-tune a classifier through its own relevance.
 
     Says what it will do and how long that takes before it does it. Killed at any moment, the same command goes on. The
@@ -364,7 +372,8 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
     names, needs = output_names(network, data, stored, classes), recipe.objective.needs
     box = tempfile.TemporaryDirectory()  # a dry run leaves nothing
     place = Path(box.name) if dry_run else out
-    folder = training_folder(data, masks, objects, needs, names, concepts, per_class, place, allow_empty_masks)
+    folder = training_folder(data, masks, objects, needs, names, concepts, per_class, place, allow_empty_masks,
+                             keep_context)
     images, held = MaskedImages(folder, Preprocess.of(network), train=augment), None
     if validation is not None:
         held = MaskedImages(cft.scan(validation, validation_masks, classes=names), Preprocess.of(network))
@@ -400,12 +409,15 @@ def _recipe(method: str, network: str, rate: float | None) -> "tuple[Recipe, boo
     return replace(recipe, rate=rate), variant.augment
 
 def training_folder(data: Path, masks: Path | None, objects: Path | None, needs: frozenset[str], names: Sequence[str],
-                    concepts: Path | None, per_class: int, out: Path, allow_empty: bool = False) -> "Folder":
+                    concepts: Path | None, per_class: int, out: Path, allow_empty: bool = False,
+                    keep_context: bool = False) -> "Folder":
     """The pictures to fine-tune on, with the masks that the method needs; masks from a store are written below `out`.
 
-    Raises ValueError for a mask store without `concepts`, and as `folders.scan`.
+    Raises ValueError for a mask store without `concepts`, as `folders.scan`, and unless `keep_context` for masks that
+    would teach the background.
     """
     from cft.concepts.masks import training_pictures
+    from cft.concepts.validation import look_at_masks, refuse_context
     from cft.data.folders import list_folder
 
     if masks is None and "mask" in needs:
@@ -414,8 +426,11 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
     if masks is None or not (masks / "store.json").is_file():
         if objects is None and "object" in needs:
             raise ValueError("this method needs object masks: give --objects FOLDER with FOLDER/<class>/<picture>.png")
-        return cft.scan(data, masks if "mask" in needs else None, objects if "object" in needs else None, names, True,
-                        allow_empty)
+        folder = cft.scan(data, masks if "mask" in needs else None, objects, names, True, allow_empty)
+        if "mask" in needs and not keep_context:
+            refuse_context(look_at_masks(folder))
+        return folder if "object" in needs else replace(folder, samples=tuple(
+            replace(s, object=None) for s in folder.samples))
     if concepts is None:
         raise ValueError(f"{masks} is a mask store: give --concepts FILE, the concepts to take from it")
     store, wanted = cft.MaskStore(masks), cft.ConceptSet.load(concepts)
@@ -429,9 +444,11 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
         raise ValueError(f"{len(other)} of the pictures in {data} are not those that {masks} was built from, first "
                          f"{other[0]}; build the masks again")
     folder = replace(folder, masks_read=(f"of the store {masks.name}, by {store.provenance['grounder']}",))
-    if "object" in needs:
-        folder = folder.with_masks(object=objects or store.write_pngs(None, out / "objects", choice.pictures))
-    return folder.with_masks(store.write_pngs(wanted, out / "masks", choice.pictures))
+    masked = folder.with_masks(store.write_pngs(wanted, out / "masks", choice.pictures))
+    whole = masked.with_masks(object=objects or store.write_pngs(None, out / "objects", choice.pictures))
+    if not keep_context:
+        refuse_context(look_at_masks(whole))
+    return whole if "object" in needs else masked
 
 # %% ../../nbs/appendix/15_cli.ipynb #fa35e192
 @command(app, data="Image folders, or with --sets those of published sets.",

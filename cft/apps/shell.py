@@ -58,6 +58,7 @@ HELP = {
     "img_size": "Side of the input in pixels; positions are resampled.",
     "interpolation": "nearest, bilinear, bicubic or lanczos.",
     "allow_empty_masks": "Take masks as they are, even if many of them are empty, full or look inverted.",
+    "keep_context": "Keep what lies around a class, too, such as the sky around a bird, as the paper does.",
     "cores": "Jobs at a time; 0: one a core.", "dry_run": "Only say what a run will take."}
 CHOICES = {
     "method": ("plain", "lcls-only", "gradmask", "rrr", "rrda", "dfr-like", "cft-paper", "cft-official", "cft", "cft+"),

@@ -117,7 +117,7 @@ def guide_concepts(store: MaskStore, concepts: ConceptSet, guide: str, kinds: tu
     proposed = given_by(concepts, (*kinds, *more))
     if guide == "unvalidated":
         return proposed
-    return validate(store, proposed, *THRESHOLDS.get(guide, (0.15, 0.20)), pictures=pool).kept
+    return validate(store, proposed, *THRESHOLDS.get(guide, (0.15, 0.20)), pictures=pool, context=True).kept
 
 @dataclass(frozen=True)
 class Shown:

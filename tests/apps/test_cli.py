@@ -71,7 +71,7 @@ def album(tmp_path_factory):
                 size = size[::-1]
             image.save(root / "photos" / name / f"{k}.JPG", "JPEG", **options)
             mask = np.zeros(size[::-1], np.uint8)
-            mask[size[1] // 4: size[1] // 2, size[0] // 4: size[0] // 2] = 255
+            mask[size[1] // 4: size[1] * (c + 2) // 5, size[0] // 4: size[0] * (k + 2) // 4] = 255
             Image.fromarray(mask).save(root / "masks" / name / f"{k}.png")
     whole = (root / "photos/zebra/0.JPG").read_bytes()
     (root / "photos/zebra/cut.jpg").write_bytes(whole[: len(whole) // 2])

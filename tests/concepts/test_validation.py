@@ -21,8 +21,10 @@ from cft.concepts.validation import (
     first_pictures,
     gather_evidence,
     iou,
+    look_at_masks,
     measuring,
     occurrences,
+    refuse_context,
     sweep,
     validate,
     without_context,
@@ -114,7 +116,7 @@ def test_occurrence_against_loops(case, n):
 @pytest.mark.parametrize("thresholds", [(0.0, 0.0), (0.5, 0.3), (0.7, 0.3), (1.0, 1.0)])
 def test_coverage_and_verdicts_against_loops(case, thresholds):
     store, concepts, folder = case
-    result, slow = validate(store, concepts, *thresholds), slow_occurrence(concepts, folder, 30)
+    result, slow = validate(store, concepts, *thresholds, context=True), slow_occurrence(concepts, folder, 30)
     for class_id in ("c0", "c1"):
         left = [t for (c, t), share in slow.items() if c == class_id and share >= thresholds[0]]
         values = []
@@ -164,13 +166,13 @@ def test_inside_against_loops(case):
     assert np.isnan(values).any() and len(set(values)) > 3
 
 
-def test_context_is_left_out_only_on_request(tmp_path):
+def test_context_is_left_out_unless_it_is_asked_for(tmp_path):
     half = np.arange(30).reshape(5, 6) % 6 < 3
     script = lambda red, green, phrase: {"hat": half, "leg": ~half, "tail": np.ones_like(half)}.get(phrase, half)
     folder, concepts = pictures(tmp_path / "i", ("c0",)), concept_set(dict.fromkeys(TEXTS, ("c0",)))
     store = build_masks(folder, concepts, Scripted(script), tmp_path / "s", progress=False)
-    result = validate(store, concepts)
-    assert result.kept == concepts
+    result = validate(store, concepts, context=True)
+    assert result.kept == concepts == validate(store, concepts, apply=False).kept
     assert dict(zip(result.concepts.concept, result.concepts.inside)) == {"hat": 1, "leg": 0, "tail": 0.5, "wing": 1}
     left = without_context(result)
     assert left.of("c0") == ("hat", "tail", "wing")
@@ -180,6 +182,13 @@ def test_context_is_left_out_only_on_request(tmp_path):
     assert result.classes.coverage.tolist() == [0.5]
     with pytest.raises(ValueError, match="inside must lie"):
         without_context(result, 50)
+    ours = validate(store, concepts)
+    assert ours.kept == left and ours.classes[["tried", "kept", "coverage"]].values.tolist() == [[4, 3, 0.5]]
+    told = ours.concepts.set_index("concept")
+    assert told.accepted.to_dict() == {"hat": True, "leg": False, "tail": True, "wing": True}
+    assert told.reason["leg"] == left.dropped[-1].reason and ours.concepts.inside.equals(result.concepts.inside)
+    nothing = concepts.without({("c0", t): "" for t in ("hat", "tail", "wing")})
+    assert validate(store, nothing).classes.note.tolist() == ["no concept is left"]
 
 
 def test_iou_against_loops():
@@ -320,13 +329,13 @@ def test_the_sweep_is_validation_at_each_threshold(case):
     evidence = gather_evidence(store, concepts)
     table = sweep(evidence, [(a, b) for a in (0, 0.3, 0.5, 1) for b in (0.3, 1)])
     for row in table.itertuples():
-        one = validate(store, concepts, row.occurrence, row.coverage)
+        one = validate(store, concepts, row.occurrence, row.coverage, context=True)
         assert row.phrases == len({t for _, t in one.kept.pairs()}) and row.pairs == len(one.kept.pairs())
         assert row.covered == one.classes.covered.mean()
         assert row.mean_coverage == pytest.approx(one.classes.coverage.mean(), nan_ok=True)
     assert table.groupby("coverage").pairs.is_monotonic_decreasing.all() and table.pairs.nunique() > 2
     assert set(PAPER_THRESHOLDS) <= set(GRID)
-    assert conclude(evidence, concepts).kept == validate(store, concepts).kept
+    assert conclude(evidence, concepts).kept == validate(store, concepts, context=True).kept
 
 
 def test_hostile_text_is_shown_as_text(tmp_path):
@@ -356,3 +365,43 @@ def test_refinement_grounds_only_what_is_new(tmp_path):
     assert resumed(concepts) == first and again.asked == []
     left, history = refine(concepts, measured, lambda questions: [])
     assert ("c0", "hat") not in left.pairs() and history[0].rare == 2
+
+
+@pytest.fixture
+def drawn_masks(tmp_path):
+    """Two classes of three pictures, with an object in the middle; a function that draws the masks of each class."""
+    def made(masks, objects=True):
+        middle = np.zeros((64, 64), bool)
+        middle[20:44, 20:44] = True
+        for label, mask in masks.items():
+            for k in range(3):
+                own = mask if isinstance(mask, np.ndarray) else mask(k)
+                for kind, value in (("i", middle), ("m", own), ("o", middle)):
+                    file = tmp_path / kind / label / f"{k}.png"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(255 * value.astype(np.uint8)).convert("RGB" if kind == "i" else "L").save(file)
+        folder = list_folder(tmp_path / "i").with_masks(tmp_path / "m", tmp_path / "o" if objects else None)
+        return look_at_masks(folder).set_index("class")
+
+    return made
+
+
+def test_masks_that_would_teach_the_background_are_refused_by_name(drawn_masks):
+    on, sky = np.zeros((64, 64), bool), np.zeros((64, 64), bool)
+    on[22:40, 22:40], sky[:40] = True, True
+    found = drawn_masks({"bird": sky, "fish": on})
+    overlap = 20 * 24 / (40 * 64)
+    assert found.off["bird"] == pytest.approx(1 - overlap) and found.off["fish"] == 0
+    assert found.picture["bird"] == 40 / 64 and list(found.doubt != "") == [True, False]
+    with pytest.raises(ValueError, match=r"the masks of 1 of 2 classes would teach the background \(bird: 81% of its"):
+        refuse_context(found.reset_index())
+    refuse_context(found.reset_index().tail(1))
+
+
+def test_masks_without_objects_are_judged_by_frame_and_likeness(drawn_masks):
+    around, on = np.ones((64, 64), bool), np.zeros((64, 64), bool)
+    around[16:48, 16:48], on[20:30, 20:50] = False, True
+    found = drawn_masks({"bird": around, "fish": lambda k: np.roll(on, 8 * k, 0)}, objects=False)
+    assert found.off.isna().all() and found.frame["bird"] == 1 and "fills 100% of the frame" in found.doubt["bird"]
+    assert found.doubt["fish"] == "" and found.alike["fish"] < 0.5
+    assert drawn_masks({"bird": on, "fish": on}, objects=False).doubt.str.contains("those of all other classes").all()
