@@ -125,6 +125,7 @@ def _option(name: str, kind: Any, default: Any = None, *short: str, **more: Any)
 _WORDS = {"mean": str, "std": str, "crop_pct": float, "img_size": int, "interpolation": str}
 READING = [_option("raw", bool, False), *(_option(name, kind | None) for name, kind in _WORDS.items())]
 
+# %% ../../nbs/appendix/14_shell.ipynb #d9a36f18
 def _take(context: typer.Context, file: Path | None) -> Path | None:
     """Let a YAML file speak where the command line does not. Raises ValueError for what it cannot say."""
     command, given = context.command, {} if file is None else read_yaml(file) or {}
@@ -178,6 +179,7 @@ class _Command(TyperCommand):
                 with formatter.section(panel or "Options"):
                     formatter.write_dl(rows)
 
+# %% ../../nbs/appendix/14_shell.ipynb #b60c92d5
 def command(app: typer.Typer, **helps: str) -> Callable[[Function], Function]:
     """Make a function a command: a first parameter without default is its argument, all others are its options.
 
