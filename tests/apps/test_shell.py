@@ -372,6 +372,8 @@ def test_verbose_says_what_is_read_and_decided(capsys):
         assert "reads" not in outcome(work, capsys)[2]
     assert outcome(work, capsys, "-v", "-q")[::2] == (2, "cft: --verbose and --quiet exclude each other; give one of "
                                                          "them\n")
+    run("concepts", "nowhere", "--base-url", "http://me:secret@host/v1", "-v", "--dry-run")
+    assert "source nowhere; " in (said := capsys.readouterr().err) and "secret" not in said
     assert (logging.getLogger("cft").level, [*logging.getLogger("cft").handlers]) == before
 
 
