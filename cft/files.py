@@ -156,6 +156,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_json(path: str | Path, kind: type = object) -> Any:
     """What a JSON file holds. Raises ValueError with its name if it is none, no `kind`, or says a key twice."""
+    _logger.debug("reads    %s", path)
     try:
         value = json.loads(Path(path).read_bytes().decode("utf-8-sig"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -187,6 +188,7 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
 
     Raises ValueError with the file's name for what is none, for columns that are there twice and for uneven rows.
     """
+    _logger.debug("reads    %s", path)
     content = Path(path).read_bytes()
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")

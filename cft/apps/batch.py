@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from .shell import command, say
+from .shell import command, say, tell
 
 # %% ../../nbs/appendix/15_batch.ipynb #2a149644
 QUICK = ("original", "plain", "rrda", "dfr-like", "cft-paper", "cft", "cft+", "cft+.no-align")  # what `cft demo` runs
@@ -40,17 +40,15 @@ def demo(out: Path = Path("runs/demo"), seeds: int = 5, cores: int = 0, full: bo
     methods = () if full else QUICK
     found = run("demo", ("demo",), methods=methods, seeds=seeds, out=out, cores=cores or None,
                 bases="trained" if from_scratch else "shipped")
-    if not found.ok:
-        say(*str(found).split("\n"))
-        raise typer.Exit(1)
+    _judge(found, shown=not found.ok)
     results = open_results(out, "demo", methods=methods)
     columns = ("val", "adversarial", "object", "OOD-7", "adversarial, fine-tuned", "adversarial, other", "mIoU",
                "seconds")
     told = ("Top-1 in percent, mean ± standard deviation over seeds. Demo numbers; found masks, unless a row says "
             "annotated, and annotated object masks for the rivals.")
-    say("", told, "", *demo_table(results, columns).to_string().split("\n"), "")
+    say("", told, "", *demo_table(results, columns).to_string().split("\n"), "", answer=True)
     claims = sentences(judged(results, "demo")["demo"]).replace("**", "")
-    say(*(claims or "One seed gives no interval, so no claim is judged.").split("\n"), "")
+    say(*(claims or "One seed gives no interval, so no claim is judged.").split("\n"), "", answer=True)
     say(f"The page: {out / 'pages/demo.ipynb'}; tables and figures: {out / 'artefacts/demo'}")
 
 @command(batch_app, profile="demo, smoke, paper, or a YAML file with settings of your own.",
@@ -91,11 +89,18 @@ def reproduce(profile: str = "demo", only: str = "", models: str = "", methods: 
         return say(*plan_text(profile, split_list(only), **more).split("\n"))
     found = run(profile, split_list(only), cores=cores or None, gpus=gpus, executor=executor,
                 options=shlex.split(snakemake), **more)
-    say(*str(found).split("\n"))
-    if not found.ok:
-        raise typer.Exit(1)
+    _judge(found)
     if publish is not None:
         say(f"result   {copy(found.root, publish)}")
+
+def _judge(found: Any, shown: bool = True) -> None:
+    """Say what a reproduction left; exit code 1 if that is not all."""
+    tell(pages=found.pages, failed=found.failures, result={"out": found.root})
+    if shown:
+        say(*str(found).split("\n"), answer=True)
+    if not found.ok:
+        tell(error=f"{int((found.pages['status'] != 'done').sum())} of {len(found.pages)} pages are not done")
+        raise typer.Exit(1)
 
 def split_list(text: str) -> tuple[str, ...]:
     """The words of a list with commas."""

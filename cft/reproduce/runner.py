@@ -218,7 +218,7 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
         todo = undone(pages, Notes(root))
         if todo:
             _write_plan(root, work, jobs_of(todo, work.settings.together))
-            with progress_of(root, len(todo), progress and not verbose):
+            with progress_of(root, todo, progress and not verbose):
                 _snakemake(root, arguments, local)
         return report(root, work, pages, time.time() - began)
 
@@ -234,16 +234,22 @@ def _write_plan(root: Path, work: Work, jobs: dict[str, Job]) -> None:
     write_json(root / "plan.json", {"command": command, **names, **more})
 
 @contextmanager
-def progress_of(root: Path, total: int, shown: bool) -> Iterator[None]:
-    """A bar that counts finished steps by the lines of done.jsonl, until the block ends."""
-    counted = root / "done.jsonl"
-    lines = lambda: counted.read_bytes().count(b"\n") if counted.is_file() else 0
-    start, ended = lines(), threading.Event()
-    bar = tqdm(total=total, desc="steps", disable=not shown, mininterval=0.1 if sys.stderr.isatty() else 30)
+def progress_of(root: Path, steps: Sequence[Step], shown: bool) -> Iterator[None]:
+    """A bar that counts steps, each as soon as all that it writes is new, until the block ends."""
+    times = lambda step: [path.stat().st_mtime_ns if (path := root / name).is_file() else 0 for name in step.writes]
+    left, ended = {step: times(step) for step in steps}, threading.Event()
+    bar = tqdm(total=len(steps), desc="steps", disable=not shown, mininterval=0.1 if sys.stderr.isatty() else 30,
+               miniters=0)  # or else a leap would make it wait for the next one
 
     def follow() -> None:
-        while not ended.wait(1):
-            bar.update(lines() - start - bar.n)
+        over = bar.disable
+        while not over:
+            over = ended.wait(1 + len(left) / 1000)
+            for step, before in [*left.items()]:
+                with contextlib.suppress(OSError):
+                    if all(now and now != old for now, old in zip(times(step), before, strict=True)):
+                        del left[step]
+            bar.update(len(steps) - len(left) - bar.n)
 
     watcher = threading.Thread(target=follow, daemon=True)
     watcher.start()
@@ -252,7 +258,6 @@ def progress_of(root: Path, total: int, shown: bool) -> Iterator[None]:
     finally:
         ended.set()
         watcher.join()
-        bar.update(lines() - start - bar.n)
         bar.close()
 
 # %% ../../nbs/appendix/13_runner.ipynb #495c88d6

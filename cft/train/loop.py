@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['Batches', 'shuffled', 'Sampler', 'draw', 'pieces', 'Diverged', 'FineTuned', 'provenance', 'averaged', 'prepare',
-           'identity', 'fine_tune', 'holds', 'model_card', 'rehearse', 'noise_folder']
+           'identity', 'fine_tune', 'holds', 'tracked', 'model_card', 'rehearse', 'noise_folder']
 
 # %% ../../nbs/16_loop.ipynb #da4b9237
 import copy
 import json
 import logging
 import math
+import os
 import platform
 import random
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -32,7 +34,7 @@ from tqdm.auto import tqdm
 
 from ..data.folders import Folder, MaskedImages, scan, without_object
 from ..data.models import read_weights, save_model, weights_digest
-from ..files import ASSETS, PACKAGE, VERSION, html_template, legible, read_json, write_json, write_text, written
+from ..files import ASSETS, PACKAGE, VERSION, html_template, legible, need, read_json, write_json, write_text, written
 from .objectives import Batch, Recipe
 
 # %% ../../nbs/16_loop.ipynb #ac3478d6
@@ -385,6 +387,33 @@ def _by_epoch(log: list[dict], per_epoch: int) -> list[dict]:
     epochs = [log[i:i + per_epoch] for i in range(0, len(log), per_epoch)]
     keys = [k for k in (log[0] if log else {}) if k != "step"]
     return [{k: round(sum(entry[k] for entry in epoch) / len(epoch), 6) for k in keys} for epoch in epochs]
+
+# %% ../../nbs/16_loop.ipynb #8e2b4f60
+def tracked(name: str, folder: str | Path, about: Mapping[str, Any] = {}) -> AbstractContextManager[Any]:
+    """A function for `on_step` of `fine_tune`, until the block ends: tensorboard or wandb shows what is below `folder`.
+
+    about: plain values that say what the run is. Raises ImportError for a missing package, ValueError for another name.
+    """
+    extras = {"tensorboard": "cft[track]", "wandb": "wandb"}
+    if name not in extras:
+        raise ValueError(f"a run is shown by tensorboard or wandb; got {name}")
+    need(name, name, extras[name], "tracking")
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+    os.environ.setdefault("WANDB_MODE", "offline")
+    tracker = WandBTracker("cft", dir=str(folder)) if name == "wandb" else TensorBoardTracker(name, folder)
+    begun = []
+
+    def on_step(step: int, parts: dict) -> None:
+        if PartialState().is_main_process:
+            if not begun:  # by now it is known which process is the first
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                begun.append(tracker.start())
+                tracker.store_init_configuration(dict(about))
+            tracker.log(parts, step)
+
+    vars(on_step)["close"] = lambda: begun and tracker.finish()
+    return closing(on_step)  # pyright: ignore[reportArgumentType]
 
 # %% ../../nbs/16_loop.ipynb #1574bddb
 def model_card(record: dict, name: str) -> str:

@@ -33,6 +33,7 @@ from cft.data.models import TINY, base_model, save_model
 from cft.data.testsets import CARDS, miniature, open_set
 from cft.files import ASSETS
 from cft.reproduce.paper import artefact
+from cft.reproduce.runner import Reproduction
 from cft.train.objectives import RECIPES
 
 VIT = "vit_tiny_patch16_224"
@@ -430,6 +431,58 @@ def test_from_class_names_to_a_repaired_model(drawn, tmp_path, capsys):
     record = json.loads((tuned / "record.json").read_text())
     assert record["data"]["pictures"] == 6 and load_file(tuned / "model.safetensors")
     assert (tuned / "README.md").is_file()
+
+
+def test_each_command_says_in_json_what_it_found(drawn, tmp_path, capsys, monkeypatch):
+    def told(*words):
+        capsys.readouterr()
+        assert run(*words, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert {*found} > {"command", "version", "exit", "result", "warnings"} and found["command"] == words[0]
+        return found
+
+    train, concepts, store = drawn / "images/train", tmp_path / "concepts.json", tmp_path / "store"
+    asking, kept = ("concepts", train, *RECORDED, "--out", concepts), tmp_path / "kept.json"
+    assert told(*asking, "--dry-run")["estimate"]["calls"] == 0 and not concepts.exists()
+    found = told(*asking, "--replay")
+    assert found["result"] == {"out": str(concepts), "record": str(ANSWERS)} and found["counts"]["pairs"] > 0
+    grounding = ("masks", train, "--concepts", concepts, "--out", store, *TOY, "--per-class", 2)
+    assert told(*grounding, "--dry-run")["plan"]["pictures"] == 6
+    found = told(*grounding)
+    assert found["pictures"] == 6 and found["set_aside"] == [] and found["result"] == {"out": str(store)}
+    found = told("validate", store, "--concepts", concepts, "--out", kept)
+    assert found["summary"]["classes"] == 3 and found["result"] == {"out": str(kept)}
+    settings = tmp_path / "fit.yaml"
+    settings.write_text(f"masks: {drawn / 'masks/train'}\nmethod: cft\nepochs: 9\ntrack: tensorboard\n")
+    words = ("fit", train, *START, "--config", settings, "--epochs", 1, "--out", tmp_path / "run")
+    assert told(*words, "--dry-run")["time"]["steps"] == 3 and not (tmp_path / "run").exists()
+    found = told(*words)
+    assert found["last"]["loss"] > 0 and found["result"]["model"] == str(tmp_path / "run/model.safetensors")
+    assert json.loads((tmp_path / "run/record.json").read_text())["recipe"]["epochs"] == 1
+    assert [*(tmp_path / "run/tensorboard").glob("events.*")]
+    found = told("evaluate", train, *START, "--out", tmp_path / "t.csv")
+    assert found["rows"][0]["metric"] == "top1" and found["result"] == {"out": str(tmp_path / "t.csv")}
+    assert told("evaluate", train, *START, "--dry-run")["pictures"] == {"train": 18}
+    assert told("audit", train, *START, "--dry-run")["pictures"] == 18
+    found = told("audit", train, *START, "--after", tmp_path / "run", "--out", tmp_path / "a.json")
+    assert found["verdict"] == found["before"]["verdict"] == "cannot tell" and found["numbers"][0]["n"] == 18
+    assert found["warnings"][0].startswith("not measured: ") and found["result"] == {"out": str(tmp_path / "a.json")}
+    monkeypatch.setattr("cft.data.models.fit_probe", lambda *given, **_: 87.5)
+    assert told("probe", train, *START, "--out", tmp_path / "p.safetensors")["accuracy"] == 87.5
+
+
+def test_batch_commands_say_in_json_what_was_made_and_what_failed(tmp_path, capsys, monkeypatch):
+    pages = pd.DataFrame({"artefact": ["demo", "fig1"], "status": ["done", "failed"], "seconds": [1.0, 0.0],
+                          "missing": ["", "x"]})
+    failures = pd.DataFrame([["page fig1", "odd", None, [], "l", "c"]],
+                            columns=["step", "error", "cell", "tail", "log", "command"])
+    monkeypatch.setattr("cft.reproduce.runner.reproduce", lambda *_, **__: Reproduction(tmp_path, pages, failures, 1.0))
+    for name in ("demo", "reproduce"):
+        assert run(name, "--json") == 1
+        said = capsys.readouterr()
+        found = json.loads(said.out)
+        assert [page["status"] for page in found["pages"]] == ["done", "failed"] and "failed   page fig1" in said.err
+        assert found["failed"][0]["step"] == "page fig1" and found["error"] == "1 of 2 pages are not done"
 
 
 @pytest.mark.parametrize("method, rate, align", [("cft", "5e-07", True), ("cft+.no-align", "5e-07", False),

@@ -2,6 +2,8 @@
 import errno
 import inspect
 import io
+import json
+import logging
 import os
 import re
 import sys
@@ -10,14 +12,18 @@ import threading
 import warnings
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import typer
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from typer.main import get_command
 
 from cft.apps import cli, shell
 from cft.apps.cli import app, main
-from cft.apps.shell import CORES, command, run_app, say
+from cft.apps.shell import CORES, PANELS, command, run_app, say, tell
 from cft.files import choose_device
 
 EVIL = "\x1b]0;title\x07\nright \u202eto left\r"
@@ -30,7 +36,7 @@ def _logs(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
 
 
-def outcome(action, capsys):
+def outcome(action, capsys, *words):
     """The exit code of a command that does something, what it prints, and what it says went wrong."""
     one = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -39,7 +45,7 @@ def outcome(action, capsys):
 
     command(one)(act)
     with pytest.raises(SystemExit) as end:
-        run_app(one, [])
+        run_app(one, [*words])
     said = capsys.readouterr()
     return end.value.code, said.out, said.err
 
@@ -289,3 +295,146 @@ def test_an_empty_text_is_no_path(capsys):
     with pytest.raises(SystemExit, match="2"):
         run_app(typer.Typer(), ["fit", "photos", "--validation", "", "--out", "run"])
     assert "an empty text stands after cft fit photos --validation" in capsys.readouterr().err
+
+
+def work():
+    """What a command may do: lines, a bar, a print of a library, a warning, numbers."""
+    say("model    m", "result   a.json")
+    say("the answer", answer=True)
+    list(tqdm(range(3), desc="working"))
+    print("of a library")
+    logging.getLogger("cft.odd").warning("odd thing")
+    logging.getLogger("cft.odd").debug("reads    a.json")
+    tell(share=np.float32(0.5), nothing=float("nan"), rows=pd.DataFrame({"a": [1, np.nan]}), where=Path("x"),
+         result={"a": Path("."), "b": Path("gone")})
+    tell(warnings=["doubtful"])
+
+
+def test_json_is_one_object_and_lines_go_to_the_other_stream(capsys):
+    code, out, err = outcome(work, capsys, "--json")
+    found = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert found == {"command": "", "version": found["version"], "exit": 0, "result": {"a": "."}, "share": 0.5,
+                     "warnings": ["odd thing", "doubtful"], "nothing": None, "rows": [{"a": 1}, {"a": None}],
+                     "where": "x"}
+    for line in ("model    m", "result   a.json", "the answer", "of a library", "odd thing", "working: 100%"):
+        assert line in err
+    assert "reads" not in err
+    code, out, err = outcome(work, capsys)
+    assert out.splitlines() == ["model    m", "result   a.json", "the answer", "of a library"], "nothing has stayed"
+
+
+@pytest.mark.parametrize("error, code", [(OSError(errno.ENOSPC, "full", "a"), 2), (KeyError("//me:secret@host"), 1),
+                                         (KeyboardInterrupt(), 130), (typer.Exit(3), 3)])
+def test_json_of_a_failure_holds_the_sentence(error, code, capsys):
+    def fail():
+        tell(done=2)
+        raise error
+
+    found, out, err = outcome(fail, capsys, "--json")
+    told = json.loads(out)
+    assert found == told["exit"] == code and told["done"] == 2 and "secret" not in out
+    assert err == (f"cft: {told['error']}\n" if "error" in told else "") and ("error" in told) == (code < 3 or code > 9)
+
+
+@pytest.mark.parametrize("name", get_command(app).commands)
+def test_every_command_answers_mistakes_in_json(name, capsys):
+    for words in (("--frob",), ("--config", "nowhere.yaml")):
+        assert run(name, *words, "--json") == 2
+        said = capsys.readouterr()
+        told = json.loads(said.out)
+        assert {*told} == {"command", "version", "exit", "result", "warnings", "error"}
+        assert told["command"] == name and told["exit"] == 2 and said.err == f"cft: {told['error']}\n"
+
+
+def test_quiet_keeps_results_answers_and_mistakes(capsys):
+    for _ in range(2):
+        assert outcome(work, capsys, "-q") == (0, "result   a.json\nthe answer\n", "")
+        assert "working: 100%" in outcome(work, capsys)[2], "a later command speaks again"
+    code, out, err = outcome(lambda: choose_device("banana"), capsys, "--quiet")
+    assert (code, out) == (2, "") and err.startswith("cft: torch finds no device 'banana' here")
+    code, out, err = outcome(work, capsys, "-q", "--json")
+    assert json.loads(out)["warnings"] == ["odd thing", "doubtful"] and err == "result   a.json\nthe answer\n"
+
+
+def test_a_question_is_seen_in_any_case(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    assert "3 calls. Go on?" in outcome(lambda: shell.agreed("3 calls"), capsys, "-q")[1]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    code, out, err = outcome(lambda: shell.agreed("3 calls"), capsys, "--json")
+    assert json.loads(out)["exit"] == code == 0 and "3 calls. Go on?" in err
+
+
+def test_verbose_says_what_is_read_and_decided(capsys):
+    before = logging.getLogger("cft").level, [*logging.getLogger("cft").handlers]
+    for _ in range(2):
+        assert "reads    a.json\n" in outcome(work, capsys, "-v")[2]
+        assert "reads" not in outcome(work, capsys)[2]
+    assert outcome(work, capsys, "-v", "-q")[::2] == (2, "cft: --verbose and --quiet exclude each other; give one of "
+                                                         "them\n")
+    run("concepts", "nowhere", "--base-url", "http://me:secret@host/v1", "-v", "--dry-run")
+    assert "source nowhere; " in (said := capsys.readouterr().err) and "secret" not in said
+    assert (logging.getLogger("cft").level, [*logging.getLogger("cft").handlers]) == before
+
+
+def taken(capsys, text, *words, name="options.yaml"):
+    """What a command is given by a file and the command line, or the sentence that refuses it."""
+    given, one = {}, typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+    @command(one, place="Where.", out="Where to.", sets="Which.")
+    def act(data: list[Path], rate: float, place: Path | None = None, img_size: int = 8, model: str = "m",
+            raw: bool = False, weights: list[Path] | None = None, sets: str = "") -> None:
+        given.update(locals())
+
+    Path(name).write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit) as end:
+        run_app(one, [*words, "--config", name])
+    said = capsys.readouterr()
+    return given if end.value.code == 0 else said.err
+
+
+def test_a_file_holds_any_option_and_the_command_line_wins(place, capsys, monkeypatch):
+    monkeypatch.setitem(shell.HELP, "rate", "Rate.")
+    given = taken(capsys, "data: [p, p]\nrate: 1e-3\nimg-size: 16\nmodel: 5\nraw: true\nweights: [file, closed]\n"
+                          "place: p\n")
+    assert given == {"data": [Path("p")] * 2, "rate": 0.001, "img_size": 16, "model": "5", "raw": True, "sets": "",
+                     "weights": [Path("file"), Path("closed")], "place": Path("p"), "given": given["given"]}
+    given = taken(capsys, "data: p\nrate: 0.1\nimg_size: 16\nmodel:\n", "--img-size", "32", "--rate", "1", "file")
+    assert (given["img_size"], given["rate"], given["model"], given["data"]) == (32, 1.0, "m", [Path("file")])
+    assert "Missing option" in taken(capsys, "", "p"), "what nobody says is missing"
+
+
+REFUSED = {
+    "frob: 1": "o.yaml: cft act has no option frob; known are data, rate, place, img_size, model, raw, weights, sets",
+    "img_size: [1, 2]": "o.yaml: img_size is [1, 2]; expected one value", "raw: 3": "raw is 3; expected true or false",
+    "model: no": "o.yaml: model is false; expected one value, in quotes if it is a word", "img_size: true": "is true;",
+    "img_size: many": "o.yaml: img_size: Input should be a valid integer", "model: {a: 1}": 'is {"a": 1}; expected',
+    "img_size: 4": "o.yaml: img_size: --img-size must lie between 8 and 8192; got 4", "rate: .nan": "--rate must lie",
+    "weights: [gone.pth]": "o.yaml: weights: no checkpoint at gone.pth", "weights: [[file]]": "expected values",
+    "[1, 2]": "o.yaml holds a list; expected options of cft act", "rate: 1\nrate: 2": "o.yaml is no sound YAML",
+    "a: [": "o.yaml is no sound YAML", "config: o.yaml": "has no option config", "5: 6": "has no option 5"}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_a_file_cannot_say_is_one_sentence(text, place, capsys, monkeypatch):
+    monkeypatch.setitem(shell.HELP, "rate", "Rate.")
+    said = taken(capsys, text, "p", "--rate", "1", name="o.yaml")
+    assert REFUSED[text] in said and said.startswith("cft: ") and said.count("\n") == 1
+
+
+def test_help_shows_the_everyday_options_first_and_the_rest_in_panels(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("fit", "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("data", "--model", "--weights", "--masks", "--concepts", "--objects", "--out", "--method", "--rate",
+                 "--dry-run"):
+        assert any(line.strip().startswith(name) for line in lines[:24]), name
+    panels = [line for line in lines if re.fullmatch(r"[A-Z][\w ]+:", line)]
+    assert panels == ["Options:", "Training:", "How pictures and checkpoints are read:", "Speed and memory:",
+                      "Safety:", "With every command:"]
+    assert lines[-1].startswith("    cft fit PICTURES") and not any("\b" in line for line in lines)
+    commands = get_command(app).commands.values()
+    known = {key for one in commands for p in one.params for key in (p.name, f"{one.name}.{p.name}")}
+    assert {*PANELS} - known <= {"help"}
+    for one in commands:
+        assert {"--json", "--config", "-v", "-q"} <= {opt for p in one.params for opt in p.opts}, one.name

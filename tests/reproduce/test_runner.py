@@ -341,14 +341,29 @@ def test_one_folder_one_reproduction(tmp_path):
     assert [path.name for path in root.iterdir()] == ["lock"]
 
 
-def test_progress_counts_finished_steps(tmp_path, capsys):
-    (tmp_path / "done.jsonl").write_text("{}\n")
-    with progress_of(tmp_path, 2, True), (tmp_path / "done.jsonl").open("a") as file:
-        file.write("{}\n{}\n")
-    assert "2/2" in capsys.readouterr().err
-    with progress_of(tmp_path / "none", 2, False):
+def test_progress_counts_steps_as_soon_as_their_files_are_new(tmp_path, capsys):
+    steps = [Step("cook", (str(k),), (f"{k}.txt", f"{k}.csv"), print) for k in range(3)]
+    for name in ("0.txt", "0.csv", "1.txt", "1.csv"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1, 1))
+    with progress_of(tmp_path, steps, True):
+        for name in ("0.txt", "0.csv", "1.txt", "2.txt", "2.csv"):  # of step 1 one file is old
+            (tmp_path / name).write_text("new")
+    assert "2/3" in (said := capsys.readouterr().err) and "3/3" not in said
+    with progress_of(tmp_path / "none", steps, False):
         pass
     assert not capsys.readouterr().err
+
+
+def test_progress_moves_while_the_work_goes_on(tmp_path, capsys):
+    steps = [Step("cook", (str(k),), (f"{k}.txt",), print) for k in range(2)]
+    with progress_of(tmp_path, steps, True):
+        (tmp_path / "0.txt").touch()
+        since, said = time.monotonic(), ""
+        while "1/2" not in said and time.monotonic() - since < 60:
+            time.sleep(0.1)
+            said += capsys.readouterr().err
+    assert "1/2" in said
 
 
 def test_a_page_is_done_by_what_it_holds(tmp_path):

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,7 @@ from cft.train.loop import (
     pieces,
     prepare,
     rehearse,
+    tracked,
 )
 from cft.train.objectives import RECIPES, CrossEntropy
 
@@ -333,3 +335,51 @@ def test_a_damaged_record_is_named_or_made_again(images, tmp_path):
             fine_tune(base_model(0), images, recipe, tmp_path, progress=False)
     fine_tune(base_model(0), images, recipe, tmp_path, progress=False, restart=True)
     assert json.loads((tmp_path / "record.json").read_text())["steps"]
+
+
+def two_steps(images, name, folder):
+    recipe = replace(RECIPES["plain"], epochs=1, batch=3, rate=1e-6)
+    with tracked(name, folder, {"method": "plain", "rate": 1e-6}) as on_step:
+        return fine_tune(base_model(0), images, recipe, progress=False, on_step=on_step).record["steps"]
+
+
+def test_tensorboard_shows_every_step(images, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert two_steps(images, "tensorboard", tmp_path / "run") == 2
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [0, 1]
+    assert len([*(tmp_path / "run").rglob("hparams.yml")]) == 1
+
+
+def test_wandb_is_offline_unless_it_was_told_otherwise(images, tmp_path, monkeypatch):
+    said = []
+
+    class Run:
+        def log(self, values, step):
+            said.append((step, os.environ["WANDB_MODE"], {*values} >= {"loss"}))
+
+        def finish(self):
+            said.append("end")
+
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda project, dir: said.append((project, os.path.isdir(dir))) or Run()
+    wandb.config = types.SimpleNamespace(update=lambda values, **_: said.append(values["method"]))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for told, mode in ((None, "offline"), ("online", "online")):
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        if told:
+            monkeypatch.setenv("WANDB_MODE", told)
+        two_steps(images, "wandb", tmp_path / "run")
+        assert said == [("cft", True), "plain", (0, mode, True), (1, mode, True), "end"]
+        said.clear()
+
+
+def test_a_tracker_that_is_missing_is_named(tmp_path, monkeypatch):
+    for name, install in {"wandb": "'wandb'", "tensorboard": r"'cft\[track\]'"}.items():
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match=f"tracking needs {name}; install it with: pip install {install}"):
+            tracked(name, tmp_path)
+    with pytest.raises(ValueError, match="by tensorboard or wandb; got mlflow"):
+        tracked("mlflow", tmp_path)
+    assert not [*tmp_path.iterdir()]
