@@ -5,9 +5,10 @@ The names below come from their rooms when they are first used, so that `import 
 from typing import TYPE_CHECKING
 
 __all__ = ["RECIPES", "ConceptSet", "Folder", "MaskStore", "audit", "build_masks", "discover", "evaluate_folder", "fine_tune",
-           "load_grounder", "load_model", "relevance", "save_model", "scan", "validate"]
+           "load_grounder", "load_model", "relevance", "repair", "save_model", "scan", "validate"]
 
 if TYPE_CHECKING:
+    from cft.apps.repair import repair
     from cft.concepts.filters import ConceptSet, discover
     from cft.concepts.grounding import load_grounder
     from cft.concepts.masks import build_masks
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> object:
     match name:
+        case "repair":
+            from cft.apps import repair as room
         case "ConceptSet" | "discover":
             from cft.concepts import filters as room
         case "load_grounder":

@@ -86,7 +86,8 @@ _LISTS = {
     "Training": "epochs fit.batch per_class validation validation_masks seed track",
     "How pictures and checkpoints are read": "pretrained classes raw mean std crop_pct img_size interpolation",
     "Speed and memory": "batch chunk precision device threads workers cores gpus save_every",
-    "Safety": "allow_chance allow_empty_masks keep_context allowed_loss", "With every command": "config json verbose quiet help"}
+    "Safety": "allow_chance allow_empty_masks keep_context allowed_loss",
+    "With every command": "config json verbose quiet help"}
 PANELS = {name: panel for panel, names in _LISTS.items() for name in names.split()}  # where help shows a parameter
 CHOICES = {
     "method": ("plain", "lcls-only", "gradmask", "rrr", "rrda", "dfr-like", "cft-paper", "cft-official", "cft", "cft+"),
@@ -103,8 +104,9 @@ CHECKS = {  # by a parameter's name, or that of its command: the range of a numb
     **dict.fromkeys(("data", "validation"), "image folder"), "objects": "object masks",
     **dict.fromkeys(("weights", "after"), "checkpoint"), "masks.weights": None, "concepts": "concept set",
     **dict.fromkeys(("masks", "validation_masks"), "masks"), "classes": "class list", "names": "list of titles",
-    "store": "mask store", "crop_pct": (0.01, 1.5), "img_size": (8, 8192), **dict.fromkeys(("out", "audit"), False),
-    **dict.fromkeys(("masks.out", "fit.out", "demo.out", "reproduce.out", "publish"), True)}
+    "store": "mask store", "allowed_loss": (0, 100), "crop_pct": (0.01, 1.5), "img_size": (8, 8192),
+    **dict.fromkeys(("out", "audit"), False),
+    **dict.fromkeys(("masks.out", "fit.out", "demo.out", "repair.out", "reproduce.out", "publish"), True)}
 
 def _check(command: str, given: Mapping[str, Any]) -> None:
     """Raise ValueError for the first option that cannot be meant, or served."""
@@ -298,7 +300,7 @@ def class_lines(table: "pd.DataFrame") -> str:
     shown = shown[[column for column in columns if column in shown]]
     return shown.to_string(index=False, float_format="{:.0f}".format, na_rep="–")
 
-def agreed(price: "Estimate") -> bool:
+def agreed(price: object) -> bool:
     """Ask somebody at the terminal. PermissionError if nobody is there."""
     try:
         with redirect_stdout(_run.out or sys.stdout):
