@@ -10,7 +10,7 @@ parser = configparser.ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
-extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in ("grounding", "llm", "lab", "batch")}
+extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in ("grounding", "llm", "lab", "batch", "export")}
 extras["dev"] = sum(extras.values(), shlex.split(cfg["dev_requirements"]))
 extras["all"] = sorted({need for needs in extras.values() for need in needs})
 
