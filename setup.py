@@ -10,8 +10,9 @@ parser = configparser.ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
-extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in ("grounding", "llm", "lab", "batch", "track")}
-extras["dev"] = sum(extras.values(), shlex.split(cfg["dev_requirements"]))
+kinds = ("grounding", "llm", "lab", "batch", "track", "export")
+extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in (*kinds, "cut")}
+extras["dev"] = sum((extras[name] for name in kinds), shlex.split(cfg["dev_requirements"]))
 extras["all"] = sorted({need for needs in extras.values() for need in needs})
 
 pages = {"cft.notebooks": "nbs", "cft.notebooks.paper": "nbs/paper", "cft.notebooks.related": "nbs/related"}

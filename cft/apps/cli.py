@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LANGUAGE_MODEL', 'ORDER', 'app', 'Version', 'probe', 'audit', 'concepts', 'masks', 'validate', 'fit',
-           'training_folder', 'evaluate', 'main']
+           'training_folder', 'evaluate', 'export', 'main']
 
 # %% ../../nbs/appendix/15_cli.ipynb #da4b9237
 import re
@@ -59,6 +59,8 @@ In the order of use, on pictures in PICTURES/<class>/*.jpg and a checkpoint for 
      cft evaluate TEST --model vit_base_patch16_224 --weights run/model.safetensors
 7  Audit again, before against after, and send the report.
      cft audit PICTURES $MODEL --objects OBJECTS --after run --out report.html
+8  Take it where others work: timm and the Hugging Face hub, ONNX, torch.export.
+     cft export run --model vit_base_patch16_224 --to timm,onnx --out exported
 
 New here? `cft demo` does all of it on drawn pictures, without a GPU, a key or a download. `cft reproduce` makes every
 table and figure of the paper again. `cft COMMAND --help` explains a command. Every mistake gets one sentence, and
@@ -542,6 +544,40 @@ def _evaluate_sets(data: list[Path], keys: Sequence[str], model: str, weights: S
         tested.append(checkpoint(open_model(model, file, pretrained, str(loop.device), **reading)[0], name, file))
     rows = evaluate_sets(tested, found, out, protocol, loop=loop).rows()
     say(*headline(rows).to_string(float_format="{:.1f}".format).split("\n"), answer=True, rows=rows)
+
+# %% ../../nbs/appendix/15_cli.ipynb #e6f0b509
+@command(app, checkpoint="Checkpoint, .safetensors or .pth, or the folder of a run.",
+         to=f"What to write, with commas: {', '.join(CHOICES['to'])}.",
+         out="Folder; for onnx or torch alone also a file, .onnx or .pt2.",
+         push="Then upload it to the Hugging Face hub, as USER/NAME, private.",
+         audit="What `cft audit --out report.json` wrote of this model, for its card.")
+def export(checkpoint: Path, model: str, out: Path, to: str = "timm", push: str = "", audit: Path | None = None,
+           **reading: Any) -> None:
+    """Write a model as timm and the Hugging Face hub read it, for ONNX, or for torch.export.
+
+    Each is read back and has to give the model's own answers. Nothing is sent anywhere without --push.
+
+    \b
+    Example: with the numbers of an audit on the model's card
+      cft export run --model vit_base_patch16_224 --to timm,onnx --audit report.json --out exported
+    """
+    from cft.apps import export as ways
+
+    chosen, files = split_list(to), {"onnx": (ways.to_onnx, ".onnx"), "torch": (ways.to_torch_export, ".pt2")}
+    one, timm = next((way for way in files if files[way][1] == out.suffix), ""), "timm" in chosen
+    if not chosen or {*chosen} - {*CHOICES["to"]} or one and chosen != (one,) or push and not timm:
+        raise ValueError(f"--to is of {', '.join(CHOICES['to'])}, --out a folder or one's file, --push with timm; "
+                         f"got --to {to} --out {out}")
+    check_writable(out, "--out", not one)
+    network, classes = open_model(model, file := weights_file(checkpoint), False, "cpu", **reading)
+    about, record = read_json(audit, dict) if audit else {}, file.with_name("record.json")
+    about |= {"run": read_json(record, dict)} if file.name == "model.safetensors" and record.is_file() else {}
+    if timm:
+        say(f"result   {ways.save_for_timm(network, out, classes, about)}")
+    for write, ending in (files[way] for way in files if way in chosen):
+        say(f"result   {write(network, out if one else out / f'model{ending}')}")
+    if push:
+        say(f"pushed   {ways.push(out, push)}")
 
 # %% ../../nbs/appendix/15_cli.ipynb #1574bddb
 app.add_typer(batch_app)

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from cft.concepts.language import Estimate
     from cft.explain.maps import Method
 
 from ..files import VERSION, check_writable, choose_device, legible, read_yaml, reason
@@ -92,7 +91,7 @@ PANELS = {name: panel for panel, names in _LISTS.items() for name in names.split
 CHOICES = {
     "method": ("plain", "lcls-only", "gradmask", "rrr", "rrda", "dfr-like", "cft-paper", "cft-official", "cft", "cft+"),
     "sets": ("in-v", "in-v2", "in-a", "in-r", "in-sketch", "objectnet", "si-location", "si-rotation", "si-size",
-             "in-segmentation"), "grounder": ("groundingdino-swint+sam-vit-h", "toy"),
+             "in-segmentation"), "grounder": ("groundingdino-swint+sam-vit-h", "toy"), "to": ("timm", "onnx", "torch"),
     "profile": ("demo", "smoke", "paper")}
 
 CORES, MANY = os.cpu_count() or 1, 10**9
@@ -102,7 +101,8 @@ CHECKS = {  # by a parameter's name, or that of its command: the range of a numb
     **dict.fromkeys(("threads", "cores"), (0, 4 * CORES)), "max_tokens": (1, MANY), "timeout": (0.001, 10**6),
     **dict.fromkeys(("occurrence", "coverage"), (0, 1)), "seed": (0, 2**32 - 1),
     **dict.fromkeys(("data", "validation"), "image folder"), "objects": "object masks",
-    **dict.fromkeys(("weights", "after"), "checkpoint"), "masks.weights": None, "concepts": "concept set",
+    **dict.fromkeys(("weights", "after", "checkpoint"), "checkpoint"), "masks.weights": None, "concepts": "concept set",
+    "export.out": None, "export.audit": "report of an audit",
     **dict.fromkeys(("masks", "validation_masks"), "masks"), "classes": "class list", "names": "list of titles",
     "store": "mask store", "allowed_loss": (0, 100), "crop_pct": (0.01, 1.5), "img_size": (8, 8192),
     **dict.fromkeys(("out", "audit"), False),
@@ -314,7 +314,8 @@ def agreed(price: object) -> bool:
 EXTRAS = {
     "grounding": ("segment_anything", "groundingdino", "transformers"),
     "llm": ("openai", "open_clip", "sentence_transformers"), "lab": ("jupyterlab", "ipywidgets", "ipykernel"),
-    "batch": ("papermill", "nbclient", "snakemake"), "track": ("tensorboard",)}
+    "batch": ("papermill", "nbclient", "snakemake"), "track": ("tensorboard",),
+    "export": ("onnx", "onnxruntime", "onnxscript"), "cut": ("rembg",)}
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSW", re.I)  # names of variables whose values are nobody's business
 
 def _text(error: BaseException) -> str:

@@ -45,8 +45,9 @@ class ConvStem(nn.Module):
 
     Maps images (batch, 3, 64, 64) to tokens (batch, 64, embed_dim).
     """
-    def __init__(self, img_size: int = 64, patch_size: int = 8, in_chans: int = 3, embed_dim: int = 96, **_):
+    def __init__(self, img_size: Any = 64, patch_size: int = 8, in_chans: int = 3, embed_dim: int = 96, **_):
         super().__init__()
+        img_size = int(np.max(img_size))  # timm's config.json has a pair
         if img_size % patch_size:
             raise ValueError(f"img_size must be a multiple of {patch_size}, got {img_size}")
         self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)

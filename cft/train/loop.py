@@ -27,6 +27,7 @@ import pandas as pd
 import timm
 import torch
 from accelerate import PartialState
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -34,7 +35,7 @@ from tqdm.auto import tqdm
 
 from ..data.folders import Folder, MaskedImages, scan, without_object
 from ..data.models import read_weights, save_model, weights_digest
-from ..files import ASSETS, PACKAGE, VERSION, html_template, legible, need, read_json, write_json, write_text, written
+from ..files import PACKAGE, VERSION, html_template, legible, need, read_json, write_json, write_text, written
 from .objectives import Batch, Recipe
 
 # %% ../../nbs/16_loop.ipynb #ac3478d6
@@ -416,15 +417,22 @@ def tracked(name: str, folder: str | Path, about: Mapping[str, Any] = {}) -> Abs
     return closing(on_step)  # pyright: ignore[reportArgumentType]
 
 # %% ../../nbs/16_loop.ipynb #1574bddb
-def model_card(record: dict, name: str) -> str:
-    """A model card in Markdown from a run's record, for a model that timm knows as `name` (empty: it does not)."""
-    recipe, data = record["recipe"], record["data"]
-    load = (f'Load: `timm.create_model("{name}", num_classes=…, checkpoint_path="model.safetensors")`; '
-            "its metadata names the classes." if name else "The weights are in model.safetensors.")
-    told = record | record["provenance"] | data | recipe | {
-        "objective": ", ".join(f"{k} {v}" for k, v in recipe["objective"].items()), "unread": len(data["set_aside"])}
-    template = (ASSETS / "model_card.md").read_text(encoding="utf-8")
-    return template.format(name=name or "A model", load=load, **told)
+def model_card(record: Mapping[str, Any], name: str, load: str = "", audit: Mapping[str, Any] = {},
+               sha256: str = "") -> str:
+    """A model card in Markdown from a run's record, for a model that timm knows as `name` (empty: it does not).
+
+    load: how, if not from a run. audit: values of an audit's JSON. Raises ValueError if it is not of weights `sha256`.
+    """
+    load = load or (f'Load: `timm.create_model("{name}", num_classes=…, checkpoint_path="model.safetensors")`; '
+                    "its metadata names the classes." if name else "The weights are in model.safetensors.")
+    try:
+        told = (audit.get("after") or audit)["record"]["sha256"] if audit else sha256
+        card = html_template("model_card.md.j2").render(run=record, name=name or "A model", load=load, audit=audit)
+    except (TemplateError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"expected the JSON that cft fit or cft audit writes; it fails in {error}") from None
+    if told != sha256:
+        raise ValueError(f"the audit is of weights {told}, the model's are {sha256} (SHA-256); audit this model")
+    return card
 
 def rehearse(model: nn.Module, images: MaskedImages, recipe: Recipe, steps: int = 2) -> dict[str, float]:
     """What a run would cost, from `steps` real steps on a copy after one to warm up.
