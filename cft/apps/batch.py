@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import cft
-from .shell import agreed, command, open_model, say, say_inputs, tell, use_cores
+from .shell import agreed, classes_of, command, open_model, say, say_inputs, tell, use_cores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -220,13 +220,8 @@ def _grounder(name: str, weights: Path | None, network: "nn.Module", device: str
 
 def _asked(data: Path, place: Path, model: str, base_url: str | None, yes: bool) -> Path:
     """Ask a language model for the concepts of the class folders; the file that holds them."""
-    from itertools import starmap
+    from cft.concepts.language import Chat, Record, Sampling
 
-    from cft.concepts.language import Chat, ClassName, Record, Sampling
-    from cft.data.folders import list_folder
-    from cft.data.testsets import class_titles
-
-    classes = tuple(starmap(ClassName, class_titles(list_folder(data).classes, None).items()))
     record, file = Record(place / "answers.jsonl"), place / "concepts.json"
-    cft.discover(classes, record, Sampling(model), Chat(base_url=base_url), yes=yes, confirm=agreed).save(file)
+    cft.discover(classes_of(data), record, Sampling(model), Chat(base_url=base_url), yes=yes, confirm=agreed).save(file)
     return file

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
-from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,13 +21,14 @@ import typer
 
 import cft
 from .batch import batch_app, split_list
-from .shell import (CHOICES, agreed, class_lines, command, open_model, run_app, say, say_inputs, tell,
-                            use_cores, weights_file, why_unexplained)
+from .shell import (CHOICES, agreed, class_lines, classes_of, command, open_model, run_app, say, say_inputs,
+                            tell, use_cores, weights_file, why_unexplained)
 from ..files import check_writable, read_json, sha256, write_csv, write_json
 
 if TYPE_CHECKING:
-    from cft.concepts.language import ClassName
-    from cft.data.folders import Folder
+    from torch import nn
+
+    from cft.data.folders import Folder, MaskedImages
     from cft.evaluate.passes import Loop
     from cft.train.objectives import Recipe
 
@@ -207,7 +207,7 @@ def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Pat
         raise ValueError("--clip and --mpnet go together; without both the best encoder that is installed compares")
     if temperature != "none" and not re.fullmatch(r"\d+(\.\d*)?|\.\d+", temperature):
         raise ValueError(f"--temperature must be a number or none, got {temperature}")
-    classes, chat = _classes_of(source, names), Chat(base_url=base_url, workers=workers, timeout=timeout)
+    classes, chat = classes_of(source, names), Chat(base_url=base_url, workers=workers, timeout=timeout)
     sampling = Sampling(model, None if temperature == "none" else float(temperature), max_tokens=max_tokens)
     kept = Record(record)
     more = f"; … {len(classes)} classes" if len(classes) > 3 else ""
@@ -239,20 +239,6 @@ def concepts(source: Path, out: Path = Path("concepts.json"), record: Path = Pat
         (encoders == ["trigrams"] and not spelling))
     counts["dropped"] = len(found.dropped)
     say(f"result   {out}; answers in {record.name}", counts=counts, result={"record": record})
-
-def _classes_of(source: Path, names: Path | None) -> "tuple[ClassName, ...]":
-    """Classes from a CSV file, or from an image folder, with titles from its folders or from the file `names`."""
-    from cft.concepts.language import ClassName, read_classes
-    from cft.data.folders import list_folder
-
-    if source.is_dir():
-        from cft.data.testsets import class_titles
-
-        return tuple(starmap(ClassName, class_titles(list_folder(source).classes, names).items()))
-    if not source.is_file() or names is not None:
-        raise ValueError(f"--names is for image folders; {source} is none" if source.is_file(
-        ) else f"nothing at {source}; expected an image folder, or a CSV file with the columns id and name")
-    return read_classes(source)
 
 @command(app, out="Folder for the mask store.", grounder="detector+segmenter, or toy for the drawn pictures.",
          weights="Folder with the grounder's weights; default: the one that CFT_WEIGHTS names.",
@@ -338,7 +324,7 @@ def validate(store: Path, concepts: Path, out: Path = Path("validated.json"), oc
     concepts="With a mask store: the concept set to take from it.",
     per_class="With a mask store: pictures of each class.",
     method=f"One of {', '.join(CHOICES['method'])}; or, after a dot, done otherwise: cft.object, cft+.no-align, ….",
-    rate="Learning rate; default: the paper's for the network and method, or else the method's (cft: 5e-7).",
+    rate="Learning rate, or auto: tried on pictures that are not trained on; default: the paper's, or else 5e-7.",
     epochs="Passes over the pictures.", batch="Pictures a step.",
     chunk="Pictures at a time, to save memory; 0: the whole batch.", precision="no or bf16.",
     validation="Image folder; keep the epoch with the least loss on it.",
@@ -347,7 +333,7 @@ def validate(store: Path, concepts: Path, out: Path = Path("validated.json"), oc
     allow_chance="Train also a model that is hardly better than guessing.", save_every="Steps between saved states.")
 def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrained: bool = False,
         masks: Path | None = None, objects: Path | None = None, concepts: Path | None = None, per_class: int = 3,
-        classes: Path | None = None, method: str = "cft", rate: float | None = None, epochs: int = 50, batch: int = 8,
+        classes: Path | None = None, method: str = "cft", rate: str = "", epochs: int = 50, batch: int = 8,
         chunk: int = 0, precision: Literal["no", "bf16"] = "no", validation: Path | None = None,
         validation_masks: Path | None = None, seed: int = 0, allow_chance: bool = False,
         allow_empty_masks: bool = False, keep_context: bool = False, device: str = "auto", threads: int = 0,
@@ -394,6 +380,8 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
     doubt = doubt_of(network, folder, Loop(batch), origin.classes if origin.guessed else "")
     if doubt and not allow_chance:
         raise ValueError(f"not trained: {doubt} (--allow-chance trains all the same)")
+    if rate == "auto" and not dry_run:
+        recipe = _searched(network, images, recipe, data, names, masks, objects, place)
     say(f"method   {method}: {epochs} epochs of {-(-len(folder) // batch)} steps, batch {batch}, "
         f"learning rate {recipe.rate:g}, seed {seed}")
     if dry_run or not (out / "record.json").exists():
@@ -409,7 +397,24 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
     say(f"result   {(made := out / 'model.safetensors')} ({last} in the last epoch)", result={"model": made},
         last=result.record["epochs"][-1])
 
-def _recipe(method: str, network: str, rate: float | None) -> "tuple[Recipe, bool]":
+def _searched(network: "nn.Module", images: "MaskedImages", recipe: "Recipe", data: Path, names: Sequence[str],
+              masks: Path | None, objects: Path | None, place: Path) -> "Recipe":
+    """The recipe at the rate, and share of the way, that is best by the pictures that are not trained on."""
+    from cft.apps.repair import search_rate, with_found_objects
+    from cft.data.folders import list_folder
+
+    if objects is not None:
+        others = cft.scan(data, None, objects, names)
+    elif masks is not None and (masks / "store.json").is_file():
+        others = with_found_objects(list_folder(data, names), cft.MaskStore(masks), place / "held")
+    else:
+        raise ValueError("--rate auto needs object masks of the pictures that are not trained on; give --objects")
+    best = search_rate(network, images, others, recipe, place / "search")
+    told = ", ".join(f"{name} {value:.1f} %" for name, value in best.scores.items() if value == value)
+    say(f"rate     {best.how}: {told} right on pictures that were not trained on", rate=best.rate, share=best.share)
+    return replace(recipe, rate=best.rate, average=best.share)
+
+def _recipe(method: str, network: str, rate: str) -> "tuple[Recipe, bool]":
     """What a method's name stands for, at a rate or at the paper's, and whether pictures are augmented."""
     base = method.partition(".")[0]
     if base not in CHOICES['method']:
@@ -420,9 +425,8 @@ def _recipe(method: str, network: str, rate: float | None) -> "tuple[Recipe, boo
     recipe, variant = varied(method)
     if variant.guide != "kept":
         raise ValueError(f"{method} is {base} with other masks; give --method {base}, and those masks as --masks")
-    if rate is None:
-        rate = read_settings("paper").rates.get(network, {}).get(base, recipe.rate) * variant.faster
-    return replace(recipe, rate=rate), variant.augment
+    paper = read_settings("paper").rates.get(network, {}).get(base, recipe.rate) * variant.faster
+    return replace(recipe, rate=paper if rate in ("", "auto") else float(rate)), variant.augment
 
 def training_folder(data: Path, masks: Path | None, objects: Path | None, needs: frozenset[str], names: Sequence[str],
                     concepts: Path | None, per_class: int, out: Path, allow_empty: bool = False,

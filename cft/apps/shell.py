@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Function', 'HELP', 'PANELS', 'CHOICES', 'CORES', 'MANY', 'CHECKS', 'READING', 'EVERYWHERE', 'EXTRAS', 'SECRET', 'say',
            'tell', 'command', 'Carried', 'use_cores', 'open_model', 'weights_file', 'say_inputs', 'why_unexplained',
-           'class_lines', 'agreed', 'run_app']
+           'class_lines', 'agreed', 'classes_of', 'run_app']
 
 # %% ../../nbs/appendix/14_shell.ipynb #a40580c6
 import functools
@@ -21,6 +21,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
+from itertools import starmap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+    from cft.concepts.language import ClassName
     from cft.explain.maps import Method
 
 from ..files import VERSION, check_writable, choose_device, legible, read_yaml, reason
@@ -114,6 +116,11 @@ def _check(command: str, given: Mapping[str, Any]) -> None:
     for name, values in given.items():
         rule, flag = CHECKS.get(f"{command}.{name}", CHECKS.get(name)), f"--{name.replace('_', '-')}"
         for value in values if isinstance(values, list) else [values]:
+            if name == "rate" and value not in ("", "auto"):
+                try:
+                    value = float(value)
+                except ValueError:
+                    raise ValueError(f"--rate must be a number, or auto; got {value!r}") from None
             if isinstance(rule, tuple) and type(value) in (int, float) and not rule[0] <= value <= rule[1]:
                 raise ValueError(f"{flag} must lie between {rule[0]:g} and {rule[1]:g}; got {value}")  # also for NaN
             if isinstance(rule, str) and isinstance(value, Path) and not (sets and name == "data" or value.exists()):
@@ -309,6 +316,21 @@ def agreed(price: object) -> bool:
         if sys.stdin is not None and sys.stdin.isatty():
             raise
         raise PermissionError(f"nobody is there to agree, and nothing was sent; give --yes: {price}") from None
+
+# %% ../../nbs/appendix/14_shell.ipynb #088c994c
+def classes_of(source: Path, names: Path | None = None) -> "tuple[ClassName, ...]":
+    """Classes from a CSV file, or from an image folder, with titles from its folders or from the file `names`."""
+    from cft.concepts.language import ClassName, read_classes
+    from cft.data.folders import list_folder
+
+    if source.is_dir():
+        from cft.data.testsets import class_titles
+
+        return tuple(starmap(ClassName, class_titles(list_folder(source).classes, names).items()))
+    if not source.is_file() or names is not None:
+        raise ValueError(f"--names is for image folders; {source} is none" if source.is_file(
+        ) else f"nothing at {source}; expected an image folder, or a CSV file with the columns id and name")
+    return read_classes(source)
 
 # %% ../../nbs/appendix/14_shell.ipynb #9e6a55b6
 EXTRAS = {
