@@ -365,7 +365,8 @@ def list_folder(root: str | Path, classes: Sequence[str] | None = None) -> Folde
     Raises ValueError as `class_folders`, and for a class folder without a picture.
     """
     root, names = Path(root), class_folders(root, classes)
-    samples, set_aside = [], []
+    loose, samples = find_pictures(root, deep=False)[0], []
+    set_aside = [f"{printable_path(path.name)}: beside the class folders" for path in loose]
     for label, name in enumerate(names):
         if (root / name).is_dir():
             pictures, left_out = find_pictures(root / name)

@@ -225,6 +225,8 @@ def test_listing_is_reading_without_opening(folder):
     (folder / "i/readme.txt").touch()
     assert list_folder(folder / "i").classes == ("ant", "bee")
     assert list_folder(folder / "i", ["cow", "bee", "ant"]).labels == [1, 2]
+    picture().save(folder / "i/loose.png")
+    assert list_folder(folder / "i").set_aside[0] == "loose.png: beside the class folders"
     for file in (folder / "i/bee").iterdir():
         file.rename(file.with_name(f".{file.name}"))
     with pytest.raises(ValueError, match="bee has no picture; expected at least one"):
