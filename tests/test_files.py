@@ -282,6 +282,34 @@ def test_what_is_no_json_is_named(tmp_path, content):
         read_json(tmp_path / "j")
 
 
+@pytest.mark.parametrize(("read", "text"), [(files.read_json, '{"a": {"b": 1, "b": 2}}'),
+                                            (files.read_yaml, "a: {b: 1, b: 2}"), (files.read_yaml, "b: 1\nb: 1")])
+def test_a_key_that_is_there_twice_is_refused_by_name(tmp_path, read, text):
+    (tmp_path / "odd").write_text(text)
+    with pytest.raises(ValueError, match="odd is no sound .*the key 'b' is there twice"):
+        read(tmp_path / "odd")
+
+
+TABLE = "id,name\nn1,käfer\nn2,bee\n"
+
+
+@pytest.mark.parametrize("content", [
+    TABLE.encode("utf-8-sig"), TABLE.encode("utf-16"), TABLE.replace(",", ";").encode(),
+    TABLE.replace(",", "\t").encode(), TABLE.replace("\n", "\r\n").encode(),
+    TABLE.replace("id,name", "id, name").encode(), TABLE.encode() + b",\n"])
+def test_tables_as_other_tools_write_them(tmp_path, content):
+    (tmp_path / "t.csv").write_bytes(content)
+    assert files.read_rows(tmp_path / "t.csv") == [{"id": "n1", "name": "käfer"}, {"id": "n2", "name": "bee"}]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", TABLE.encode("cp1252"), b"id,id\n1,2\n", b"id,name\n1\n",
+                                     b"\xff\xfe\0", b"id,name\n1,\"" + 200_000 * b"x" + b"\"\n", b"id,name\n1,\"x"])
+def test_what_is_no_table_is_named(tmp_path, content):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(ValueError, match="t.csv(:| is no table of text:) .+"):
+        files.read_rows(tmp_path / "t.csv")
+
+
 def test_parts_of_a_text(tmp_path):
     page = write_text(tmp_path / "p.md", "a <!-- n -->\nold\n<!-- /n --> b <!-- m --><!-- /m -->\n")
     replace_part(page, "n", r"\1 new \n")

@@ -190,7 +190,7 @@ def _masked(data: Path, names: Sequence[str], network: "nn.Module", place: Path,
         return with_found_objects(cft.scan(data, classes=names, progress=True), cft.MaskStore(objects),
                                   place / "objects")
     if objects is not None or masks is not None:
-        return cft.scan(data, masks, objects, names, progress=True, allow_empty=allow_empty)
+        return cft.scan(data, masks, objects, names, True, allow_empty, place / "objects")
     folder = cft.scan(data, classes=names, progress=True)
     finder = _grounder(grounder, weights, network, device)
     if ask and concepts is None:

@@ -99,7 +99,7 @@ def probe(data: Path, model: str, weights: Path, out: Path, batch: int = 32, thr
     say(f"probe    {right:.1f} % right on every fifth picture, which the head that was tried had not seen",
         f"result   {out}", accuracy=right)
 
-@command(app, objects="Object masks, as OBJECTS/<class>/<picture>.png, or a mask store.",
+@command(app, objects="Object masks: OBJECTS/<class>/<picture>.png, a mask store, or COCO's instances, .json.",
          after="The fine-tuned checkpoint, or its run: before against after.",
          out="The report as a page, .html, or all numbers, .json.")
 def audit(data: Path, model: str, weights: Path | None = None, pretrained: bool = False, objects: Path | None = None,
@@ -159,11 +159,11 @@ def audit(data: Path, model: str, weights: Path | None = None, pretrained: bool 
 
 def _with_objects(data: Path, objects: Path | None, names: Sequence[str], box: Path,
                   allow_empty: bool) -> "tuple[Folder, dict[str, str]]":
-    """The pictures with their object masks, and where these come from; masks from a store are written to `box`."""
+    """The pictures with their object masks, and where these come from; masks from a store or COCO file go to `box`."""
     from cft.data.folders import list_folder
 
     if objects is None or not (objects / "store.json").is_file():
-        return cft.scan(data, objects=objects, classes=names, progress=True, allow_empty=allow_empty), {}
+        return cft.scan(data, objects=objects, classes=names, progress=True, allow_empty=allow_empty, out=box), {}
     store, folder = cft.MaskStore(objects), list_folder(data, names)
     there = set(store.pictures) & set(folder.names)
     if not there:
@@ -404,7 +404,7 @@ def _searched(network: "nn.Module", images: "MaskedImages", recipe: "Recipe", da
     from cft.data.folders import list_folder
 
     if objects is not None:
-        others = cft.scan(data, None, objects, names)
+        others = cft.scan(data, None, objects, names, out=place / "held")
     elif masks is not None and (masks / "store.json").is_file():
         others = with_found_objects(list_folder(data, names), cft.MaskStore(masks), place / "held")
     else:
@@ -431,14 +431,14 @@ def _recipe(method: str, network: str, rate: str) -> "tuple[Recipe, bool]":
 def training_folder(data: Path, masks: Path | None, objects: Path | None, needs: frozenset[str], names: Sequence[str],
                     concepts: Path | None, per_class: int, out: Path, allow_empty: bool = False,
                     keep_context: bool = False) -> "Folder":
-    """The pictures to fine-tune on, with the masks that the method needs; masks from a store are written below `out`.
+    """The pictures to fine-tune on, with the masks that the method needs; those of a store or COCO file go below `out`.
 
     Raises ValueError for a mask store without `concepts`, as `folders.scan`, and unless `keep_context` for masks that
     would teach the background.
     """
     from cft.concepts.masks import training_pictures
     from cft.concepts.validation import look_at_masks, refuse_context
-    from cft.data.folders import list_folder
+    from cft.data.folders import coco_masks, list_folder
 
     if masks is None and "mask" in needs:
         raise ValueError("this method needs mask masks: give --masks FOLDER with FOLDER/<class>/<picture>.png, "
@@ -446,7 +446,8 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
     if masks is None or not (masks / "store.json").is_file():
         if objects is None and "object" in needs:
             raise ValueError("this method needs object masks: give --objects FOLDER with FOLDER/<class>/<picture>.png")
-        folder = cft.scan(data, masks if "mask" in needs else None, objects, names, True, allow_empty)
+        own = masks if "mask" in needs else None
+        folder = cft.scan(data, own, objects, names, True, allow_empty, out / "objects")
         if "mask" in needs and not keep_context:
             refuse_context(look_at_masks(folder))
         return folder if "object" in needs else replace(folder, samples=tuple(
@@ -465,7 +466,9 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
                          f"{other[0]}; build the masks again")
     folder = replace(folder, masks_read=(f"of the store {masks.name}, by {store.provenance['grounder']}",))
     masked = folder.with_masks(store.write_pngs(wanted, out / "masks", choice.pictures))
-    whole = masked.with_masks(object=objects or store.write_pngs(None, out / "objects", choice.pictures))
+    place, of_coco = out / "objects", objects and objects.is_file()
+    whole = coco_masks(masked, objects, place, {}) if objects and of_coco else masked.with_masks(
+        object=objects or store.write_pngs(None, place, choice.pictures))
     if not keep_context:
         refuse_context(look_at_masks(whole))
     return whole if "object" in needs else masked
@@ -473,7 +476,7 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
 # %% ../../nbs/appendix/15_cli.ipynb #fa35e192
 @command(app, data="Image folders, or with --sets those of published sets.",
          weights="Checkpoint, .safetensors or .pth, or the folder of a run; several with --sets.",
-         objects="Object masks of the (single) folder: relevance as a segmentation.",
+         objects="Object masks of the (single) folder, or COCO's instances: relevance as a segmentation.",
          sets=f"Which sets the folders hold, with commas: {', '.join(CHOICES['sets'])}.",
          protocol="With --sets: model, or official for the released code's pre-processing.",
          out="CSV file for the table; with --sets a folder for the results.", workers="Processes that read pictures.")
@@ -514,10 +517,10 @@ def evaluate(data: list[Path], model: str, weights: list[Path] | None = None, pr
         maps = ", and as many relevance maps" if objects else ""
         return say(f"forward passes: {', '.join(f'{n} on {name}' for name, n in counts.items())}{maps}",
                    pictures=counts)
-    tables, told = [], {}
+    tables, told, box = [], {}, tempfile.TemporaryDirectory()
     for root in data:
         names = output_names(network, root, stored, classes)
-        folder = cft.scan(root, None, objects, names, progress=True, allow_empty=allow_empty_masks)
+        folder = cft.scan(root, None, objects, names, True, allow_empty_masks, box.name)
         origin = origin_of(network)
         say_inputs(inputs := inputs_of(network, folder))
         told[root.name] = inputs

@@ -68,7 +68,7 @@ HELP = {
     "data": "Image folder: DATA/<class>/<picture>.", "model": "Name of a timm model.",
     "weights": "Checkpoint, .safetensors or .pth.", "pretrained": "Use timm's weights instead; downloads them.",
     "classes": "Names of the model's outputs, one a line, in order.",
-    "objects": "Object masks: OBJECTS/<class>/<picture>.png, not 0 on the object.",
+    "objects": "Object masks: OBJECTS/<class>/<picture>.png, not 0 on the object; or COCO's instances, .json.",
     "concepts": "Concept set, the JSON file that `cft concepts` or `cft validate` wrote.", "batch": "Pictures a batch.",
     "device": "auto, cpu, cuda, cuda:1, mps.", "threads": "CPU threads; 0: OMP_NUM_THREADS, or all cores.",
     "raw": "Of raw weights and their moving average (EMA) in one file, take the raw ones.",

@@ -455,7 +455,7 @@ class _Session:
         except BaseException:
             self.stop()
             raise
-        if reply.status != "ok":
+        if reply.status != "ok" and any(one.status == "ok" for one in self.replies):  # or else one sentence at the end
             where = f"class {question.class_id!r}, {question.kind}, sample {question.sample}"
             _logger.warning("%s: no usable answer, the last was %s", where, reply.status)
 

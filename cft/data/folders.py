@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['MOST_PIXELS', 'MOST_STRETCHED', 'EXTENSIONS', 'UNREAD', 'TOO_MANY', 'UnreadableImage', 'open_image', 'read_mask',
-           'open_mask', 'find_pictures', 'printable_path', 'Sample', 'Folder', 'class_folders', 'list_folder', 'scan',
-           'Preprocess', 'MaskedImages', 'without_object', 'swap_background']
+           'open_mask', 'find_pictures', 'printable_path', 'Sample', 'Folder', 'coco_masks', 'class_folders',
+           'list_folder', 'scan', 'Preprocess', 'MaskedImages', 'without_object', 'swap_background']
 
 # %% ../../nbs/01_folders.ipynb #da4b9237
 import hashlib
 import os
 import unicodedata
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
-from typing import IO
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from pycocotools import mask as coco
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -29,7 +30,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from tqdm.auto import tqdm
 
-from ..files import html_template
+from ..files import html_template, read_json, written
 
 # %% ../../nbs/01_folders.ipynb #ac3478d6
 class UnreadableImage(ValueError):
@@ -151,7 +152,7 @@ def _of_size(path: str | Path, size: tuple[int, int]) -> tuple[np.ndarray, str]:
 # %% ../../nbs/01_folders.ipynb #edcf571d
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 UNREAD = frozenset(  # pictures, but not to us
-    {".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl", ".svg", ".raw", ".cr2", ".nef", ".dng"})
+    ".heic .heif .avif .gif .jp2 .jxl .svg .raw .cr2 .cr3 .nef .arw .dng .jpe .ppm .pgm .pnm .tga .psd .ico".split())
 _OF_TOOLS = frozenset({"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information"})
 
 def _hidden(name: str) -> bool:
@@ -242,7 +243,7 @@ class Folder:
         A kind that is not given stays as it is; the files are not looked at.
         """
         homes: dict[Path, str] = {}
-        for name in self.names:
+        for name in self.names if mask or object else ():
             if (other := homes.setdefault(Path(name).with_suffix(""), name)) != name:
                 raise ValueError(
                     f"{self.root / other} and {printable_path(name)} would share one mask; expected pictures "
@@ -262,6 +263,77 @@ class Folder:
 
     def _repr_html_(self) -> str:
         return html_template("folder.html.j2").render(folder=self, counts=Counter(s.label for s in self.samples))
+
+# %% ../../nbs/01_folders.ipynb #667fcd88
+def _region(note: Mapping[str, Any], height: int, width: int) -> np.ndarray:
+    """Where an annotation of COCO's is, bool (height, width). Raises anything if it does not say so."""
+    told, most = note["segmentation"], 2 * max(height, width)
+    if isinstance(told, list):
+        if not told or not all(len(p) >= 6 and len(p) % 2 == 0 and all(abs(v) <= most for v in p) for p in told):
+            raise ValueError(f"the polygon of annotation {note.get('id')} is empty or odd; expected x, y, x, y, …")
+        shapes: Any = [[*map(float, p)] for p in told]
+        return np.asarray(coco.decode(coco.frPyObjects(shapes, height, width)).any(2))
+    code: Any = told["counts"]
+    code = code.encode() if isinstance(code, str) else coco.frPyObjects(told, height, width)["counts"]
+    mask, size = np.asfortranarray(coco.decode({"size": [height, width], "counts": code})), told["size"]
+    if list(size) != [height, width] or coco.encode(mask)["counts"] != code:  # one too short leaves the rest to chance
+        raise ValueError(f"the code of annotation {note.get('id')} is not one of {height} × {width} pixels")
+    return mask.astype(bool)
+
+def _annotated(folder: Folder, content: Any, sizes: Mapping[Path, tuple[int, int]]) -> tuple[list[Any], str]:
+    """Coded masks in the folder's order, and a line on what they are made of. Raises anything for what is no COCO."""
+    plain = lambda name: unicodedata.normalize("NFC", name).lower().replace("_", " ").replace("-", " ")
+    images, kinds = {i["id"]: i for i in content["images"]}, {k["id"]: plain(k["name"]) for k in content["categories"]}
+    if len(images) < len(content["images"]) or len(kinds) < len(content["categories"]):
+        raise ValueError("two of its images, or of its categories, have the same id")
+    notes, where, twins = defaultdict(list), defaultdict(set), Counter(Path(name).name for name in folder.names)
+    for note in content["annotations"]:
+        if note["image_id"] not in images or note["category_id"] not in kinds:
+            raise ValueError(f"annotation {note.get('id')} is of an image or a category that it does not list")
+        notes[note["image_id"]].append(note)
+    for number, image in images.items():
+        path = PurePosixPath(image["file_name"].replace("\\", "/"))
+        where[str(path)].add(number)
+        where["/" * (twins[path.name] == 1) + path.name].add(number)  # a file name that no two pictures have
+    found = {name: [*(where.get(name) or where.get(f"/{Path(name).name}", ()))] for name in folder.names}
+    if lost := [name for name, numbers in found.items() if len(numbers) != 1]:
+        raise ValueError(f"it misses {len(lost)} of {len(found)} pictures, or has them twice, first {lost[0]}")
+    names = {label: plain(folder.classes[label]) for label in folder.labels}
+    strange = [folder.classes[label] for label, name in names.items() if name not in kinds.values()]
+    if 0 < len(strange) < len(names):
+        raise ValueError(f"it has no category {strange[0]!r}, but others that are called like classes")
+    masks, used, there = [], 0, 0
+    for sample, (name, (number,)) in zip(folder.samples, found.items(), strict=True):
+        size = sizes.get(sample.path) or open_image(sample.path).size
+        if (said := (images[number]["width"], images[number]["height"])) != size:
+            raise ValueError(f"{name} is {size[0]} × {size[1]} pixels; it says {said[0]} × {said[1]}")
+        own = lambda n, name=names[sample.label]: not n.get("iscrowd") if strange else kinds[n["category_id"]] == name
+        regions = [_region(note, size[1], size[0]) for note in notes[number] if own(note)]
+        masks.append(coco.encode(np.asfortranarray(np.any([np.zeros(size[::-1]), *regions], 0), dtype=np.uint8)))
+        used, there = used + len(regions), there + len(notes[number])
+    rule = "all but crowds, as no category is called like a class" if strange else "those of the picture's class"
+    return masks, f"{used} of {there} annotations of {len(masks)} pictures, {rule}"
+
+def coco_masks(folder: Folder, file: str | Path, out: str | Path | None, sizes: Mapping[Path, tuple[int,
+                                                                                                    int]]) -> Folder:
+    """The folder with the object masks of a COCO file of instances, written as `out/<class>/<picture>.png`.
+
+    sizes: (width, height) of pictures, as far as known. Raises ValueError, with the file's name, if it has not all
+    pictures, in their sizes, or is no such file; OSError if a mask cannot be written.
+    """
+    content = read_json(file)
+    try:
+        masks, line = _annotated(folder, content, sizes)
+    except (Exception, RecursionError) as error:  # a foreign file can make its reader fail in any way
+        why = _first_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}, {_first_line(error)}"
+        raise ValueError(f"{file} is no COCO file with the instances in {folder.root}: {why}") from error
+    if out is None:
+        raise ValueError(f"{file} is a file; expected a folder `out` to write its masks to")
+    done = folder.with_masks(object=out)
+    for sample, mask in zip(done.samples, masks, strict=True):
+        with written(sample.object or "", flush=False) as png:
+            Image.fromarray(coco.decode(mask) * np.uint8(255)).save(png, format="png")
+    return replace(done, masks_read=(*done.masks_read, f"{Path(file).name}, {line}"))
 
 # %% ../../nbs/01_folders.ipynb #767abf66
 def class_folders(root: str | Path, classes: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -293,7 +365,8 @@ def list_folder(root: str | Path, classes: Sequence[str] | None = None) -> Folde
     Raises ValueError as `class_folders`, and for a class folder without a picture.
     """
     root, names = Path(root), class_folders(root, classes)
-    samples, set_aside = [], []
+    loose, samples = find_pictures(root, deep=False)[0], []
+    set_aside = [f"{printable_path(path.name)}: beside the class folders" for path in loose]
     for label, name in enumerate(names):
         if (root / name).is_dir():
             pictures, left_out = find_pictures(root / name)
@@ -306,11 +379,13 @@ def list_folder(root: str | Path, classes: Sequence[str] | None = None) -> Folde
 TOO_MANY = 0.2  # a share of masks that are empty, or full, from which on something is wrong with all of them
 
 def scan(root: str | Path, masks: str | Path | None = None, objects: str | Path | None = None,
-         classes: Sequence[str] | None = None, progress: bool = False, allow_empty: bool = False) -> Folder:
+         classes: Sequence[str] | None = None, progress: bool = False, allow_empty: bool = False,
+         out: str | Path | None = None) -> Folder:
     """Read an image folder, with concept masks and object masks if their folders are given; opens every file once.
 
-    allow_empty: take masks as they are, even if many of them are empty, full or look inverted. Raises ValueError for
-    them otherwise, for a missing or empty class, a missing mask, a mask of another size and an unknown class.
+    objects may be a COCO file, whose masks are then written below `out`. allow_empty: take masks as they are, even if
+    many are empty, full or look inverted. Raises ValueError for them otherwise, for a missing or empty class, a missing
+    mask, a mask of another size, an unknown class, and as `coco_masks`.
     """
     folder, sizes, torn = list_folder(root, classes), {}, []
     for sample in tqdm(folder.samples, desc="reading", disable=not progress):
@@ -324,6 +399,8 @@ def scan(root: str | Path, masks: str | Path | None = None, objects: str | Path 
     for label in set(folder.labels) - set(left.labels):
         raise ValueError(f"class folder {folder.root / folder.classes[label]} has no readable picture: "
                          f"{len(folder.only([label]))} could not be read; expected at least one")
+    if objects is not None and Path(objects).is_file():
+        left, objects = coco_masks(left, objects, out, sizes), out
     left = left.with_masks(masks, objects)
     for kind, place in (("mask", masks), ("object", objects)):
         if place is not None:

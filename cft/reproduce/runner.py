@@ -148,6 +148,8 @@ def _snakemake(root: Path, arguments: Sequence[str], local: bool) -> None:
     from snakemake.cli import args_to_api, parse_args
 
     words = ["--snakefile", str(ASSETS / "Snakefile"), "--directory", str(root), "--keep-going", "--nolock", *arguments]
+    if not os.access(Path.home(), os.W_OK):  # as in many a container: Snakemake would end without a word
+        os.environ.setdefault("XDG_CACHE_HOME", str(root / ".snakemake/cache"))
     for own in ("--profile", "--workflow-profile"):  # those of a cluster or of another project are not for us
         words += [] if any(word.partition("=")[0] == own for word in words) else [own, "none"]
     here = os.getcwd()

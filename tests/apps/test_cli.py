@@ -26,12 +26,12 @@ from cft.apps.cli import app, main
 from cft.concepts.filters import ConceptSet, Similarity
 from cft.concepts.grounding import WEIGHTS
 from cft.concepts.language import ANSWERS, Sampling
-from cft.concepts.store import MaskStore
+from cft.concepts.store import MaskStore, encode_mask
 from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, scan
 from cft.data.models import TINY, base_model, save_model
 from cft.data.testsets import CARDS, miniature, open_set
-from cft.files import ASSETS
+from cft.files import ASSETS, write_json
 from cft.reproduce.paper import artefact
 from cft.reproduce.runner import Reproduction
 from cft.train.objectives import RECIPES
@@ -538,6 +538,36 @@ def test_audit_without_masks_says_what_is_missing(drawn, capsys):
     said = capsys.readouterr().out
     assert "Audit of 48 pictures: cannot tell" in said and said.count("not measured: ") == 1
     assert "gap" not in said and "nan" not in said
+
+
+def test_objects_of_a_coco_file_are_those_of_a_folder(drawn, tmp_path, capsys):
+    train, objects, file = drawn / "images/train", drawn / "objects/train", tmp_path / "coco.json"
+    folder = scan(train, objects=objects)
+    code = lambda s: {"size": [64, 64], "counts": encode_mask(np.asarray(Image.open(s.object)) > 0)}
+    numbered = list(enumerate(folder.samples))
+    write_json(file, {
+        "images": [{"id": k, "file_name": s.path.name, "height": 64, "width": 64} for k, s in numbered],
+        "categories": [{"id": k, "name": name.title()} for k, name in enumerate(folder.classes)],
+        "annotations": [{"id": k, "image_id": k, "category_id": s.label, "segmentation": code(s)}
+                        for k, s in numbered]})
+    written, said = {}, {}
+    for given in (objects, file):
+        out = tmp_path / given.stem
+        fit = ("--masks", drawn / "masks/train", "--method", "cft+", "--epochs", 1, "--out", out / "run")
+        for words in (("audit", train, "--out", out / "a.json"), ("evaluate", train, "--out", out / "t.csv"),
+                      ("fit", train, *fit)):
+            assert run(*words, *START, "--objects", given) == 0
+        written[given] = [(out / "t.csv").read_text(), json.loads((out / "a.json").read_text())["numbers"],
+                          (out / "run/model.safetensors").read_bytes()[-10_000:]]
+        said[given] = capsys.readouterr().out
+    assert written[file] == written[objects] and "mean_iou" in written[file][0]
+    assert said[file].count("coco.json, 18 of 18 annotations of 18 pictures, those of the picture's class") == 3
+    assert len(list((tmp_path / "coco/run/objects").rglob("*.png"))) == 18 and "coco.json" not in said[objects]
+    file.write_text("[]")
+    for command in (("audit",), ("evaluate",), ("fit", "--masks", drawn / "masks/train", "--out", tmp_path / "r")):
+        assert run(command[0], train, *command[1:], *START, "--objects", file) == 2
+        assert "coco.json is no COCO file with the instances in" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
 
 
 def test_audit_on_found_objects(drawn, tmp_path, capsys):

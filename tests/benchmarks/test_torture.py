@@ -104,3 +104,15 @@ def test_a_sample_is_answered_well(tmp_path):
     subprocess.run([sys.executable, torture.__file__, *words], check=True, stdout=subprocess.DEVNULL)
     total = pd.read_csv(tmp_path / "table.csv").set_index("kind").loc["all"]
     assert total["tried"] >= 6 and not total[["traceback", "silent", "hang"]].any(), (tmp_path / "bad.txt").read_text()
+
+
+def test_the_readme_says_what_was_counted():
+    table = pd.read_csv(torture.ROOT / "figures/reliability.csv").set_index("kind").drop(index="all")
+    told = " ".join((torture.ROOT / "README.md").read_text(encoding="utf-8").split())
+    kills, pairs = table[table.index.str.startswith("kills")], table.loc["two at once"]
+    rest = table.drop(index=[*kills.index, "disks", "two at once"])
+    assert f"{kills['good'].sum()} kills lost nothing" in told and (kills["tried"] == kills["good"]).all()
+    assert (f"of {rest['tried'].sum()} spoiled inputs, {rest['good'].sum()} were read right or refused in one sentence "
+            f"and {rest['unclear'].sum()} refused unclearly, with no traceback") in told
+    assert f"{table.loc['disks', 'good']} full or read-only disks and {pairs['good']} pairs of processes" in told
+    assert not table[["traceback", "silent", "hang"]].to_numpy().any()

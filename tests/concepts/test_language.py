@@ -388,6 +388,9 @@ def test_what_stays_unusable_is_reported_recorded_and_asked_for_next_time(serve,
     server = serve(lambda *_: (200, chat(None, refusal="I cannot.")))
     queries = questions(BIRDS[:1], ONE, ["around"])
     assert go(server, record, queries)[0] == Answer(queries[0], "I cannot.", "refused") and len(server.seen) == 3
+    assert not caplog.text, "where none can be used, whoever asked says so"
+    both = questions(BIRDS[1:2], ONE, ["around"]) + queries
+    go(serve([(200, chat()), *3 * [(200, chat(None, refusal="I cannot."))]]), record, both)
     assert "class 'n0', around, sample 0: no usable answer, the last was refused" in caplog.text
     assert ask(queries, Record(record.path), replay=True)[0].status == "refused"
     assert go(serve([]), Record(record.path), queries)[0].status == "ok"

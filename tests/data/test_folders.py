@@ -1,5 +1,6 @@
 """Reading folders: strange files, strict masks, joint transforms, filled objects."""
 import io
+import itertools
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image, ImageFilter
+from pycocotools import mask as mask_tools
 
 from cft.data.folders import (
     EXTENSIONS,
@@ -18,6 +20,7 @@ from cft.data.folders import (
     Sample,
     UnreadableImage,
     class_folders,
+    coco_masks,
     find_pictures,
     list_folder,
     open_image,
@@ -28,6 +31,9 @@ from cft.data.folders import (
     swap_background,
     without_object,
 )
+from cft.files import write_json
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
 
 
 def picture(seed=0, size=(20, 12)):
@@ -219,6 +225,8 @@ def test_listing_is_reading_without_opening(folder):
     (folder / "i/readme.txt").touch()
     assert list_folder(folder / "i").classes == ("ant", "bee")
     assert list_folder(folder / "i", ["cow", "bee", "ant"]).labels == [1, 2]
+    picture().save(folder / "i/loose.png")
+    assert list_folder(folder / "i").set_aside[0] == "loose.png: beside the class folders"
     for file in (folder / "i/bee").iterdir():
         file.rename(file.with_name(f".{file.name}"))
     with pytest.raises(ValueError, match="bee has no picture; expected at least one"):
@@ -462,3 +470,113 @@ def test_class_names_that_lead_elsewhere_or_are_there_twice(names, words, tmp_pa
     (tmp_path / "a").mkdir()
     with pytest.raises(ValueError, match=words):
         class_folders(tmp_path, names)
+
+
+# ---------------------------------------------------------------- COCO
+
+
+def coco_album(root, width=40, height=30):
+    """Two classes of pictures, root/i, and the content of a COCO file in which every way to say a region occurs."""
+    for name in ("polar_bear", "cat"):
+        (root / "i" / name).mkdir(parents=True)
+        for k in range(2):
+            picture(k, (width, height)).save(root / f"i/{name}/{name}{k}.jpg")
+    square = np.zeros((height, width), np.uint8)
+    square[5:15, 10:30] = 1
+    code = mask_tools.encode(np.asfortranarray(square))
+    runs = [len(list(run)) for _, run in itertools.groupby(square.ravel(order="F"))]
+    size = [height, width]
+    said = [[[10, 5, 30, 5, 30, 15, 10, 15]], {"size": size, "counts": runs},
+            {"size": size, "counts": code["counts"].decode()},
+            [[10, 5, 20, 5, 20, 15, 10, 15], [20, 5, 30, 5, 30, 15, 20, 15]]]
+    files = ["polar_bear/polar_bear0.jpg", "polar_bear1.jpg", "train\\cat0.jpg", "i/cat/cat1.jpg"]
+    everything = {"size": size, "counts": [0, width * height]}
+    content = {
+        "images": [{"id": k, "file_name": name, "width": width, "height": height} for k, name in enumerate(files)],
+        "categories": [{"id": 1, "name": "Polar bear"}, {"id": 2, "name": "cat"}, {"id": 3, "name": "dog"}],
+        "annotations": [{"id": 10 + k, "image_id": k, "category_id": 1 + k // 2, "segmentation": one, "iscrowd": 0}
+                        for k, one in enumerate(said)]
+        + [{"id": 20, "image_id": 0, "category_id": 3, "segmentation": everything, "iscrowd": 1}]}
+    return content, square.astype(bool)
+
+
+def test_a_coco_file_becomes_masks(tmp_path):
+    content, square = coco_album(tmp_path)
+    write_json(file := tmp_path / "a.json", content)
+    found = scan(tmp_path / "i", objects=file, out=tmp_path / "o")
+    assert [s.object for s in found.samples] == [tmp_path / "o" / Path(n).with_suffix(".png") for n in found.names]
+    assert all((read_mask(s.object)[0] == square).all() for s in found.samples)
+    assert found.masks_read == ("a.json, 4 of 5 annotations of 4 pictures, those of the picture's class",
+                                "object masks: 4 of two values")
+    for kind in content["categories"]:
+        kind["name"] = f"no {kind['name']}"
+    write_json(file, content)
+    found = coco_masks(list_folder(tmp_path / "i"), file, tmp_path / "p", {})
+    assert all((read_mask(s.object)[0] == square).all() for s in found.samples), "but for the crowd"
+    assert found.masks_read == ("a.json, 4 of 5 annotations of 4 pictures, all but crowds, as no category is called "
+                                "like a class",)
+    content["annotations"] = content["annotations"][1:]
+    write_json(file, content)
+    with pytest.raises(ValueError, match=f"1 of 4 object masks in {tmp_path}/q are empty, first polar_bear/polar_b"):
+        scan(tmp_path / "i", objects=file, out=tmp_path / "q")
+    with pytest.raises(ValueError, match="a.json is a file; expected a folder `out`"):
+        scan(tmp_path / "i", objects=file)
+
+
+def changed(place, **fields):
+    """A change of the entry `place`, such as images/0, of a COCO file."""
+    part, number = place.split("/")
+    return lambda content: content[part][int(number)].update(fields)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (changed("images/1", width=41), "polar_bear1.jpg is 40 × 30 pixels; it says 41 × 30"),
+    (changed("images/1", file_name="x.jpg"), "misses 1 of 4 pictures, or has them twice, first polar_bear/polar_bear1"),
+    (changed("images/1", file_name="x/cat0.jpg"), "misses 2 of 4 pictures, or has them twice"),
+    (changed("images/1", id=0), "two of its images, or of its categories, have the same id"),
+    (changed("categories/1", id=1), "two of its images, or of its categories, have the same id"),
+    (changed("categories/1", name="lynx"), "no category 'cat', but others"),
+    (changed("annotations/1", image_id=99), "annotation 11 is of an image or a category that it does not list"),
+    (changed("annotations/1", category_id=99), "annotation 11 is of an image or a category that it does not list"),
+    *((changed("annotations/1", segmentation=odd), "polygon of annotation 11 is empty or odd") for odd in (
+        [], [[]], [[1, 1, 5, 5]], [[1, 1, 5, 1, 5, 5, 7]], [[1, 1, 5, 1, 5, float("nan")]], [[1, 1, 5, 1, 5, 1e9]])),
+    *((changed("annotations/1", segmentation={"size": size, "counts": counts}), "annotation 11 is not one of 30 × 40")
+      for size, counts in (([30, 40], [5, 5]), ([30, 40], "55"), ([30, 40], ""), ([40, 30], [1100, 100]))),
+    (changed("annotations/1", segmentation={"size": [30, 40], "counts": "hello world!~~"}), "Invalid RLE"),
+    (changed("annotations/1", segmentation={"size": [30, 40]}), "KeyError, 'counts'"),
+    (changed("annotations/1", segmentation=None), "TypeError"),
+    (changed("annotations/1", segmentation=[["a"] * 6]), "TypeError"),
+    (lambda content: content.pop("images"), "no COCO file .*: KeyError, 'images'"),
+    (lambda content: content.update(images=7), "no COCO file .*: TypeError")])
+def test_a_coco_file_that_cannot_be_meant_is_refused_by_name(change, words, tmp_path):
+    content, _ = coco_album(tmp_path)
+    change(content)
+    write_json(tmp_path / "a.json", content)
+    with pytest.raises(ValueError, match=words) as error:
+        scan(tmp_path / "i", objects=tmp_path / "a.json", out=tmp_path / "o")
+    assert str(error.value).startswith(f"{tmp_path}/a.json ") and "\n" not in str(error.value)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "is no sound JSON"), ("[" * 10**5, "is no sound JSON"),
+                                             ('[{"image_id": 1, "score": 0.9}]', "is no COCO file .*: TypeError"),
+                                             ("7", "is no COCO file"), ("\x89PNG", "is no COCO file|no sound JSON")])
+def test_files_that_are_no_annotations_are_refused_by_name(folder, text, words):
+    (folder / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=f"a.json {words}"):
+        scan(folder / "i", objects=folder / "a.json", out=folder / "o")
+
+
+def test_a_file_name_that_two_pictures_have_stands_for_neither(folder):
+    images = [{"id": k, "file_name": f"{k}.jpg", "width": 20, "height": 12} for k in range(3)]
+    content = {"images": images, "categories": [], "annotations": []}
+    write_json(folder / "a.json", content)
+    with pytest.raises(ValueError, match="misses 6 of 6 pictures, or has them twice, first ant/0.jpg"):
+        scan(folder / "i", objects=folder / "a.json", out=folder / "o")
+
+
+def test_twins_share_no_mask_where_no_mask_is_asked_for(folder):
+    picture().save(folder / "i/ant/0.png")
+    assert len(scan(folder / "i")) == 7
+    with pytest.raises(ValueError, match="would share one mask"):
+        scan(folder / "i", folder / "m")

@@ -636,6 +636,22 @@ def test_hub_errors(table):
             hub_set(source, **options)
 
 
+def test_a_row_without_a_picture_is_named(own):
+    import datasets
+
+    plain = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    good = {"bytes": None, "path": str(next(own.rglob("*.jpg")))}
+    rows = {"image": [good, {"bytes": None, "path": None}, None, {"bytes": None, "path": "/gone/x.png"}],
+            "label": [0, 1, 1, 1]}
+    features = datasets.Features({"image": plain, "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict(rows, features).cast_column("image", datasets.Image())
+    found = hub_set(table, ["a", "b"], key="mine")
+    assert found[0][0].mode == "RGB"
+    for row, words in ((1, "has no picture; expected bytes"), (2, "has no picture"), (3, "/gone/x.png: No such")):
+        with pytest.raises(UnreadableImage, match=f"mine: row 0000000{row}:? {words}"):
+            found[row]
+
+
 # --- extras are extras
 
 @pytest.mark.parametrize("module,call", [

@@ -274,6 +274,15 @@ def test_few_pictures_are_not_cleared(tmp_path):
     assert found.numbers.query("metric == 'gap'").value.eq(0).all() and set(found.table().verdict) == {UNKNOWN}
 
 
+def test_no_verdict_on_a_network_that_guesses(world):
+    network = base_model(0)
+    torch.manual_seed(0)
+    nn.init.normal_(network.head.weight)  # as before any training
+    found = audit(network, world, progress=False)
+    assert "guessing gives 8.3 %" in found.doubt and set(found.verdicts().values()) == {UNKNOWN}
+    assert found.unmeasured[0] == f"a verdict: {found.doubt}" and "leans" not in repr(found)
+
+
 def test_the_base_leans_and_its_pictures_can_be_seen(world):
     found = audit(base_model(0), world, progress=False)
     assert found.verdict == LEANS and found.unmeasured == () and "leans on the background" in repr(found)

@@ -311,6 +311,12 @@ def test_waterbirds_of_another_kind(copy, column, value):
         loose("waterbirds", home)
 
 
+def test_waterbirds_as_wilds_unpacks_it(copy):
+    home = copy("waterbirds")
+    found = loose("waterbirds", home).ids
+    assert loose("waterbirds", home.rename(home.with_name("waterbirds_v1.0")).parent).ids == found
+
+
 @pytest.fixture
 def table(tmp_path):
     for name in "abcd":

@@ -440,6 +440,9 @@ def test_snakemake_runs_what_we_mean(tmp_path, monkeypatch, where):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "config.yaml").write_text("dry-run: true\n")
     monkeypatch.setenv("SNAKEMAKE_PROFILE", str(tmp_path / "mine"))
+    monkeypatch.setenv("HOME", "/proc/nobody")  # which nobody can write to
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.chdir(tmp_path)
     root, work = open_work("smoke", ("table8",), out=tmp_path / where)
     runner._write_plan(root, work, {"a": runner.Job((), (), False)})
