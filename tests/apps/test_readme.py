@@ -1,0 +1,73 @@
+"""The commands of the README, in their order, on a biased model: the gap between own and foreign backgrounds falls."""
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cft.apps.cli import main
+from cft.concepts.language import ANSWERS
+from cft.data import backdrop
+from cft.data.folders import scan
+from cft.data.models import TINY, base_model, load_model
+from cft.evaluate.audit import audit
+from cft.files import ASSETS
+
+TEXT = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+BLOCKS = [block for block in re.findall(r"```\n(.*?)```", TEXT.partition("## Use it")[2].partition("## Reproduce")[0], re.S)]
+NEEDED = {  # what stands for a person, a key and a detector, and what shortens
+    "audit": ["--threads", "1"], "repair": ["--yes", "--methods", "dfr-like", "--epochs", "4", "--threads", "1"],
+    "concepts": ["--record", ANSWERS, "--model", "cft-recorded", "--replay", "--spelling"],
+    "masks": ["--grounder", "toy", "--threads", "1"], "fit": ["--epochs", "6", "--threads", "1"]}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder as the README has it; pictures that no command sees, to measure on."""
+    backdrop.write(tmp_path / "w", {"train": 9}, seed=11)
+    backdrop.write(tmp_path / "fresh", {"val": 12}, seed=12)
+    shutil.copy(ASSETS / "base_3.safetensors", tmp_path / "YOURS.safetensors")
+    (tmp_path / "w/images/train").rename(tmp_path / "PICTURES")
+    (tmp_path / "w/objects/train").rename(tmp_path / "OBJECTS")
+    (tmp_path / "fresh/images/val").rename(tmp_path / "TEST_PICTURES")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def follow(block):
+    """Run the commands of a block; only the network's name is another one."""
+    for line in block.replace("vit_base_patch16_224", TINY).splitlines():
+        words = shlex.split(line.partition("#")[0])
+        if words[:1] == ["cft"]:
+            start = shlex.split(re.search(r'MODEL="(.*)"', TEXT)[1].replace("vit_base_patch16_224", TINY))
+            words = [w for word in words[1:] for w in (start if word == "$MODEL" else [word])]
+            with pytest.raises(SystemExit) as end:
+                main([*words, *map(str, NEEDED.get(words[0], []))])
+            assert end.value.code == 0, line
+
+
+def gap(place, model):
+    """Own minus foreign backgrounds, in points, on the fresh pictures with their true objects."""
+    folder = scan(place / "TEST_PICTURES", None, place / "fresh/objects/val", list(backdrop.CLASSES))
+    numbers = audit(model, folder, progress=False).numbers
+    return numbers[(numbers["split"] == "all") & (numbers["metric"] == "gap")]["value"].item()
+
+
+@pytest.mark.slow
+def test_the_one_command(place):
+    follow(BLOCKS[0])
+    told = json.loads((place / "repaired/repair.json").read_text())
+    assert told["repaired"] and {p.name for p in (place / "repaired").iterdir()} > {"report.html", "timm", "trials.csv"}
+    repaired, _ = load_model(TINY, place / "repaired/model.safetensors")
+    assert gap(place, repaired) < gap(place, base_model(3)) - 5
+
+
+@pytest.mark.slow
+def test_step_by_step(place):
+    follow(BLOCKS[1])
+    repaired, _ = load_model(TINY, place / "run/model.safetensors")
+    assert gap(place, repaired) < gap(place, base_model(3)) - 5
+    assert "the sky" not in {c["text"] for c in json.loads((place / "kept.json").read_text())["concepts"]}
+    assert (place / "exported/config.json").is_file() and (place / "exported/model.onnx").is_file()
