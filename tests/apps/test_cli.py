@@ -416,6 +416,10 @@ def test_from_class_names_to_a_repaired_model(drawn, tmp_path, capsys):
     judging = ("validate", store, "--concepts", concepts, "--out", kept_file, "--audit", table)
     capsys.readouterr()
     assert run(*judging, "--dry-run") == 0 and "15 pictures, " in said() and not kept_file.exists()
+    ConceptSet(ConceptSet.load(concepts).classes, ()).save(tmp_path / "none.json")
+    assert run(*(tmp_path / "none.json" if word == concepts else word for word in judging)) == 2
+    assert "none.json is not the concept set that" in capsys.readouterr().err
+    assert not kept_file.exists()
     assert run(*judging) == 0
     kept, audit = ConceptSet.load(kept_file), pd.read_csv(table)
     assert 0 < len(kept.pairs()) == audit["accepted"].sum() < len(found.pairs())
@@ -538,6 +542,16 @@ def test_audit_without_masks_says_what_is_missing(drawn, capsys):
     said = capsys.readouterr().out
     assert "Audit of 48 pictures: cannot tell" in said and said.count("not measured: ") == 1
     assert "gap" not in said and "nan" not in said
+
+
+def test_fit_refuses_a_network_without_relevance_before_it_reads_pictures(album, tmp_path, capsys):
+    save_model(tmp_path / "m.safetensors", timm.create_model("mobilenetv3_small_050", num_classes=3))
+    words = ("fit", album / "photos", "--model", "mobilenetv3_small_050", "--weights", tmp_path / "m.safetensors",
+             "--masks", album / "masks", "--out", tmp_path / "run")
+    assert run(*words) == 2 and not (tmp_path / "run").exists()
+    said = capsys.readouterr()
+    assert "through relevance, which mobilenetv3_small_050 has not: the model is a MobileNetV3" in said.err
+    assert "pictures" not in said.out
 
 
 def test_objects_of_a_coco_file_are_those_of_a_folder(drawn, tmp_path, capsys):
