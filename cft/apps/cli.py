@@ -39,10 +39,11 @@ LANGUAGE_MODEL = "gpt-4o-mini"
 ORDER = """
 Concept-Guided Fine-Tuning: repair a vision transformer through its own relevance map.
 
-In the order of use, on pictures in PICTURES/<class>/*.jpg and a checkpoint for a model of timm:
+On pictures in PICTURES/<class>/*.jpg and a checkpoint for a model of timm, all at once, and then step by step:
 
 \b
    MODEL="--model vit_base_patch16_224 --weights start.safetensors"
+     cft repair PICTURES $MODEL --out repaired
 0  A backbone without classes? Give it a head.
      cft probe PICTURES --model NAME --weights backbone.pth --out start.safetensors
 1  Does it lean on the background, and for which classes?
@@ -54,7 +55,7 @@ In the order of use, on pictures in PICTURES/<class>/*.jpg and a checkpoint for 
 4  Keep the concepts that are really there.
      cft validate store --concepts concepts.json --out kept.json
 5  Repair: fine-tune so that relevance lies on the concepts.
-     cft fit PICTURES $MODEL --masks store --concepts kept.json --out run
+     cft fit PICTURES $MODEL --masks store --concepts kept.json --method cft+ --rate auto --out run
 6  Measure, before and after.
      cft evaluate TEST --model vit_base_patch16_224 --weights run/model.safetensors
 7  Audit again, before against after, and send the report.

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_HELD', 'DECADES', 'RUNS', 'SHARES', 'HEAD', 'SEARCHES', 'FIRST_CHOICE', 'Heaps', 'deal_out', 'HeldIn',
-           'Candidate', 'Ground', 'nearer', 'Search', 'best_of', 'searches_for', 'Repaired', 'search_rate', 'usable',
-           'repair', 'find_objects', 'find_concepts', 'with_found_objects', 'draw_trials']
+           'Candidate', 'Ground', 'nearer', 'RateSearch', 'best_of', 'searches_for', 'Repaired', 'search_rate',
+           'usable', 'repair', 'find_objects', 'find_concepts', 'with_found_objects', 'draw_trials']
 
 # %% ../../nbs/appendix/14_repair.ipynb #1e09aad4
 import copy
@@ -146,7 +146,7 @@ def nearer(original: nn.Module, tuned: nn.Module, share: float) -> nn.Module:
     averaged(original, model, share)
     return model
 
-class Search:
+class RateSearch:
     """Rates and shares of a recipe."""
     def __init__(self, recipe: Recipe):
         self.recipe = replace(recipe, average=1.0, best=False)
@@ -186,7 +186,7 @@ class Search:
                     break  # where the whole way changes nothing, a part of it will not
             tick()
 
-def best_of(search: Search, ground: Ground, name: str, progress: bool = True) -> Candidate:
+def best_of(search: RateSearch, ground: Ground, name: str, progress: bool = True) -> Candidate:
     """The best candidate of one search, for who has chosen a method. Raises ValueError if none is eligible."""
     best = None
     with tqdm(total=RUNS, desc="trying rates", unit="run", disable=not progress) as bar:
@@ -197,10 +197,11 @@ def best_of(search: Search, ground: Ground, name: str, progress: bool = True) ->
                          "another method")
     return best
 
-SEARCHES: dict[str, Search] = {name: Search(RECIPES[name]) for name in ("cft+", "rrda", "dfr-like", "cft", "plain")}
+SEARCHES: dict[str,
+               RateSearch] = {name: RateSearch(RECIPES[name]) for name in ("cft+", "rrda", "dfr-like", "cft", "plain")}
 FIRST_CHOICE = ("cft+", "rrda", "dfr-like")
 
-def searches_for(folder: Folder, methods: Sequence[str]) -> dict[str, Search]:
+def searches_for(folder: Folder, methods: Sequence[str]) -> dict[str, RateSearch]:
     """The searches of some methods that the masks of a folder allow; with object masks only, they guide the relevance.
 
     Raises ValueError for a name that is not in SEARCHES, and if nothing is left.
@@ -212,7 +213,7 @@ def searches_for(folder: Folder, methods: Sequence[str]) -> dict[str, Search]:
     for name, search in found.items():
         objective = search.recipe.objective
         if "mask" not in there and isinstance(objective, Align):
-            found[name] = Search(replace(search.recipe, objective=replace(objective, guide="object")))
+            found[name] = RateSearch(replace(search.recipe, objective=replace(objective, guide="object")))
     found = {name: search for name, search in found.items() if search.needs <= there}
     if not found:
         raise ValueError(f"the masks of {folder.root} allow none of {', '.join(methods)}; give object masks")
@@ -294,7 +295,7 @@ def search_rate(model: nn.Module, images: MaskedImages, others: Folder, recipe: 
     held, tuned = HeldIn(MaskedImages(rest, images.preprocess), recipe.seed), tuple(images.folder.labels)
     ground = Ground(model, images, held, held.scores(model, tuned), tuned, place, recipe.epochs, recipe.batch,
                     recipe.seed, allowed_loss)
-    return best_of(Search(recipe), ground, "rate", progress)
+    return best_of(RateSearch(recipe), ground, "rate", progress)
 
 def usable(folder: Folder, progress: bool = False) -> Folder:
     """The pictures whose object covers 1 to 80 % of what the model sees of them, not counted otherwise."""
@@ -351,7 +352,7 @@ def repair(model: nn.Module, folder: Folder, out: str | Path | None = None, *, m
             f"{allowed_loss:g} points at home or on classes that were not trained on", allowed_loss, heaps)
     return _decided(model, best, before, trials, allowed_loss, heaps, seed, batch, progress)
 
-def _plan(ground: Ground, searches: Mapping[str, Search], heaps: Heaps) -> str:
+def _plan(ground: Ground, searches: Mapping[str, RateSearch], heaps: Heaps) -> str:
     seconds = {name: search.seconds(ground) for name, search in searches.items()}
     told = ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
     minutes = sum(seconds.values()) / 60

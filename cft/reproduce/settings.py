@@ -73,6 +73,10 @@ class Settings(BaseModel):
             *PAPER.models.values(), *DEMO.models.values()}
         methods = {PAPER.methods.get(name, name).partition(".")[0] for each in ARTEFACTS for name in each.methods}
         inner = {method for rates in given.values() if field.field_name == "rates" for method in rates}
+        if inner - methods:  # perhaps one of the user's own
+            from cft.train.objectives import RECIPES
+
+            methods |= RECIPES.keys()
         for strange, expected in (({*given} - known, known), (inner - methods, methods)):
             if strange:
                 raise ValueError(f"nothing is called {sorted(strange)[0]!r}; expected {', '.join(sorted(expected))}")

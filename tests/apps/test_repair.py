@@ -12,7 +12,7 @@ from cft.apps import repair as room
 from cft.apps.repair import (
     SEARCHES,
     Candidate,
-    Search,
+    RateSearch,
     deal_out,
     find_concepts,
     find_objects,
@@ -153,7 +153,7 @@ def test_what_is_worse_is_not_handed_out(folder, model, quick, monkeypatch):
     ruined = nearer(model, model, 1.0)
     torch.nn.init.zeros_(ruined.head.weight)
 
-    class Liar(Search):
+    class Liar(RateSearch):
         def __call__(self, ground, name, tick):
             yield Candidate(name, "by lying", 1.0, 1.0, {"home": 100.0, "away": 100.0, "other": np.nan}, ruined)
 
