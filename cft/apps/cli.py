@@ -84,7 +84,8 @@ def _options(version: Version = False) -> None:
 
 # %% ../../nbs/appendix/15_cli.ipynb #4c9e2b70
 @command(app, weights="Checkpoint of a backbone, without classes.", out="Checkpoint to write, .safetensors.")
-def probe(data: Path, model: str, weights: Path, out: Path, batch: int = 32, threads: int = 0) -> None:
+def probe(data: Path, model: str, weights: Path, out: Path, img_size: int | None = None, batch: int = 32,
+          threads: int = 0) -> None:
     """Give a backbone a head, so that it can be audited and repaired.
 
     Logistic regression on its frozen features; the classes are the folders.
@@ -96,7 +97,7 @@ def probe(data: Path, model: str, weights: Path, out: Path, batch: int = 32, thr
     from cft.data.models import fit_probe
 
     use_cores(threads)
-    right = fit_probe(model, weights, cft.scan(data, progress=True), out, batch=batch)
+    right = fit_probe(model, weights, cft.scan(data, progress=True), out, batch=batch, img_size=img_size, progress=True)
     say(f"probe    {right:.1f} % right on every fifth picture, which the head that was tried had not seen",
         f"result   {out}", accuracy=right)
 

@@ -30,6 +30,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from . import backdrop
@@ -214,18 +215,19 @@ def load_model(name: str, weights: str | Path | None = None, num_classes: int | 
     return _noted(model, told, stored.config, stored.source, config), stored.classes
 
 def fit_probe(name: str, weights: str | Path, folder: Folder, out: str | Path, *, penalty: float = 1e-3,
-              batch: int = 32) -> float:
+              batch: int = 32, img_size: int | None = None, progress: bool = False) -> float:
     """Give a backbone a head by logistic regression on its frozen features, and write it with its classes to `out`.
 
-    penalty: of the squared weights, on standardised features. Returns the accuracy, in percent, on every fifth picture
-    of each class, for a head that was fitted to the others; the one that is written is fitted to all.
+    penalty: of the squared weights, on standardised features. img_size: as in `load_model`. Returns the accuracy, in
+    percent, on every fifth picture of each class, for a head that was fitted to the others; the one that is written is
+    fitted to all.
     """
-    model: Any = load_model(name, weights, new_head=len(folder.classes))[0]
+    model: Any = load_model(name, weights, new_head=len(folder.classes), img_size=img_size)[0]
     images, labels = MaskedImages(folder, Preprocess.of(model)), torch.tensor([s.label for s in folder.samples])
+    shown = tqdm(DataLoader(images, batch), desc="features", disable=not progress)
     with torch.inference_mode():
-        parts = [
-            torch.stack([images[i]["image"] for i in part.tolist()]) for part in torch.arange(len(images)).split(batch)]
-        found = torch.cat([model.forward_head(model.forward_features(x), pre_logits=True) for x in parts]).double()
+        features = (model.forward_features(each["image"]) for each in shown)
+        found = torch.cat([model.forward_head(x, pre_logits=True) for x in features]).double()
     mean, scale = found.mean(0), found.std(0).clamp(min=1e-8)
     found = ((found - mean) / scale).clone()
 
