@@ -3,6 +3,8 @@ import json
 import re
 import shlex
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,50 @@ def test_step_by_step(place):
     assert gap(place, repaired) < gap(place, base_model(3)) - 5
     assert "the sky" not in {c["text"] for c in json.loads((place / "kept.json").read_text())["concepts"]}
     assert (place / "exported/config.json").is_file() and (place / "exported/model.onnx").is_file()
+
+
+@pytest.fixture
+def language_model(monkeypatch):
+    """A server on this machine that says the same of every class, its places too; what it was asked is in `seen`."""
+    class Handler(BaseHTTPRequestHandler):
+        seen = []
+
+        def log_message(self, *_):
+            pass
+
+        def do_POST(self):
+            self.seen.append(self.rfile.read(int(self.headers["Content-Length"])))
+            parts = ["wings", "a tail", "round eye", "legs", "fins", "the sky", "water", "wheels", "windows", "petals"]
+            said = json.dumps({"items": parts})
+            data = json.dumps({"choices": [{"message": {"content": said}, "finish_reason": "stop"}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-0123456789")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02, ), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", Handler.seen
+    server.shutdown()
+
+
+@pytest.mark.slow
+def test_the_whole_road_by_a_language_model_and_a_grounder(place, language_model, capsys, monkeypatch):
+    """Concepts are asked for, found, validated and repaired by; the sky is found in every picture, and dropped."""
+    monkeypatch.setattr("cft.apps.repair.SHARES", (1.0, ))
+    url, seen = language_model
+    follow(f"cft repair PICTURES $MODEL --ask m --base-url {url} --grounder toy --out road")
+    said = capsys.readouterr().out
+    assert seen and "found by toy, unchecked" in said and re.search("^(R|Not r)epaired: ", said, re.M)
+    told = json.loads((place / "road/repair.json").read_text())
+    assert told["pictures"]["train"] >= 12 and (place / "road/answers.jsonl").is_file()
+    asked = len(seen)
+    follow(f"cft repair PICTURES $MODEL --ask m --base-url {url} --grounder toy --out road")
+    assert len(seen) == asked, "answers and masks are there"
+    with pytest.raises(SystemExit, match="2"):
+        main(["repair", "PICTURES", "--model", TINY, "--weights", "YOURS.safetensors", "--ask", "m", "--base-url", url,
+              "--grounder", "self", "--yes", "--out", "other"])
+    assert "knows no words; give --grounder" in capsys.readouterr().err
