@@ -131,10 +131,10 @@ def split_list(text: str) -> tuple[str, ...]:
 def repair(data: Path, model: str, weights: Path | None = None, pretrained: bool = False, out: Path = Path("repaired"),
            objects: Path | None = None, masks: Path | None = None, concepts: Path | None = None, ask: str = "",
            base_url: str | None = None, grounder: str = "", grounder_weights: Path | None = None,
-           classes: Path | None = None, methods: str = "cft+,rrda,dfr-like", only: str = "", per_class: int = 10,
-           epochs: int = 20, batch: int = 8, allowed_loss: float = 3.0, seed: int = 0, keep_context: bool = False,
-           allow_empty_masks: bool = False, yes: bool = False, device: str = "auto", threads: int = 0,
-           dry_run: bool = False, **reading: Any) -> None:
+           classes: Path | None = None, methods: str = "swap-consistent,swap-differences,cft+,rrda,dfr-like",
+           only: str = "", per_class: int = 10, epochs: int = 20, batch: int = 8, allowed_loss: float = 3.0,
+           seed: int = 0, keep_context: bool = False, allow_empty_masks: bool = False, yes: bool = False,
+           device: str = "auto", threads: int = 0, dry_run: bool = False, **reading: Any) -> None:
     """Repair a classifier that leans on the background, or hand it back as it is.
 
     Says the plan and its time, and asks once. Nothing is chosen by hand, and nothing worse is handed out: what was
