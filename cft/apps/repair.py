@@ -162,7 +162,7 @@ class RateSearch:
         objective, recipe = self.recipe.objective, self.recipe
         if "mask" not in masks and isinstance(objective, Align):
             recipe = replace(recipe, objective=replace(objective, guide="object"))
-        return RateSearch(recipe) if recipe.objective.needs <= masks else None
+        return type(self)(recipe) if recipe.objective.needs <= masks else None
 
     def seconds(self, ground: Ground) -> float:
         """About how long it takes."""

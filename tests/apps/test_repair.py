@@ -142,7 +142,8 @@ def test_a_repair_holds_where_nothing_was_trained(folder, model, quick, tmp_path
     again = repair(model, folder, tmp_path, methods=("dfr-like", ), epochs=4, progress=False)  # from the runs there
     pd.testing.assert_frame_equal(again.trials, found.trials)
     place = found.save(tmp_path / "result")
-    assert {p.name for p in place.iterdir()} == {"model.safetensors", "trials.csv", "repair.json", "report.html"}
+    assert {p.name for p in place.iterdir()} == {"model.safetensors", "trials.csv", "repair.json", "report.html",
+                                                 "timm"}
     read, classes = load_model("cft_vit_tiny64", place / "model.safetensors")
     assert classes == CLASSES and torch.equal(read.head.weight, found.model.head.weight)
 
@@ -198,7 +199,7 @@ def test_who_does_not_agree_pays_nothing(folder, model, quick, monkeypatch):
     plans = []
     with pytest.raises(PermissionError, match="nothing was trained"):
         repair(model, folder, methods=("rrda", ), progress=False, agree=plans.append)
-    assert "train on 36 pictures of 12 classes, choose by 36, decide by 36; 2 runs a method: rrda" in plans[0]
+    assert "train on 36 pictures of 12 classes, choose by 36, decide by 36; 2 trials a method: rrda" in plans[0]
 
 
 def test_a_model_at_chance_is_not_repaired(folder, model):
