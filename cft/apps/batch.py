@@ -123,7 +123,8 @@ def split_list(text: str) -> tuple[str, ...]:
          ask="Language model to ask for concepts, where there is no --concepts; the price is said first.",
          base_url="A server that speaks OpenAI's protocol, most often …/v1; default: OpenAI.",
          grounder="What finds objects or concepts: self, rembg, detector+segmenter, or toy; default: what is there.",
-         grounder_weights="Folder with the grounder's weights.", methods="What is tried, with commas.",
+         grounder_weights="Folder with the grounder's weights.",
+         methods="What is tried, with commas; default: five, heads in closed form among them.",
          only="Classes to train on, with commas; default: all. All classes are checked.",
          per_class="Pictures of each class to train on, at most a third.", epochs="Passes over them.",
          batch="Pictures a step.", allowed_loss="Points that may be lost on pictures as they are.",
@@ -131,10 +132,10 @@ def split_list(text: str) -> tuple[str, ...]:
 def repair(data: Path, model: str, weights: Path | None = None, pretrained: bool = False, out: Path = Path("repaired"),
            objects: Path | None = None, masks: Path | None = None, concepts: Path | None = None, ask: str = "",
            base_url: str | None = None, grounder: str = "", grounder_weights: Path | None = None,
-           classes: Path | None = None, methods: str = "swap-consistent,swap-differences,cft+,rrda,dfr-like",
-           only: str = "", per_class: int = 10, epochs: int = 20, batch: int = 8, allowed_loss: float = 3.0,
-           seed: int = 0, keep_context: bool = False, allow_empty_masks: bool = False, yes: bool = False,
-           device: str = "auto", threads: int = 0, dry_run: bool = False, **reading: Any) -> None:
+           classes: Path | None = None, methods: str = "", only: str = "", per_class: int = 10, epochs: int = 20,
+           batch: int = 8, allowed_loss: float = 3.0, seed: int = 0, keep_context: bool = False,
+           allow_empty_masks: bool = False, yes: bool = False, device: str = "auto", threads: int = 0,
+           dry_run: bool = False, **reading: Any) -> None:
     """Repair a classifier that leans on the background, or hand it back as it is.
 
     Says the plan and its time, and asks once. Nothing is chosen by hand, and nothing worse is handed out: what was
@@ -145,7 +146,7 @@ def repair(data: Path, model: str, weights: Path | None = None, pretrained: bool
       cft repair PICTURES $MODEL --objects OBJECTS --out repaired
       cft repair PICTURES $MODEL --out repaired
     """
-    from cft.apps.repair import draw_trials
+    from cft.apps.repair import FIRST_CHOICE, draw_trials
     from cft.data.checkpoints import origin_of
     from cft.data.models import inputs_of, output_names
 
@@ -165,9 +166,9 @@ def repair(data: Path, model: str, weights: Path | None = None, pretrained: bool
 
     how: dict[str, Any] = {"per_class": per_class, "epochs": epochs, "batch": batch, "allowed_loss": allowed_loss}
     try:
-        found = cft.repair(network, folder, place, methods=split_list(methods), only=split_list(only) or None,
-                           seed=seed, keep_context=keep_context, guessed=origin.classes if origin.guessed else "",
-                           agree=agree, **how)
+        found = cft.repair(network, folder, place, methods=split_list(methods) or FIRST_CHOICE, only=split_list(only)
+                           or None, seed=seed, keep_context=keep_context,
+                           guessed=origin.classes if origin.guessed else "", agree=agree, **how)
     except PermissionError:
         if dry_run:
             return

@@ -97,16 +97,30 @@ CHOICES = {
     "profile": ("demo", "smoke", "paper")}
 
 CORES, MANY = os.cpu_count() or 1, 10**9
-CHECKS = {  # by a parameter's name, or that of its command: the range of a number, what has to be there, folder or file
+CHECKS = {  # by a parameter's name, or that of its command: the range of a number and words that stand for one,
+    # what has to be there, folder or file
     **dict.fromkeys(("batch", "epochs", "save_every", "pictures", "per_class", "shards", "gpus"), (1, MANY)),
-    **dict.fromkeys(("chunk", "shard", "workers", "seeds", "masks.per_class"), (0, MANY)), "rate": (1e-12, 10),
-    **dict.fromkeys(("threads", "cores"), (0, 4 * CORES)), "max_tokens": (1, MANY), "timeout": (0.001, 10**6),
-    **dict.fromkeys(("occurrence", "coverage"), (0, 1)), "seed": (0, 2**32 - 1),
-    **dict.fromkeys(("data", "validation"), "image folder"), "objects": "object masks",
-    **dict.fromkeys(("weights", "after", "checkpoint"), "checkpoint"), "masks.weights": None, "concepts": "concept set",
-    "export.out": None, "export.audit": "report of an audit",
-    **dict.fromkeys(("masks", "validation_masks"), "masks"), "classes": "class list", "names": "list of titles",
-    "store": "mask store", "allowed_loss": (0, 100), "crop_pct": (0.01, 1.5), "img_size": (8, 8192),
+    **dict.fromkeys(("chunk", "shard", "workers", "seeds", "masks.per_class"), (0, MANY)),
+    "rate": (1e-12, 10, "auto"),
+    **dict.fromkeys(("threads", "cores"), (0, 4 * CORES)),
+    "max_tokens": (1, MANY),
+    "timeout": (0.001, 10**6),
+    **dict.fromkeys(("occurrence", "coverage"), (0, 1)),
+    "seed": (0, 2**32 - 1),
+    **dict.fromkeys(("data", "validation"), "image folder"),
+    "objects": "object masks",
+    **dict.fromkeys(("weights", "after", "checkpoint"), "checkpoint"),
+    "masks.weights": None,
+    "concepts": "concept set",
+    "export.out": None,
+    "export.audit": "report of an audit",
+    **dict.fromkeys(("masks", "validation_masks"), "masks"),
+    "classes": "class list",
+    "names": "list of titles",
+    "store": "mask store",
+    "allowed_loss": (0, 100),
+    "crop_pct": (0.01, 1.5),
+    "img_size": (8, 8192),
     **dict.fromkeys(("out", "audit"), False),
     **dict.fromkeys(("masks.out", "fit.out", "demo.out", "repair.out", "reproduce.out", "publish"), True)}
 
@@ -116,11 +130,11 @@ def _check(command: str, given: Mapping[str, Any]) -> None:
     for name, values in given.items():
         rule, flag = CHECKS.get(f"{command}.{name}", CHECKS.get(name)), f"--{name.replace('_', '-')}"
         for value in values if isinstance(values, list) else [values]:
-            if name == "rate" and value not in ("", "auto"):
+            if isinstance(rule, tuple) and isinstance(value, str) and value not in ("", *(words := rule[2:])):
                 try:
                     value = float(value)
                 except ValueError:
-                    raise ValueError(f"--rate must be a number, or auto; got {value!r}") from None
+                    raise ValueError(f"{flag} must be {', or '.join(('a number', *words))}; got {value!r}") from None
             if isinstance(rule, tuple) and type(value) in (int, float) and not rule[0] <= value <= rule[1]:
                 raise ValueError(f"{flag} must lie between {rule[0]:g} and {rule[1]:g}; got {value}")  # also for NaN
             if isinstance(rule, str) and isinstance(value, Path) and not (sets and name == "data" or value.exists()):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.backdrop import CLASSES
-from ..data.folders import MaskedImages, Preprocess, list_folder, swap_background, without_object
+from ..data.folders import MaskedImages, Preprocess, cut_out, list_folder
 from ..evaluate.metrics import predict
 from ..related.deal import TinyDual
 from ..related.deal_metrics import DualSteps
@@ -46,10 +46,9 @@ def swapped_batches(held_in: Sequence[Mapping[str, Tensor]], seed: int, times: i
 
     held_in: batches with image (batch, 3, height, width), object (batch, height, width) and label.
     """
-    images, objects, labels = (torch.cat([b[key] for b in held_in]) for key in ("image", "object", "label"))
-    contexts, rng = without_object(images, objects), torch.Generator().manual_seed(seed)
-    others = [torch.randperm(len(images), generator=rng) for _ in range(times)]
-    return [(swap_background(images, objects, contexts[other]), labels) for other in others]
+    found, rng = cut_out(held_in), torch.Generator().manual_seed(seed)
+    others = [torch.randperm(len(found.labels), generator=rng) for _ in range(times)]
+    return [(found.before(other), found.labels) for other in others]
 
 def _accuracies(model: nn.Module, sets: Mapping[str, list[tuple[Tensor, Tensor]]]) -> dict[str, float]:
     found = {name: predict(model, pairs) for name, pairs in sets.items()}

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..data.folders import MaskedImages, swap_background, without_object
+from ..data.folders import MaskedImages, cut_out
 
 # %% ../../nbs/17_closed.ipynb #a30093cb
-@torch.inference_mode()
-def penultimate(model: nn.Module, images: Tensor) -> Tensor:
-    """What the last layer of a model of timm sees of images (batch, 3, height, width): float64 (batch, features)."""
+@torch.no_grad()
+def penultimate(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
+    """What the last layer of a model of timm sees of images (images, 3, height, width): float64 (images, features)."""
     known: Any = model
-    return known.forward_head(known.forward_features(images), pre_logits=True).double().cpu()
+    device = next(model.parameters()).device
+    seen = (known.forward_features(part.to(device)) for part in images.split(batch))
+    return torch.cat([known.forward_head(x, pre_logits=True).double().cpu() for x in seen])
 
 def swapped_features(model: nn.Module, images: MaskedImages, times: int = 8, seed: int = 0,
                      batch: int = 32) -> tuple[Tensor, Tensor]:
@@ -28,19 +30,14 @@ def swapped_features(model: nn.Module, images: MaskedImages, times: int = 8, see
 
     images: with object masks, of one picture a class at least. Raises ValueError for fewer than two pictures.
     """
-    found = list(DataLoader(images, batch))
-    labels = torch.cat([b["label"] for b in found])
-    if len(labels) < 2:
-        raise ValueError(f"expected at least two pictures to swap backgrounds between, got {len(labels)}")
-    pictures, objects = (torch.cat([b[name] for b in found]) for name in ("image", "object"))
-    empty, rng = torch.cat([without_object(b["image"], b["object"])
-                            for b in found]), torch.Generator().manual_seed(seed)
-    allowed = (labels[:, None] != labels).double()
+    if len(images) < 2:
+        raise ValueError(f"expected at least two pictures to swap backgrounds between, got {len(images)}")
+    found, rng = cut_out(DataLoader(images, batch)), torch.Generator().manual_seed(seed)
+    allowed = (found.labels[:, None] != found.labels).double()
     allowed[allowed.sum(1) == 0] = 1.0
     others = torch.multinomial(allowed, times, replacement=True, generator=rng).T
-    device = next(model.parameters()).device
-    seen = lambda shown: torch.cat([penultimate(model, part.to(device)) for part in shown.split(batch)])
-    return seen(pictures), torch.stack([seen(swap_background(pictures, objects, empty[other])) for other in others])
+    moved = [penultimate(model, found.before(other), batch) for other in others]
+    return penultimate(model, found.pictures, batch), torch.stack(moved)
 
 # %% ../../nbs/17_closed.ipynb #90199461
 def swap_consistent(weight: Tensor, own: Tensor, swapped: Tensor, ridge: float = 0.01) -> Tensor:

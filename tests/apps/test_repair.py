@@ -129,7 +129,7 @@ def test_rates_are_decades_and_then_beside_the_best(folder, model, monkeypatch):
 
 
 def replace_start(ground, other):
-    return ground._replace(start={**ground.start, "other": other})
+    return replace(ground, start={**ground.start, "other": other})
 
 
 @pytest.mark.slow
