@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY', 'BROAD', 'SPURIOUS', 'SEEDS', 'ConvStem', 'cft_vit_tiny64', 'LinearProbe', 'dinov2_vitb14', 'join_dinov2',
-           'load_model', 'fit_probe', 'weights_digest', 'write_safetensors', 'save_model', 'output_names', 'inputs_of',
-           'Stage', 'Layers', 'train_stage', 'accuracy_on', 'make_base', 'make_bases', 'base_model']
+           'load_model', 'logistic', 'fit_probe', 'weights_digest', 'write_safetensors', 'save_model', 'output_names',
+           'inputs_of', 'Stage', 'Layers', 'train_stage', 'accuracy_on', 'make_base', 'make_bases', 'base_model']
 
 # %% ../../nbs/02_models.ipynb #da4b9237
 import hashlib
@@ -214,6 +214,28 @@ def load_model(name: str, weights: str | Path | None = None, num_classes: int | 
     model.load_state_dict(state)
     return _noted(model, told, stored.config, stored.source, config), stored.classes
 
+def logistic(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """The last layer of least cross-entropy, plus `penalty` · ‖V − W‖² on standardised features: weight V and bias.
+
+    features (rows, features), float64; weight W (classes, features) and bias (classes,), where it starts.
+    """
+    mean, scale = features.mean(0), features.std(0, correction=0).clamp(min=1e-8)
+    x, near = ((features - mean) / scale).clone(), weight * scale
+    w = torch.cat([(bias + weight @ mean)[:, None], near], 1).clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        apart = (w[:, 1:] - near).square().sum()
+        value = F.cross_entropy(x @ w[:, 1:].T + w[:, 0], labels) + penalty * apart
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # pyright: ignore[reportArgumentType]
+    w = w.detach()
+    return w[:, 1:] / scale, w[:, 0] - w[:, 1:] @ (mean / scale)
+
 def fit_probe(name: str, weights: str | Path, folder: Folder, out: str | Path, *, penalty: float = 1e-3,
               batch: int = 32, img_size: int | None = None, progress: bool = False) -> float:
     """Give a backbone a head by logistic regression on its frozen features, and write it with its classes to `out`.
@@ -228,30 +250,14 @@ def fit_probe(name: str, weights: str | Path, folder: Folder, out: str | Path, *
     with torch.inference_mode():
         features = (model.forward_features(each["image"]) for each in shown)
         found = torch.cat([model.forward_head(x, pre_logits=True) for x in features]).double()
-    mean, scale = found.mean(0), found.std(0).clamp(min=1e-8)
-    found = ((found - mean) / scale).clone()
-
-    def fitted(rows: Tensor) -> Tensor:
-        w = torch.zeros(len(folder.classes), found.shape[1] + 1, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            value = F.cross_entropy(found[rows] @ w[:, 1:].T + w[:, 0],
-                                    labels[rows]) + penalty * w[:, 1:].square().sum()
-            value.backward()
-            return value
-
-        optimizer.step(loss)  # pyright: ignore[reportArgumentType]
-        return w.detach()
-
+    zero = torch.zeros(len(folder.classes), found.shape[1], dtype=torch.float64)
+    fitted = lambda rows: logistic(found[rows], labels[rows], zero, zero[:, 0], penalty)
     turn = torch.zeros(len(labels), dtype=torch.long)
     for label in labels.unique():
         turn[labels == label] = torch.arange(int((labels == label).sum())) % 5
-    trial, w = fitted(turn != 4), fitted(turn >= 0)
-    right = (found @ trial[:, 1:].T + trial[:, 0]).argmax(1)[turn == 4] == labels[turn == 4]
-    head = model.get_classifier()
-    head.weight.data, head.bias.data = (w[:, 1:] / scale).float(), (w[:, 0] - w[:, 1:] @ (mean / scale)).float()
+    (weight, bias), head = fitted(turn != 4), model.get_classifier()
+    right = (found @ weight.T + bias).argmax(1)[turn == 4] == labels[turn == 4]
+    head.weight.data, head.bias.data = (t.float() for t in fitted(turn >= 0))
     save_model(out, model, folder.classes)
     return 100 * float(right.double().mean())
 

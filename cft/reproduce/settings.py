@@ -43,6 +43,7 @@ class Settings(BaseModel):
     pool: int = Field(30, ge=1)  # pictures of a class in which its concepts are looked for
     rates: Mapping[str, Mapping[str, Annotated[float,
                                                Field(gt=0, lt=1000)]]] = Field(default_factory=dict)  # by network
+    shares: Mapping[str, Mapping[str, Annotated[float, Field(gt=0, le=1)]]] = Field(default_factory=dict)  # of the way
     device: str = "cpu"
     precision: Literal["no", "bf16"] = "no"
     chunk: int = Field(0, ge=0)  # pictures at a time, to save memory
@@ -51,7 +52,8 @@ class Settings(BaseModel):
     test_per_class: int = Field(24, ge=1)  # drawn worlds only, as are the next three
     segmentation_per_class: int = Field(10, ge=1)
     drawn_from: int = 60000  # the pictures of seed s are drawn from this number + s
-    bases: Literal["shipped", "trained"] = "shipped"  # where the biased networks of drawn worlds come from
+    bases: Literal["shipped",
+                   "trained"] = "shipped"  # the biased networks: of the package as far as it has them, or own
     together: int = Field(1, ge=1)  # checkpoints that one job makes and tests, sharing what it has read
     train: Path | None = None  # ImageNet's training pictures, <WordNet id>/*.JPEG
     sets: Mapping[str, Path] = Field(default_factory=dict)  # test set → folder
@@ -65,14 +67,15 @@ class Settings(BaseModel):
     grounder_weights: Path | None = None
     objects: Path | None = None  # ImageNet-S masks; without them the masks found by the class's name
 
-    @field_validator("sets", "weights", "names", "rates")
+    @field_validator("sets", "weights", "names", "rates", "shares")
     @classmethod
     def _known(cls, given: Mapping[str, Any], field: ValidationInfo) -> Mapping[str, Any]:
         """Names that nothing would read are mistyped."""
         known = {*PAPER.sets.values()} if field.field_name == "sets" else {
             *PAPER.models.values(), *DEMO.models.values()}
         methods = {PAPER.methods.get(name, name).partition(".")[0] for each in ARTEFACTS for name in each.methods}
-        inner = {method for rates in given.values() if field.field_name == "rates" for method in rates}
+        by_method = given.values() if field.field_name in ("rates", "shares") else ()
+        inner = {method.partition(".")[0] for values in by_method for method in values}
         if inner - methods:  # perhaps one of the user's own
             from cft.train.objectives import RECIPES
 

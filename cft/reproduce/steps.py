@@ -271,7 +271,7 @@ class PaperSteps:
 
     def base(self, seed: int) -> tuple[Step, ...]:
         """The biased network of a drawn world, where it has to be trained."""
-        if not (isinstance(self.world, Drawn) and self.world.bases):
+        if not (isinstance(self.world, Drawn) and self.world.base(seed)):
             return ()
         files = (f"bases/{seed}/base_{seed}.safetensors", f"bases/{seed}/bases.json")
         return (self._step("base", (seed,), files, lambda seed: self.drawn.train_base(int(seed)), job=f"base-{seed}"),)

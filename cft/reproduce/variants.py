@@ -15,6 +15,7 @@ from ..concepts.filters import ConceptSet, merge
 from ..concepts.store import MaskStore
 from ..concepts.validation import validate
 from ..explain.maps import Method
+from ..train.closed import FORMS, Look
 from .settings import Settings
 from ..train.objectives import RATES, RECIPES, Recipe, RightReasons
 
@@ -63,7 +64,9 @@ VARIANTS: dict[str, Variant] = {
     "context": Variant(guide="context"),
     "constant": Variant(objective={"second_order": False}),
     "table8": Variant(),  # see `recipe_of`
-}
+    "concepts": Variant(objective={"look": Look(inside="mask")}),  # relevance on concepts is kept, the object is free
+    "after-head": Variant(recipe={"first": RECIPES["relevance-head"]}),
+    "no-align-after-head": Variant(weights={"align": 0.0}, recipe={"first": RECIPES["relevance-head"]}),}
 
 def varied(method: str) -> tuple[Recipe, Variant]:
     """The recipe that a name stands for, at its default rate, and its variant. Raises ValueError for others."""
@@ -81,7 +84,7 @@ def varied(method: str) -> tuple[Recipe, Variant]:
     return replace(recipe, objective=replace(objective, **variant.objective), **variant.recipe), variant
 
 def recipe_of(method: str, model: str, settings: Settings, seed: int) -> tuple[Recipe, Variant]:
-    """The recipe of a method for a network and seed, and the variant that made it; rates come from the settings.
+    """The recipe of a method for a network and seed, and the variant that made it; rates and shares from the settings.
 
     Raises ValueError for a name that does not exist and for a network without a rate.
     """
@@ -95,13 +98,15 @@ def recipe_of(method: str, model: str, settings: Settings, seed: int) -> tuple[R
     if name == "table8" and isinstance(recipe.objective, RightReasons):
         # λ_cls = 2e-6, λ = 1e-10 on sums over batches of 8
         recipe = replace(recipe, objective=replace(recipe.objective, weight=8e-10, classify=2e-6))
+    if (share := settings.shares.get(model, {}).get(method)) is not None:
+        recipe = replace(recipe, average=share)
     how = {"epochs": settings.epochs, "batch": settings.batch, "precision": settings.precision, "chunk": settings.chunk}
     return replace(recipe, rate=rate * variant.faster, seed=7000 + seed, **how), variant
 
 # %% ../../nbs/appendix/03_variants.ipynb #3dc76c00
 GUIDES = ("kept", "strict", "loose", "unvalidated", "superclasses", "context")  # concept sets that validation makes
 THRESHOLDS = {"strict": (0.40, 0.40), "loose": (0.05, 0.10)}
-OWN_SWAPS = ("cft+",)
+OWN_SWAPS = ("cft+", *FORMS)  # methods that have to find the objects by themselves
 
 def given_by(concepts: ConceptSet, kinds: tuple[str, ...]) -> ConceptSet:
     """The concepts that one of these questions gave, all of them as concepts of the mask."""
@@ -129,7 +134,7 @@ class Shown:
 def shown_to(method: str) -> Shown:
     """Which masks a method needs, by its name. Raises ValueError for an unknown one."""
     recipe, variant = varied(method)
-    needs = recipe.objective.needs
+    needs = recipe.needs
     found = method.partition(".")[0] in OWN_SWAPS and variant.guide != "annotated"
     return Shown(variant.guide if "mask" in needs else "",
                  ("class" if found else "annotated") if "object" in needs else "")

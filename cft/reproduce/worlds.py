@@ -59,10 +59,10 @@ class Drawn:
         """timm's name of the small transformer."""
         return TINY
 
-    @property
-    def bases(self) -> Path | None:
-        """The folder of trained bases; None for those of the package."""
-        return self.root / "bases" if self.settings.bases == "trained" else None
+    def base(self, seed: int) -> Path | None:
+        """The folder of a base that has to be trained; None where the package has it and it is wanted."""
+        shipped = self.settings.bases == "shipped" and (ASSETS / f"base_{seed}.safetensors").is_file()
+        return None if shipped else self.root / "bases" / str(seed)
 
     def train_base(self, seed: int) -> None:
         """bases/<seed>: a base of our own, in place of the shipped one."""
@@ -70,12 +70,11 @@ class Drawn:
 
     def network(self, model: str, seed: int) -> nn.Module:
         """The biased base of a seed."""
-        return base_model(seed, self.bases and self.bases / str(seed))
+        return base_model(seed, self.base(seed))
 
     def start(self, model: str, seed: int) -> str:
         """The digest of the base's file; empty where the engine trains it."""
-        file = ASSETS / f"base_{seed}.safetensors"
-        return "" if self.bases else sha256(file) if file.is_file() else f"no base {seed} in the package"
+        return "" if self.base(seed) else sha256(ASSETS / f"base_{seed}.safetensors")
 
     def tuned(self, seed: int) -> list[int]:
         """One class of each pair."""

@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 from ..data.folders import Folder, MaskedImages, scan, without_object
 from ..data.models import read_weights, save_model, weights_digest
 from ..files import PACKAGE, VERSION, html_template, legible, need, read_json, write_json, write_text, written
+from .closed import Head
 from .objectives import Batch, Recipe
 
 # %% ../../nbs/16_loop.ipynb #ac3478d6
@@ -70,7 +71,7 @@ class Sampler:
     def __init__(self, images: MaskedImages, recipe: Recipe):
         self.images, self.recipe = images, recipe
         self.per_epoch, self.classes = -(-len(images) // recipe.batch), images.folder.classes
-        missing = {need for need in recipe.objective.needs for s in images.folder.samples if getattr(s, need) is None}
+        missing = {need for need in recipe.needs for s in images.folder.samples if getattr(s, need) is None}
         if missing:
             words = " and ".join(sorted(missing))
             raise ValueError(f"this method needs {words} masks; the folder {images.folder.root} has none")
@@ -303,23 +304,30 @@ def fine_tune(model: nn.Module, images: MaskedImages | Batches, recipe: Recipe, 
     of which the loss counts, or a function of the model; the epoch with the least is kept. `restart`: a folder that
     holds another job is begun anew. `inputs`: what was said about them, for the record. Raises ValueError for masks
     that are missing or a folder that holds another job, and Diverged when a loss is not finite.
+
+    A head that is solved for ([chapter 15](15_closed.ipynb)) takes no steps; the rest is as for all methods.
     """
     if recipe.best and validation is None:
         raise ValueError("a recipe that keeps the best epoch needs validation pictures, got none")
+    head = recipe.objective if isinstance(recipe.objective, Head) else None
+    if (head or recipe.first) and not isinstance(images, MaskedImages):
+        raise ValueError(f"a head is solved for by pictures with masks, got {type(images).__name__}")
     batches: Batches = Sampler(images, recipe) if isinstance(images, MaskedImages) else images
-    device, steps = next(model.parameters()).device, batches.per_epoch * recipe.epochs
-    world = PartialState(cpu=device.type == "cpu")
-    original, tuned, optimizer = prepare(model, recipe)
-    job = identity(model, batches, recipe, validation)
+    device, steps = next(model.parameters()).device, 0 if head else batches.per_epoch * recipe.epochs
+    world, job = PartialState(cpu=device.type == "cpu"), identity(model, batches, recipe, validation)
     start, log, best, run = 0, [], None, Path(run) if run else None
     if run and restart:
         _clear_other(run, job)
     if run and (run / "record.json").is_file():
-        return _finished(run, job, tuned)
+        return _finished(run, job, copy.deepcopy(model))
+    began = time.perf_counter()
+    if recipe.first:
+        model = fine_tune(model, images, recipe.first, progress=False).model
+    original, tuned, optimizer = prepare(model, recipe)
     if run and (run / "state.pt").is_file():
         start, log, best = _resume(run, job, tuned, optimizer)
     world.wait_for_everyone()
-    began, writes = time.perf_counter(), run is not None and world.is_main_process
+    writes = run is not None and world.is_main_process
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="fine-tuning",
                disable=not (progress and world.is_main_process), leave=False)
     for step in bar:
@@ -338,6 +346,8 @@ def fine_tune(model: nn.Module, images: MaskedImages | Batches, recipe: Recipe, 
             on_step(step, parts)
     if best:
         tuned.load_state_dict(best["weights"])
+    if head and isinstance(images, MaskedImages):
+        tuned = head.solve(model, images, recipe.rate)
     if recipe.average < 1:
         averaged(original, tuned, recipe.average)
     tuned.requires_grad_(True).eval()
@@ -440,6 +450,10 @@ def rehearse(model: nn.Module, images: MaskedImages, recipe: Recipe, steps: int 
     Keys: steps (of the whole run), seconds_per_step, seconds (of the whole run), memory (bytes, peak; CUDA only).
     """
     sampler, device = Sampler(images, recipe), next(model.parameters()).device
+    if isinstance(recipe.objective, Head):
+        began, some = time.perf_counter(), images.folder.choose(images.folder.names[:8])
+        recipe.objective.solve(model, MaskedImages(some, images.preprocess), recipe.rate)
+        return {"steps": 0, "seconds_per_step": 0.0, "seconds": (time.perf_counter() - began) * len(images) / len(some)}
     original, tuned, optimizer = prepare(model, recipe)
     total, cuda = sampler.per_epoch * recipe.epochs, device.type == "cuda"
     world = PartialState(cpu=not cuda)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.folders import swap_background
+from .closed import FORMS, Head
 from .losses import LossWeights, Norm, cft_loss, classification_loss, distillation_loss, patch_mask
 from ..explain.maps import Method, relevance
 
@@ -201,7 +202,7 @@ class Recipe:
     """An objective and how it is optimised; the defaults are the paper's."""
 
     objective: Objective
-    rate: float = 5e-7
+    rate: float = 5e-7  # of a head that is solved for: the strength
     epochs: int = 50
     batch: int = 8
     weight_decay: float = 1e-4
@@ -210,11 +211,12 @@ class Recipe:
     schedule: Literal["steps", "cosine"] = "steps"  # cosine: down to 0 along half a wave, whatever `decay` says
     rates: Mapping[str, float] = field(default_factory=dict)  # part of the model → a rate of its own, 0: as it is
     trainable: Literal["all", "head"] = "all"
-    average: float = 1.0
+    average: float = 1.0  # the share of the way from the original to the result
     seed: int = 0
     chunk: int = 0  # pictures per pass of a process, gradients accumulate; 0 for all at once
     precision: Literal["no", "bf16"] = "no"  # autocast to half precision
     best: bool = False  # keep the epoch with the least loss on validation pictures (the released code) and not the last
+    first: "Recipe | None" = None  # that is followed before, on the same pictures
 
     def __post_init__(self):
         """Refuse settings that cannot train."""
@@ -230,7 +232,13 @@ class Recipe:
         """Plain values for a record, the objective's class name included."""
         values = asdict(self)
         values["objective"] = {"name": type(self.objective).__name__, **values["objective"]}
-        return values
+        first = values.pop("first")
+        return values | ({"first": self.first.as_dict()} if self.first and first else {})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The masks that pictures must have, "mask" and "object"."""
+        return self.objective.needs | (self.first.needs if self.first else frozenset())
 
 
 RATES: dict[str, dict[str, float]] = {  # Table 8, as printed
@@ -247,4 +255,5 @@ RECIPES: dict[str, Recipe] = {
     "rrr": Recipe(RightReasons()), "rrda": Recipe(SwappedCrossEntropy()),
     "dfr-like": Recipe(SwappedCrossEntropy(), trainable="head"), "cft-paper": Recipe(Align()),
     "cft-official": Recipe(Align(norm="image", method="gae"), rate=3e-6,
-                           best=True), "cft": Recipe(CFT), "cft+": Recipe(_PLUS, average=0.7)}
+                           best=True), "cft": Recipe(CFT), "cft+": Recipe(_PLUS, average=0.7),
+    **{name: Recipe(Head(name), rate=form.strengths[len(form.strengths) // 3]) for name, form in FORMS.items()}}

@@ -21,7 +21,7 @@ TEXT = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```\n(.*?)```", TEXT.partition("## Use it")[2].partition("## Reproduce")[0], re.S)
 NEEDED = {  # what stands for a person, a key and a detector, and what shortens
     "audit": ["--threads", "1"],
-    "repair": ["--yes", "--methods", "swap-consistent,swap-differences", "--threads", "1"],
+    "repair": ["--yes", "--methods", "swap-consistent,swap-head", "--threads", "1"],
     "concepts": ["--record", ANSWERS, "--model", "cft-recorded", "--replay", "--spelling"],
     "masks": ["--grounder", "toy", "--threads", "1"], "fit": ["--epochs", "6", "--threads", "1"]}
 

@@ -154,7 +154,7 @@ def test_a_head_in_closed_form_is_scored_as_its_model(folder, model, tmp_path):
     held = room.HeldIn(MaskedImages(heaps.choose, preprocess), 1)
     images = MaskedImages(heaps.train, preprocess, train=True)
     ground = room.Ground(model, images, held, held.scores(model, ()), (0, 1), None, 1, 8, 1)
-    for name in ("swap-consistent", "swap-differences"):
+    for name in ("swap-consistent", "swap-head", "relevance-head"):
         found = list(SEARCHES[name](ground, name, lambda: None))
         assert len(found) == 6 * 4 and len({c.how for c in found}) == 24
         for candidate in (found[0], found[-1]):

@@ -1,79 +1,253 @@
-"""Heads that are solved for, against a generic solver, and what must stay."""
+"""Heads that are solved for: relevance features and solutions against slow twins, and what must stay."""
+from dataclasses import replace
+
 import pytest
+import timm
 import torch
 from torch.utils.data import DataLoader
 
 from cft.data import backdrop
-from cft.data.folders import MaskedImages, Preprocess, list_folder
-from cft.data.models import base_model
-from cft.train.closed import penultimate, swap_consistent, swap_differences, swapped_features, with_head
+from cft.data.folders import MaskedImages, Preprocess, cut_out, list_folder
+from cft.data.models import base_model, dinov2_vitb14, logistic
+from cft.explain.maps import relevance
+from cft.train.closed import (FORMS, Head, Look, Moments, Seen, consistent, erased, last_layer, leace, penultimate,
+                              relevance_features, with_head)
+from cft.train.loop import fine_tune, rehearse
+from cft.train.objectives import RECIPES
+
+REGISTERS = dict(reg_tokens=3, depth=2, embed_dim=24, num_heads=2, img_size=32, patch_size=8, num_classes=4)
+
+
+def networks():
+    """A model for each way to read features: class token, mean with registers, both side by side, ConvNeXt."""
+    torch.manual_seed(0)
+    plain = "vit_base_patch16_224"
+    made = {
+        "class token": timm.create_model(plain, **REGISTERS, fc_norm=False),
+        "mean": timm.create_model(plain, **REGISTERS, global_pool="avg"),
+        "both": dinov2_vitb14(img_size=28, embed_dim=24, depth=2, num_heads=2, num_classes=4),
+        "convnext": timm.create_model("convnextv2_atto", depths=(1, 1, 1, 1), dims=(4, 8, 12, 16), num_classes=4)}
+    return {name: model.double().eval() for name, model in made.items()}
+
+
+@pytest.mark.parametrize("name", networks())
+def test_relevance_features_are_one_pullback_for_each_feature(name):
+    model = networks()[name]
+    size = {"both": 28, "convnext": 64}.get(name, 32)
+    images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    random = lambda grid: (torch.rand(2, *grid, generator=torch.Generator().manual_seed(2)) < 0.4).double()
+    regions = lambda grid: [random(grid), 1 - random(grid)]
+    features, (inside, outside), prefix, absorbed = relevance_features(model, images, regions)
+    assert torch.allclose(features.detach(), penultimate(model, images), atol=1e-12)
+    assert (features - inside - outside - prefix - absorbed).abs().max() < 1e-10 * features.abs().max()
+    unit, (weight, bias) = torch.zeros_like, last_layer(model)
+    for j in range(0, features.shape[1], 7):  # a head that reads off one feature
+        row = unit(weight)
+        row[0, j] = 1.0
+        slow = relevance(with_head(model, row, bias), images, torch.tensor([0, 0]), differentiable=False)
+        for weights, fast in zip(regions(slow.grid), (inside, outside)):
+            assert torch.allclose((slow.patches * weights).sum((1, 2)), fast[:, j], atol=1e-10)
+        assert torch.allclose(slow.tokens[:, :slow.prefix].sum(1), prefix[:, j], atol=1e-10)
+    whole = relevance(model, images, torch.tensor([1, 3]), differentiable=False)
+    by_head = (inside * weight[[1, 3]]).sum(1)
+    assert torch.allclose((whole.patches * regions(whole.grid)[0]).sum((1, 2)), by_head, atol=1e-10)
+
+
+def test_no_gradient_of_the_network_is_taken():
+    model = networks()["mean"]
+    features, found, *_ = relevance_features(model, torch.randn(1, 3, 32, 32).double(), lambda g: [torch.ones(1, *g)])
+    assert not features.requires_grad and not found[0].requires_grad
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.fixture(scope="module")
-def given():
-    """Weights (5, 7), features of 9 pictures, and of 3 swaps."""
+def rows():
+    """Weights (5, 7), what is kept (9, 7) and what goes (27, 7)."""
     rng = torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
-    own = make(9, 7)
-    return make(5, 7), own, own + 0.5 * make(3, 9, 7) + 0.3
+    return make(5, 7), make(9, 7) + 0.3, make(27, 7)
 
 
-def test_swap_consistent_is_the_least_squares_solution(given):
-    weight, own, swapped = given
-    n, a = 27, swapped.flatten(0, 1).square().mean(0).mean()
-    rows = [swapped.flatten(0, 1) / n**0.5, (0.02 * a)**0.5 * torch.eye(7, dtype=torch.float64)]
-    wanted = [own.repeat(3, 1) @ weight.T / n**0.5, (0.02 * a)**0.5 * weight.T]
-    slow = torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted)).solution.T
-    assert torch.allclose(swap_consistent(weight, own, swapped, 0.02), slow, atol=1e-10)
+def least_squares(blocks):
+    """V of min Σ ‖V x − y‖², for blocks of x (rows, features) and y (rows, classes)."""
+    x, y = (torch.cat(part) for part in zip(*blocks))
+    return torch.linalg.lstsq(x, y).solution.T
 
 
-def test_swap_differences_is_the_least_squares_solution(given):
-    weight, own, swapped = given
-    every = torch.stack([own, *swapped])
-    mean = every.mean(0)
-    deviations = torch.cat([each - mean for each in every])
-    keep, change = mean.square().sum() / 9, deviations.square().sum() / 36
-    strong, near = (0.3 * keep / change)**0.5, (0.02 * mean.square().mean(0).mean())**0.5
-    rows = [mean / 3, strong * deviations / 6, near * torch.eye(7, dtype=torch.float64)]
-    wanted = [mean @ weight.T / 3, torch.zeros(36, 5, dtype=torch.float64), near * weight.T]
-    slow = torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted)).solution.T
-    assert torch.allclose(swap_differences(weight, own, swapped, 0.3, 0.02), slow, atol=1e-10)
+def test_erasing_is_the_least_squares_solution(rows):
+    weight, kept, gone = rows
+    a, c = kept.T @ kept / 9, gone.T @ gone / 27
+    strong, near = (0.3 * a.trace() / c.trace() / 27)**0.5, (0.02 * a.diagonal().mean())**0.5
+    none, one = torch.zeros(27, 5, dtype=torch.float64), torch.eye(7, dtype=torch.float64)
+    slow = least_squares([(kept / 3, kept @ weight.T / 3), (strong * gone, none), (near * one, near * weight.T)])
+    assert torch.allclose(weight @ erased(a, c, 0.3, 0.02), slow, atol=1e-10)
 
 
-def test_where_nothing_moves_the_weights_stay(given):
-    weight, own, swapped = given
-    assert torch.allclose(swap_consistent(weight, own, own.expand(3, -1, -1)), weight, atol=1e-10)
-    assert torch.allclose(swap_consistent(weight, own, swapped, 1e9), weight, atol=1e-6)
-    assert torch.allclose(swap_differences(weight, own, swapped, 1e-9), weight, atol=1e-6)
-    with pytest.raises(ValueError, match="no swap changes"):
-        swap_differences(weight, own, own.expand(3, -1, -1))
-    for bad in (lambda: swap_consistent(weight, own, swapped, 0), lambda: swap_differences(weight, own, swapped, -1)):
+def test_consistency_is_the_least_squares_solution(rows):
+    weight, own, noise = rows
+    own = own.repeat(3, 1)
+    swapped = own + 0.5 * noise
+    second = swapped.T @ swapped / 27
+    near, one = (0.02 * second.diagonal().mean())**0.5, torch.eye(7, dtype=torch.float64)
+    slow = least_squares([(swapped / 27**0.5, own @ weight.T / 27**0.5), (near * one, near * weight.T)])
+    assert torch.allclose(weight @ consistent(own.T @ swapped / 27, second, 0.02), slow, atol=1e-10)
+    assert torch.allclose(consistent(second, second, 0.02), one, atol=1e-10)  # nothing moves
+
+
+def test_after_leace_a_concept_has_no_covariance_and_no_probe_finds_it():
+    rng = torch.Generator().manual_seed(3)
+    z = torch.nn.functional.one_hot(torch.randint(3, (200, ), generator=rng)).double()
+    x = torch.randn(200, 8, generator=rng, dtype=torch.float64)
+    x = x @ torch.randn(8, 8, generator=rng, dtype=torch.float64) + 3 * z @ torch.randn(3, 8, generator=rng).double()
+    pair = Moments()
+    pair.add(x, z)
+    own = Moments()
+    own.add(x)
+    P = leace(own.covariance, pair.covariance, 1e-9)
+    cleaned = (x - own.mean) @ P.T
+    assert (cleaned.T @ (z - z.mean(0))).abs().max() < 1e-6 * (x.T @ (z - z.mean(0))).abs().max()
+    assert torch.allclose(P @ P, P, atol=1e-6) and P.trace() == pytest.approx(8 - 2, abs=1e-6)  # three values: rank two
+    solution = torch.linalg.lstsq(torch.cat([cleaned, torch.ones(200, 1).double()], 1), z).solution
+    assert solution[:-1].abs().max() < 1e-6
+    # least change in the metric of Σ⁻¹: no other map with zero covariance moves features less
+    inverse, other = torch.linalg.inv(own.covariance), pair.covariance
+    q, _ = torch.linalg.qr(other)
+    plain = torch.eye(8, dtype=torch.float64) - q[:, :2] @ q[:, :2].T
+    moved = lambda m: torch.einsum("ij,jk,lk,il->", m - torch.eye(8), own.covariance, m - torch.eye(8), inverse)
+    assert (plain @ other).abs().max() < 1e-8 and moved(P) < moved(plain)
+
+
+def test_moments_do_not_depend_on_batches(rows):
+    _, kept, gone = rows
+    whole, parts = Moments(), Moments()
+    whole.add(gone)
+    for part in gone.split(5):
+        parts.add(part)
+    assert torch.allclose(whole.second, parts.second) and torch.allclose(parts.mean, gone.mean(0))
+    assert torch.allclose(parts.covariance, torch.cov(gone.T, correction=0))
+
+
+def test_strengths_that_cannot_be_are_refused(rows):
+    one, zero = torch.eye(7, dtype=torch.float64), torch.zeros(7, 7, dtype=torch.float64)
+    for bad in (lambda: erased(one, one, 0), lambda: erased(one, one, 1, -1), lambda: consistent(one, one, 0),
+                lambda: leace(one, one, 0)):
         with pytest.raises(ValueError, match="must be above 0"):
             bad()
+    with pytest.raises(ValueError, match="nothing to erase"):
+        erased(one, zero, 1)
+    with pytest.raises(ValueError, match="form must be one of"):
+        Head("magic")
+    with pytest.raises(ValueError, match="linear last layer"):
+        last_layer(timm.create_model("vit_base_patch16_224", **(REGISTERS | {"num_classes": 0})))
 
 
-def test_what_is_erased_reaches_no_logit():
-    own = torch.eye(4, dtype=torch.float64)[:2].repeat(2, 1)
-    swapped = torch.stack([own + torch.eye(4, dtype=torch.float64)[2], own - torch.eye(4, dtype=torch.float64)[2]])
-    weight = torch.ones(3, 4, dtype=torch.float64)
-    found = swap_differences(weight, own, swapped, erase=1e6, ridge=1e-6)
-    assert found[:, 2].abs().max() < 1e-3 and torch.allclose(found[:, :2], weight[:, :2], atol=1e-3)
+def test_logistic_is_the_minimum_and_stays_near(rows):
+    weight, kept, gone = rows
+    labels = torch.arange(27) % 5
+    bias = torch.zeros(5, dtype=torch.float64)
+    v, b = logistic(gone, labels, weight, bias, 0.1)
+    v, b = v.requires_grad_(), b.requires_grad_()
+    apart = ((v - weight) * gone.std(0, correction=0)).square().sum()
+    loss = torch.nn.functional.cross_entropy(gone @ v.T + b, labels) + 0.1 * apart
+    assert max(g.abs().max() for g in torch.autograd.grad(loss, (v, b))) < 1e-4
+    assert torch.allclose(logistic(gone, labels, weight, bias, 1e6)[0], weight, atol=1e-4)
 
 
-def test_features_of_a_model_and_a_copy_with_another_head(tmp_path):
-    world = backdrop.write(tmp_path / "w", {"val": 1}, seed=0)
-    model, folder = base_model(0), list_folder(world / "images/val", list(backdrop.CLASSES))
-    images = MaskedImages(folder.with_masks(object=world / "objects/val"), Preprocess.of(model))
-    own, swapped = swapped_features(model, images, times=2)
-    batch = next(iter(DataLoader(images, 12)))
-    logits = own @ model.head.weight.T.double() + model.head.bias
-    assert own.shape == (12, 96) and swapped.shape == (2, 12, 96)
-    assert torch.allclose(logits.float(), model(batch["image"]), atol=1e-4)
-    assert torch.equal(own, penultimate(model, batch["image"])) and not torch.allclose(swapped[0], swapped[1])
-    assert torch.equal(swapped_features(model, images, times=2)[1], swapped)
-    other = with_head(model, torch.zeros_like(model.head.weight))
-    assert torch.equal(other.head.bias, model.head.bias) and not other.head.weight.any() and model.head.weight.any()
-    rest = lambda m: {k: v for k, v in m.state_dict().items() if k != "head.weight"}
-    assert all(torch.equal(value, rest(model)[name]) for name, value in rest(other).items())
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two pictures of each class with object and concept masks."""
+    world = backdrop.write(tmp_path_factory.mktemp("closed") / "w", {"val": 2}, seed=0)
+    folder = list_folder(world / "images/val", list(backdrop.CLASSES))
+    folder = folder.with_masks(object=world / "objects/val", mask=world / "masks/val")
+    return MaskedImages(folder, Preprocess.of(base_model(0)), train=True)
+
+
+def test_what_is_seen_is_what_the_names_say(images):
+    model = base_model(0)
+    look = Look(times=3, batch=9)
+    seen = look(model, images, {"swaps", "contexts", "relevance", "rows"})
+    still = cut_out(DataLoader(MaskedImages(images.folder, images.preprocess), 5))
+    own = penultimate(model, still.pictures)
+    assert seen["own"].count == seen["inside"].count == 24 and seen["swapped"].count == 72
+    assert torch.allclose(seen["own"].mean, own.mean(0), atol=1e-6)
+    assert torch.allclose(seen["context"].mean, penultimate(model, still.scenes).mean(0), atol=1e-6)
+    assert seen["moved"].mean.abs().max() < 1e-6 and seen["moved"].count == 96
+    together = (24 * seen["own"].second + 72 * seen["swapped"].second) / 96  # = steady + moved
+    assert torch.allclose(seen["steady"].second + seen["moved"].second, together, atol=1e-5)
+    rows, labels, pictures = (torch.cat(seen.rows[name]) for name in ("features", "label", "picture"))
+    assert len(rows) == len(labels) == 96 and torch.equal(labels, images_labels(images)[pictures])
+    assert torch.allclose(rows[:9], own[:9], atol=1e-6)
+    again = look(model, images, {"swaps"})
+    assert torch.equal(again["swapped"].second, seen["swapped"].second) and not again.rows
+    with pytest.raises(ValueError, match="nothing reads 'magic'"):
+        look(model, images, {"magic"})
     with pytest.raises(ValueError, match="at least two pictures"):
-        swapped_features(model, MaskedImages(images.folder.choose(images.folder.names[:1]), images.preprocess))
+        look(model, MaskedImages(images.folder.choose(images.folder.names[:1]), images.preprocess), {"swaps"})
+
+
+def images_labels(images):
+    """By number."""
+    return torch.tensor([s.label for s in images.folder.samples])
+
+
+def test_two_masks_make_three_regions(images):
+    """With concepts inside and objects outside, what lies on the object without a concept is in neither."""
+    model, sums = base_model(0), {}
+    for inside in ("object", "mask"):
+        look = Look(inside=inside)
+        seen = look(model, images, {"relevance"})
+        sums[inside] = seen["inside"].mean, seen["outside"].mean
+        assert Head("relevance-head", look).needs == {inside, "object"}
+    assert torch.equal(sums["object"][1], sums["mask"][1]) and not torch.allclose(sums["object"][0], sums["mask"][0])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_is_a_method_like_others(name, images, tmp_path):
+    model = base_model(0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    recipe = replace(RECIPES[name], average=0.5)
+    assert recipe.needs == Head(name).needs >= {"object"}
+    found = fine_tune(model, images, recipe, tmp_path / name, progress=False)
+    assert found.record["steps"] == 0 and found.record["epochs"] == []
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    changed = {key for key, value in found.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert {"head.weight"} <= changed <= {"head.weight", "head.bias"}
+    again = fine_tune(model, images, recipe, tmp_path / name, progress=False)  # from the folder
+    assert torch.equal(again.model.head.weight, found.model.head.weight)
+    whole = fine_tune(model, images, replace(recipe, average=1.0), progress=False).model
+    half = torch.lerp(model.head.weight, whole.head.weight, 0.5)
+    assert torch.allclose(found.model.head.weight, half, atol=1e-6)
+    with pytest.raises(TypeError, match="has no loss"):
+        recipe.objective(model, model, None)
+
+
+def test_masks_that_a_form_needs_are_asked_for_and_its_time_is_told(images):
+    bare = MaskedImages(replace(images.folder, samples=tuple(replace(s, object=None) for s in images.folder.samples)),
+                        images.preprocess)
+    with pytest.raises(ValueError, match="needs object masks"):
+        fine_tune(base_model(0), bare, RECIPES["relevance-head"], progress=False)
+    price = rehearse(base_model(0), images, RECIPES["relevance-head"])
+    assert price["steps"] == 0 and 0 < price["seconds"] < 60
+
+
+def test_a_head_first_and_then_steps(images):
+    """The steps start from the solved head, and the share of the way is counted from there."""
+    model = base_model(0)
+    first = RECIPES["swap-consistent"]
+    recipe = replace(RECIPES["rrda"], first=first, rate=1e-12, epochs=1, weight_decay=0.0)
+    assert recipe.as_dict()["first"]["objective"]["form"] == "swap-consistent"
+    assert "first" not in RECIPES["rrda"].as_dict()
+    found = fine_tune(model, images, recipe, progress=False).model
+    solved = fine_tune(model, images, first, progress=False).model
+    assert torch.allclose(found.head.weight, solved.head.weight, atol=1e-6)
+    assert not torch.allclose(found.head.weight, model.head.weight, atol=1e-3)
+
+
+def test_what_nothing_moves_stays():
+    seen, rng = Seen(), torch.Generator().manual_seed(0)
+    own = torch.randn(30, 6, generator=rng, dtype=torch.float64)
+    seen["own"].add(own), seen["swapped"].add(own), seen["own and swapped"].add(own, own)
+    model = torch.nn.Linear(6, 3).double()
+    model.get_classifier = lambda: model
+    weight, bias = Head("swap-consistent").weights(model, seen, 0.01)
+    assert torch.allclose(weight, model.weight, atol=1e-10) and torch.equal(bias, model.bias)
