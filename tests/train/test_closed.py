@@ -10,8 +10,20 @@ from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, cut_out, list_folder
 from cft.data.models import base_model, dinov2_vitb14, logistic
 from cft.explain.maps import relevance
-from cft.train.closed import (FORMS, Head, Look, Moments, Seen, consistent, erased, last_layer, leace, penultimate,
-                              relevance_features, with_head)
+from cft.train.closed import (
+    FORMS,
+    Head,
+    Look,
+    Moments,
+    Seen,
+    consistent,
+    erased,
+    last_layer,
+    leace,
+    penultimate,
+    relevance_features,
+    with_head,
+)
 from cft.train.loop import fine_tune, rehearse
 from cft.train.objectives import RECIPES
 
