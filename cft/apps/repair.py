@@ -227,7 +227,8 @@ class HeadSearch:
     def seconds(self, ground: Ground) -> float:
         """About how long it takes, if no other search has seen the features yet."""
         shown = len(ground.held.labels) * len(ground.held.shown)
-        passes = {"swaps": self.head.look.times, "rows": self.head.look.times, "relevance": 4, "contexts": 1}
+        times = self.head.look.times
+        passes = {"swaps": times, "rows": times, "relevance": 4, "plain": 3, "contexts": 1}
         return ground.held.seconds * (1 + len(ground.images) * (1 + sum(passes[r] for r in self.head.reads)) / shown)
 
     def __call__(self, ground: Ground, name: str, tick: Callable[[], object]) -> Iterator[Candidate]:

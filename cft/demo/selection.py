@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TUNING_SEEDS', 'RATE_GRID', 'TRIED', 'TRIALS', 'DEAL_TRIALS', 'ALLOWED_LOSS', 'Sets', 'CLOSED_TRIALS', 'CLOSED_LOSS',
-           'tuning_settings', 'swapped_batches', 'search_rates', 'select', 'search_shares']
+           'tuning_settings', 'swapped_batches', 'search_rates', 'select', 'search_shares', 'frontier']
 
 # %% ../../nbs/appendix/17_selection.ipynb #6e6e666a
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def select(trials: pd.DataFrame, allowed: Mapping[str, float] = ALLOWED_LOSS) ->
 # %% ../../nbs/appendix/17_selection.ipynb #e986ef76
 CLOSED_TRIALS: dict[str, tuple[float, ...]] = {
     **{name: form.strengths for name, form in FORMS.items()}, "dfr-like": TRIALS["dfr-like"],
-    **dict.fromkeys(("rrda", "cft+", "cft+.no-align"), RATE_GRID)}
+    **dict.fromkeys(("cft+", "cft+.no-align"), RATE_GRID)}
 CLOSED_LOSS = {"val": 1.0, "v2": 2.0}  # points
 
 def search_shares(root: str | Path, trials: Mapping[str, Sequence[float]] = CLOSED_TRIALS,
@@ -133,8 +134,7 @@ def search_shares(root: str | Path, trials: Mapping[str, Sequence[float]] = CLOS
     for seed in seeds:
         base, sets = _made(steps, seed, "demo", ("v2", *(SHIFTED if shifted else ())))
         features = {name: [(penultimate(base, x), y) for x, y in batches] for name, batches in sets.items()}
-        tuned = torch.tensor(steps.drawn.tuned(seed))
-        scored = lambda model, on: _with_means(_accuracies(model, on), model, on, tuned)
+        scored = partial(_with_means, tuned=torch.tensor(steps.drawn.tuned(seed)))
         rows.append({"method": "original", "seed": seed, **scored(base, sets)})
         for method, rates in tqdm(trials.items(), desc=f"seed {seed}", leave=False, disable=not progress):
             recipe, images = steps.recipe("demo", method, seed)[0], steps.training_images(base, "demo", method, seed)
@@ -158,8 +158,9 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Module:
     layer.load_state_dict({"weight": weight, "bias": bias})
     return layer.eval()
 
-def _with_means(found: dict[str, float], model: nn.Module, sets: Sets, tuned: Tensor) -> dict[str, float]:
-    """The same with the mean over the shifted sets in their place, and other classes apart."""
+def _with_means(model: nn.Module, sets: Sets, tuned: Tensor) -> dict[str, float]:
+    """Accuracies, with the mean over the shifted sets in their place, and other classes apart."""
+    found = _accuracies(model, sets)
     if not set(SHIFTED) <= found.keys():
         return found
     mean = sum(found[name] for name in SHIFTED) / len(SHIFTED)
@@ -167,3 +168,17 @@ def _with_means(found: dict[str, float], model: nn.Module, sets: Sets, tuned: Te
     right = (logits.argmax(1) == labels)[~torch.isin(labels, tuned)].double().mean().item()
     kept = {name: value for name, value in found.items() if name not in SHIFTED or name == "adversarial"}
     return kept | {"adversarial, other": 100 * right, "OOD-7": mean}
+
+# %% ../../nbs/appendix/17_selection.ipynb #67584eb9
+def frontier(trials: pd.DataFrame, lost: str = "val", gained: str = "OOD-7") -> pd.DataFrame:
+    """The best that each method reaches at each loss: columns method, loss (points, at least 0), value (percent).
+
+    trials: as `search_shares` gives them; means over their seeds.
+    """
+    means = trials.groupby(["method", "rate", "share"], sort=False, dropna=False)[[lost, gained]].mean().reset_index()
+    original: Any = means[means["method"] == "original"].iloc[0]
+    means["loss"] = (original[lost] - means[lost]).clip(lower=0).round(9)
+    start = pd.DataFrame({"method": means["method"].unique(), "loss": 0.0, gained: original[gained]})
+    ordered = pd.concat([start, means])[["method", "loss", gained]].sort_values(["method", "loss", gained])
+    best = ordered.groupby("method")[gained].cummax()
+    return ordered.assign(value=best).drop_duplicates(["method", "loss"], keep="last")[["method", "loss", "value"]]

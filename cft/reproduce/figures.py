@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'style', 'gain_figure', 'names_of', 'draw_positions', 'relevance_panels', 'title_of', 'flips',
-           'results_figure']
+           'results_figure', 'frontier_figure']
 
 # %% ../../nbs/appendix/07_figures.ipynb #564a374e
 import random
@@ -145,9 +145,9 @@ def flips(found: Found, before: str, after: str, name: str, seed: int = 0) -> tu
     return np.nonzero(~was & now)[0].tolist(), np.nonzero(was & ~now)[0].tolist()
 
 # %% ../../nbs/appendix/07_figures.ipynb #5ab5f35d
-def results_figure(found: Found, columns: Sequence[str] = ("val", "adversarial", "OOD-7")) -> Figure:
-    """Top-1 of every method and seed of the demo, with means, a panel a column."""
-    values = scores_of(numbers(found, "demo"))
+def results_figure(found: Found, columns: Sequence[str] = ("val", "adversarial", "OOD-7"), key: str = "demo") -> Figure:
+    """Top-1 of every method and seed of one of our pages, with means, a panel a column."""
+    values = scores_of(numbers(found, key))
     methods, seeds = list(dict.fromkeys(values["method"])), sorted(values["seed"].unique())
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(seeds)))
     places, size = range(len(methods)), (3.4 * len(columns), 0.34 * len(methods) + 0.9)
@@ -162,5 +162,21 @@ def results_figure(found: Found, columns: Sequence[str] = ("val", "adversarial",
     axes[0][0].set(yticks=places, yticklabels=[LABELS.get(method, method) for method in methods])
     axes[0][0].invert_yaxis()
     axes[0][-1].legend(fontsize=7, frameon=False, loc="upper right")
+    fig.tight_layout()
+    return fig
+
+# %% ../../nbs/appendix/07_figures.ipynb #4f570812
+def frontier_figure(best: pd.DataFrame, lost: str, gained: str, most: float = 8.0) -> Figure:
+    """What each method reaches against what it loses: a stair a method. best: columns method, loss, value."""
+    fig, ax = plt.subplots(figsize=(7, 4.2))
+    names = [name for name in LABELS if name in set(best["method"]) and name != "original"]
+    for number, name in enumerate(names):
+        of = best[(best["method"] == name) & (best["loss"] <= most)]
+        ends = [*of["loss"], most], [*of["value"], of["value"].iloc[-1]]
+        colour, line = COLOURS[number % len(COLOURS)], ("-", "--", ":")[number // len(COLOURS)]
+        ax.step(*ends, where="post", label=LABELS[name], lw=1.4, color=colour, ls=line)
+    ax.set(xlabel=f"points of {lost} lost, at most", ylabel=f"{gained}, top-1 %, demo", xlim=(0, most))
+    ax.grid(lw=0.3)
+    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     fig.tight_layout()
     return fig

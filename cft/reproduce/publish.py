@@ -8,7 +8,7 @@ __all__ = ['save_page', 'end_page', 'notebook_of', 'run_page', 'make_page', 'pub
 # %% ../../nbs/appendix/08_publish.ipynb #b049b57b
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..files import PACKAGE, need, replace_part, write_csv, written_folder
 from .paper import ARTEFACTS, INCONSISTENCIES
-from .results import Found, open_results, trail
+from .results import Found, open_results, trail, published
 from .settings import RELATED, Work, page_file
 from .tables import MARKS, claims_of, demo_table, judged, save_table, sentences
 
@@ -140,11 +140,14 @@ def publish(root: str | Path, out: str | Path) -> Path:
     return out
 
 # %% ../../nbs/appendix/08_publish.ipynb #233c3b90
-def scoreboard(found: Found, command: str = "cft reproduce --profile demo") -> pd.DataFrame:
-    """An artefact a line: artefact, command, profile, status (done, not run), run time, claims (verdicts, counted)."""
+def scoreboard(found: Found, command: str = "cft reproduce --profile demo", keys: Sequence[str] = ()) -> pd.DataFrame:
+    """An artefact a line: artefact, command, profile, status (done, not run), run time, claims (verdicts, counted).
+
+    keys: of some artefacts; default: all.
+    """
     seconds = found.runs.set_index(["model", "method", "seed"])["seconds"].to_dict()
     lines = []
-    for a in ARTEFACTS:
+    for a in (a for a in ARTEFACTS if not keys or a.key in keys):
         done = any((found.root / "artefacts" / a.key).glob("*.csv"))
         spent = sum(seconds.get(t, 0.0) for t in found.work.tuned(a.key))
         counted = {title: _counted(table) for title, table in (judged(found, a.key) if done else {}).items()}
@@ -163,10 +166,17 @@ def markdown(table: pd.DataFrame) -> str:
     plain = lambda cells: "| " + " | ".join(str(c).replace("|", r"\|") for c in cells) + " |"
     return "\n".join([plain(table.columns), "|---" * len(table.columns) + "|", *map(plain, table.to_numpy())])
 
-def write_readme(readme: str | Path, results: str | Path = "") -> None:
-    """Fill the parts `scoreboard` and `results` of a README. Raises ValueError unless it has both their marks, once."""
-    found = open_results(results)
-    table = demo_table(found, ("val", "adversarial", "OOD-7", "adversarial, fine-tuned", "adversarial, other"))
-    shown = markdown(table.reset_index(names="demo, top-1 %"))
-    replace_part(readme, "scoreboard", markdown(scoreboard(found)))
-    replace_part(readme, "results", f"{shown}\n\n{sentences(judged(found, 'demo')['demo'])}")
+def write_readme(readme: str | Path, results: str | Path = "", closed: str | Path = "") -> None:
+    """Fill the parts `scoreboard`, `results` and `closed` of a README. Raises ValueError unless it has each mark once.
+
+    results, closed: the runs of the demo and of the closed forms; default: the published ones.
+    """
+    found, heads = open_results(results), open_results(closed or published("closed"), "closed")
+    own = tuple(a.key for a in ARTEFACTS if a.key != "closed")
+    boards = [scoreboard(found, keys=own), scoreboard(heads, "cft reproduce --profile closed", ("closed",))]
+    replace_part(readme, "scoreboard", markdown(pd.concat(boards)))
+    columns = ("val", "adversarial", "OOD-7", "adversarial, fine-tuned", "adversarial, other")
+    for key, of in (("demo", found), ("closed", heads)):
+        shown = markdown(demo_table(of, columns, key).reset_index(names="demo, top-1 %"))
+        told = sentences(next(iter(judged(of, key).values())))
+        replace_part(readme, {"demo": "results"}.get(key, key), f"{shown}\n\n{told}")

@@ -177,12 +177,14 @@ def images(tmp_path_factory):
 def test_what_is_seen_is_what_the_names_say(images):
     model = base_model(0)
     look = Look(times=3, batch=9)
-    seen = look(model, images, {"swaps", "contexts", "relevance", "rows"})
+    seen = look(model, images, {"swaps", "contexts", "relevance", "rows", "plain"})
     still = cut_out(DataLoader(MaskedImages(images.folder, images.preprocess), 5))
     own = penultimate(model, still.pictures)
     assert seen["own"].count == seen["inside"].count == 24 and seen["swapped"].count == 72
     assert torch.allclose(seen["own"].mean, own.mean(0), atol=1e-6)
     assert torch.allclose(seen["context"].mean, penultimate(model, still.scenes).mean(0), atol=1e-6)
+    shades = [penultimate(model, torch.where(still.objects[:, None], still.pictures, (v - 0.5) / 0.25)) for v in (0, 0.5, 1)]
+    assert torch.allclose(seen["plain"].mean, torch.stack(shades).mean((0, 1)), atol=1e-5)
     assert seen["moved"].mean.abs().max() < 1e-6 and seen["moved"].count == 96
     together = (24 * seen["own"].second + 72 * seen["swapped"].second) / 96  # = steady + moved
     assert torch.allclose(seen["steady"].second + seen["moved"].second, together, atol=1e-5)
