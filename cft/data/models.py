@@ -214,19 +214,22 @@ def load_model(name: str, weights: str | Path | None = None, num_classes: int | 
     model.load_state_dict(state)
     return _noted(model, told, stored.config, stored.source, config), stored.classes
 
-def logistic(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+def logistic(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, penalty: float,
+             tied: bool = False) -> tuple[Tensor, Tensor]:
     """The last layer of least cross-entropy, plus `penalty` · ‖V − W‖² on standardised features: weight V and bias.
 
-    features (rows, features), float64; weight W (classes, features) and bias (classes,), where it starts.
+    features (rows, features), float64; weight W (classes, features) and bias (classes,), where it starts. tied: the
+    bias stays near, too, so that classes without a picture are not answered away.
     """
     mean, scale = features.mean(0), features.std(0, correction=0).clamp(min=1e-8)
     x, near = ((features - mean) / scale).clone(), weight * scale
-    w = torch.cat([(bias + weight @ mean)[:, None], near], 1).clone().requires_grad_()
+    start = torch.cat([(bias + weight @ mean)[:, None], near], 1)
+    w, first = start.clone().requires_grad_(), 0 if tied else 1
     optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        apart = (w[:, 1:] - near).square().sum()
+        apart = (w - start)[:, first:].square().sum()
         value = F.cross_entropy(x @ w[:, 1:].T + w[:, 0], labels) + penalty * apart
         value.backward()
         return value

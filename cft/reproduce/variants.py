@@ -90,7 +90,8 @@ def recipe_of(method: str, model: str, settings: Settings, seed: int) -> tuple[R
     """
     recipe, variant = varied(method)
     base, _, name = method.partition(".")
-    rate = settings.rates.get(model, {}).get(base)
+    rates, shares = settings.rates.get(model, {}), settings.shares.get(model, {})
+    rate, share = rates.get(method, rates.get(base)), shares.get(method, shares.get(base))
     if rate is None:
         raise ValueError(f"no learning rate for {base} on {model}; set rates.{model}.{base} in the settings")
     if name == "table8" and base == "gradmask":
@@ -98,7 +99,7 @@ def recipe_of(method: str, model: str, settings: Settings, seed: int) -> tuple[R
     if name == "table8" and isinstance(recipe.objective, RightReasons):
         # λ_cls = 2e-6, λ = 1e-10 on sums over batches of 8
         recipe = replace(recipe, objective=replace(recipe.objective, weight=8e-10, classify=2e-6))
-    if (share := settings.shares.get(model, {}).get(method)) is not None:
+    if share is not None:
         recipe = replace(recipe, average=share)
     how = {"epochs": settings.epochs, "batch": settings.batch, "precision": settings.precision, "chunk": settings.chunk}
     return replace(recipe, rate=rate * variant.faster, seed=7000 + seed, **how), variant

@@ -245,7 +245,7 @@ def _leace(weight: Tensor, bias: Tensor, seen: Seen, strength: float) -> _Solved
 
 def _dfr(weight: Tensor, bias: Tensor, seen: Seen, strength: float) -> _Solved:
     x, labels = (torch.cat(seen.rows[name]) for name in ("features", "label"))
-    return logistic(x, labels, weight, bias, strength)
+    return logistic(x, labels, weight, bias, strength, tied=True)
 
 def _dfr_cv(weight: Tensor, bias: Tensor, seen: Seen, strength: float) -> _Solved:
     x, labels, pictures = (torch.cat(seen.rows[name]) for name in ("features", "label", "picture"))
@@ -268,7 +268,7 @@ FORMS: dict[str, Form] = {
     "swap-head": Form(_reads("swaps"), _eraser("steady", "moved"), _ERASE),
     "swap-consistent": Form(_reads("swaps"), _consistent, _RIDGE),
     "context-head": Form(_reads("contexts"), _eraser("rest", "context"), _ERASE),
-    "leace": Form(_reads("swaps"), _leace, _RIDGE),
+    "leace": Form(_reads("swaps"), _leace, (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)),
     "dfr": Form(_reads("rows"), _dfr, _DFR),
     "dfr-cv": Form(_reads("rows"), _dfr_cv, (1.0, ))}
 # yapf: enable

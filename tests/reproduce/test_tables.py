@@ -29,8 +29,9 @@ from cft.reproduce.paper import (
     verdicts,
 )
 from cft.reproduce.results import Found, numbers, open_results
-from cft.reproduce.settings import Work, read_settings
+from cft.reproduce.settings import OURS, Work, read_settings
 from cft.reproduce.tables import (
+    CLOSED_COLUMNS,
     DEMO_COLUMNS,
     LABELS,
     averaged_rows,
@@ -52,7 +53,7 @@ from cft.reproduce.tables import (
 
 ROOT = Path(__file__).parents[2]
 T975 = {1: 12.7062, 2: 4.30265, 4: 2.77645}  # printed tables of the t distribution
-OURS = pd.DataFrame({"model": "vit_base_patch16_224", "method": ["original", "cft-paper", "cft"], "dataset": "in-a",
+MINE = pd.DataFrame({"model": "vit_base_patch16_224", "method": ["original", "cft-paper", "cft"], "dataset": "in-a",
                      "split": "all", "metric": "top1", "value": [16.0, 25.0, 26.0], "low": [np.nan, 24.0, 25.0],
                      "high": [np.nan, 26.0, 27.0], "n": [1, 5, 5]})
 
@@ -117,7 +118,7 @@ def test_words_are_those_that_are_known():
 @pytest.mark.parametrize("table", ["table1", "table3", "table4", "table7", "table9"])
 def test_every_paper_cell_stands_where_it_belongs(table, strict):
     theirs, of_paper = reference(table).query("model != 'mean of four'"), f"paper ({PAPER_ID})"
-    shown = beside(OURS, theirs)
+    shown = beside(MINE, theirs)
     for row in theirs.itertuples():
         column = row.dataset if row.split == "all" else f"{row.dataset}, {row.split}"
         cell = shown.loc[(row.model, row.method), (column, row.metric, of_paper)]
@@ -133,19 +134,19 @@ def test_every_paper_cell_stands_where_it_belongs(table, strict):
         assert shown.iloc[0][neighbour] == "seeds: 1, 5"
     if table == "table7":
         assert shown.loc[("ViT-B", "AttnLRP"), neighbour] == "25.00 [24.00, 26.00]"
-    assert (beside(OURS.iloc[:0], theirs).xs(PAPER.stamp, level="source", axis=1) == "not run").all(axis=None)
+    assert (beside(MINE.iloc[:0], theirs).xs(PAPER.stamp, level="source", axis=1) == "not run").all(axis=None)
 
 
 def test_the_demo_never_shares_a_column(strict):
     theirs = reference("table1").query("model == 'ViT-B'")
-    demo = OURS.assign(model="demo", dataset="adversarial")
+    demo = MINE.assign(model="demo", dataset="adversarial")
     shown = beside(demo, theirs, DEMO)
     sets = {source: set(shown[source].columns.get_level_values("column")) for source in shown.columns.levels[0]}
     assert sets[DEMO.stamp] == {"adversarial"} and not sets[DEMO.stamp] & sets[f"paper ({PAPER_ID})"]
     assert "DEMO" in DEMO.stamp and shown.loc["CFT", (DEMO.stamp, "adversarial", "R@1")] == "25.00 [24.00, 26.00]"
     assert shown.iloc[0, 0] == "table1, ViT-B" and shown.iloc[0, -1] == "seeds: 1, 5"
     twice = pd.concat([demo, demo.assign(model="other")])
-    for bad, rows, message in ((OURS, theirs, "in-a"), (OURS.assign(dataset="IN-A"), theirs, "IN-A"),
+    for bad, rows, message in ((MINE, theirs, "in-a"), (MINE.assign(dataset="IN-A"), theirs, "IN-A"),
                                (demo, reference("table1"), "4 networks"), (demo.drop(columns="n"), theirs, "n missing"),
                                (demo.iloc[:0], theirs.iloc[:0], "got none"),
                                (twice, theirs, "repeated")):
@@ -155,7 +156,7 @@ def test_the_demo_never_shares_a_column(strict):
 
 def test_where_the_paper_prints_nothing_ours_stand_alone(strict):
     nothing = reference("table1").iloc[:0]
-    for ours, profile in ((OURS, PAPER), (OURS.assign(model="demo", dataset="adversarial"), DEMO)):
+    for ours, profile in ((MINE, PAPER), (MINE.assign(model="demo", dataset="adversarial"), DEMO)):
         shown = beside(ours, nothing, profile)
         mine = shown.xs(profile.stamp, level="source", axis=1)
         assert mine.iloc[:, 0].tolist() == ["seeds: 1, 5", "16.00", "25.00 [24.00, 26.00]", "26.00 [25.00, 27.00]"]
@@ -178,11 +179,11 @@ def test_the_paper_and_the_demo_share_no_column(small):
 
 
 def test_html_is_escaped_and_tables_do_not_share_styles(strict):
-    nasty = beside(OURS.assign(method=["original", "<script>alert(1)</script>", "cft"]), reference("table7"))
+    nasty = beside(MINE.assign(method=["original", "<script>alert(1)</script>", "cft"]), reference("table7"))
     html = styled(nasty, "<b>x & y</b>").to_html()
     assert "<script>" not in html and "&lt;script&gt;" in html and "&lt;b&gt;x &amp; y" in html
     assert all(tint in html for tint in tables.TINTS) and styled(nasty).to_html() == styled(nasty).to_html()
-    pages = [styled(table).to_html() for table in (nasty, beside(OURS, reference("table7")))]
+    pages = [styled(table).to_html() for table in (nasty, beside(MINE, reference("table7")))]
     names = [re.search(r'id="T_(\w+?)"', page).group(1) for page in pages]
     assert names[0] != names[1]
     made = made_scores(A={0: 1.0, 1: 2.0}, B={0: 0.0, 1: 1.0})
@@ -190,7 +191,7 @@ def test_html_is_escaped_and_tables_do_not_share_styles(strict):
     assert "✓ holds" in page and "– not run" in page and "5 &lt; 6 &amp; 7" in page and "nan" not in page
 
 
-@pytest.mark.parametrize("table", [beside(OURS, reference("table9")), ledger(), plan(),
+@pytest.mark.parametrize("table", [beside(MINE, reference("table9")), ledger(), plan(),
                                    verdicts(made_scores(A={0: 1.0, 1: 2.0}, B={0: 0.0, 1: 1.0}), SHAPE_CLAIMS)],
                          ids=["beside", "ledger", "plan", "verdicts"])
 def test_latex_is_well_formed(table):
@@ -207,7 +208,7 @@ def test_latex_is_well_formed(table):
 
 
 def test_tables_are_saved_in_three_forms(tmp_path):
-    shown, place = beside(OURS, reference("table7")), tmp_path / "deep"
+    shown, place = beside(MINE, reference("table7")), tmp_path / "deep"
     paths = save_table(shown, place / "table7", "Table 7")
     assert sorted(place.iterdir()) == sorted(paths) and {p.suffix for p in paths} == {".csv", ".html", ".tex"}
     back = pd.read_csv(place / "table7.csv", index_col=[0, 1], keep_default_na=False)
@@ -310,7 +311,10 @@ def test_the_demos_claims_can_be_contradicted():
 
 
 def test_labels_and_claims_name_the_demos_methods():
-    assert tuple(LABELS) == artefact("demo").methods
+    ours = [name for key in OURS for name in artefact(key).methods]
+    assert set(LABELS) == set(ours) and tuple(LABELS)[:15] == artefact("demo").methods
+    assert {m for c in claims("closed") for m in (c.method, c.against)} <= set(artefact("closed").methods)
+    assert len(claims("closed")) == 15 and {c for x in claims("closed") for c in x.columns} <= set(CLOSED_COLUMNS)
     assert {m for c in claims("demo") for m in (c.method, c.against)} <= set(LABELS) and len(claims("demo")) == 22
     assert {c for claim in claims("demo") for c in claim.columns} <= set(DEMO_COLUMNS)
 
@@ -323,7 +327,7 @@ def values_in(cells):
     return [float(x) for cell in cells for x in re.findall(r"-?\d+\.\d+", str(cell))]
 
 
-@pytest.mark.parametrize("key", [a.key for a in ARTEFACTS if a.methods and a.key not in ("fig1", "fig2", "demo")])
+@pytest.mark.parametrize("key", [a.key for a in ARTEFACTS if a.methods and a.key not in ("fig1", "fig2", *OURS)])
 def test_published_tables_and_claims_follow_from_the_published_rows(key):
     """To the last digit that is shown; rows have four, and so a tie may fall to the other side."""
     found, place = open_results(), ROOT / "figures/demo/artefacts" / key

@@ -3,8 +3,8 @@ import pytest
 
 from cft.concepts.filters import ConceptSet, merge
 from cft.concepts.language import ClassName
-from cft.reproduce.paper import ARTEFACTS, DEMO, PAPER, in_our_form, needed
-from cft.reproduce.settings import read_settings
+from cft.reproduce.paper import ARTEFACTS, DEMO, PAPER, artefact, in_our_form, needed
+from cft.reproduce.settings import OURS, read_settings
 from cft.reproduce.variants import VARIANTS, Shown, given_by, recipe_of, shown_to, varied
 from cft.train.objectives import RECIPES
 
@@ -38,7 +38,23 @@ def test_a_variant_differs_in_one_thing(name):
     assert difference(base.as_dict(), recipe.as_dict()) == ([FIELDS[name]] if name in FIELDS else [])
     data = [variant.guide != "kept", not variant.augment]
     assert sum(data) == (name in OF_DATA)  # what is no field of the recipe is one of the data
-    assert set(VARIANTS) == {*FIELDS, *OF_DATA, "constant", "table8"}
+    assert set(VARIANTS) == {*FIELDS, *OF_DATA, *OF_HEADS, "constant", "table8"}
+
+
+OF_HEADS = ("concepts", "after-head", "no-align-after-head")
+
+
+def test_variants_of_heads():
+    settings = read_settings("closed", shares={"demo": {"cft+": 0.5, "cft+.no-align": 0.3}})
+    base, found = (recipe_of(f"relevance-head{name}", "demo", settings, 0)[0] for name in ("", ".concepts"))
+    assert difference(base.as_dict(), found.as_dict()) == ["objective.look.inside"] and base.rate < 1 == base.average
+    assert shown_to("relevance-head.concepts") == Shown("kept", "class") and shown_to("swap-head") == Shown("", "class")
+    assert shown_to("relevance-head.annotated").objects == "annotated"
+    after, alone = (recipe_of(f"cft+.{name}after-head", "demo", settings, 0)[0] for name in ("", "no-align-"))
+    assert after.first.objective.form == alone.first.objective.form == "relevance-head"
+    assert (after.objective.weights.align, alone.objective.weights.align) == (0.8, 0)
+    shares = [recipe_of(name, "demo", settings, 0)[0].average for name in ("cft+", "cft+.after-head", "cft+.no-align")]
+    assert shares == [0.5, 0.5, 0.3], "a variant has the share, and the rate, of its method, unless it has its own"
 
 
 def test_variants_of_the_rivals():
@@ -56,8 +72,11 @@ def test_variants_of_the_rivals():
 
 def test_every_method_of_every_artefact_has_a_recipe():
     paper = read_settings("paper")
-    for profile, settings in ((DEMO, DEMO_SETTINGS), (in_our_form(DEMO), DEMO_SETTINGS), (PAPER, paper)):
-        wanted = {t for a in ARTEFACTS if a.key != "demo" or profile is DEMO for t in needed(a, profile)[0]}
+    of_paper = [a for a in ARTEFACTS if a.key not in OURS]
+    for profile, settings, artefacts in ((DEMO, DEMO_SETTINGS, (*of_paper, artefact("demo"))), (PAPER, paper, of_paper),
+                                         (in_our_form(DEMO), DEMO_SETTINGS, of_paper),
+                                         (DEMO, read_settings("closed"), [artefact("closed")])):
+        wanted = {t for a in artefacts for t in needed(a, profile)[0]}
         assert wanted and all(recipe_of(method, model, settings, seed)[0].rate > 0 for model, method, seed in wanted)
     assert {m.partition(".")[2] for m in PAPER.methods.values()} - {""} <= set(VARIANTS)
     assert {m.partition(".")[0] for m in PAPER.methods.values()} - {"original"} <= set(RECIPES)

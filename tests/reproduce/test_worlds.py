@@ -37,7 +37,9 @@ def test_a_drawn_world(tmp_path):
     picture, mask = world.test_set("segmentation", 3)[0]
     assert mask.shape == (picture.height, picture.width) and set(np.unique(mask)) == {0, 1}
     assert world.start("demo", 3) == world.start("demo", 3) != world.start("demo", 4)
-    assert "no base 9" in world.start("demo", 9)
+    assert not world.start("demo", 9) and world.base(3) is None, "bases are trained where the package has none"
+    assert world.base(9) == tmp_path / "bases/9"
+    assert open_world(read_settings("smoke", bases="trained"), tmp_path).base(3) == tmp_path / "bases/3"
 
 
 def test_digests_of_folders_are_kept_until_a_date_changes(tmp_path):

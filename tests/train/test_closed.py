@@ -162,7 +162,9 @@ def test_logistic_is_the_minimum_and_stays_near(rows):
     apart = ((v - weight) * gone.std(0, correction=0)).square().sum()
     loss = torch.nn.functional.cross_entropy(gone @ v.T + b, labels) + 0.1 * apart
     assert max(g.abs().max() for g in torch.autograd.grad(loss, (v, b))) < 1e-4
-    assert torch.allclose(logistic(gone, labels, weight, bias, 1e6)[0], weight, atol=1e-4)
+    free, tied = logistic(gone, labels % 2, weight, bias, 1e6), logistic(gone, labels % 2, weight, bias, 1e6, tied=True)
+    assert torch.allclose(free[0], weight, atol=1e-4) and free[1][2:].max() < free[1][:2].min() - 3
+    assert torch.allclose(tied[0], weight, atol=1e-4) and torch.allclose(tied[1], bias, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +185,8 @@ def test_what_is_seen_is_what_the_names_say(images):
     assert seen["own"].count == seen["inside"].count == 24 and seen["swapped"].count == 72
     assert torch.allclose(seen["own"].mean, own.mean(0), atol=1e-6)
     assert torch.allclose(seen["context"].mean, penultimate(model, still.scenes).mean(0), atol=1e-6)
-    shades = [penultimate(model, torch.where(still.objects[:, None], still.pictures, (v - 0.5) / 0.25)) for v in (0, 0.5, 1)]
+    before = lambda shade: torch.where(still.objects[:, None], still.pictures, (shade - 0.5) / 0.25)
+    shades = [penultimate(model, before(shade)) for shade in (0, 0.5, 1)]
     assert torch.allclose(seen["plain"].mean, torch.stack(shades).mean((0, 1)), atol=1e-5)
     assert seen["moved"].mean.abs().max() < 1e-6 and seen["moved"].count == 96
     together = (24 * seen["own"].second + 72 * seen["swapped"].second) / 96  # = steady + moved
