@@ -248,7 +248,7 @@ LABELS = {
     "cft+.annotated": "CFT+, annotated masks", "cft+.no-align": "CFT+ without alignment",
     "relevance-head": "relevance head", "relevance-head.concepts": "relevance head, concepts kept",
     "relevance-head.annotated": "relevance head, annotated masks", "swap-head": "swap head",
-    "swap-consistent": "swap-consistent head", "context-head": "context head",
+    "swap-consistent": "swap-consistent head", "swap-steady": "swap-steady head", "context-head": "context head",
     "relevance-swap": "relevance kept, swaps erased", "plain-swap": "plain features kept, swaps erased",
     "leace": "LEACE of the scene", "dfr": "DFR, to the end", "dfr-cv": "DFR, cross-validated",
     "cft+.after-head": "relevance head, then CFT+",

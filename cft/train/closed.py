@@ -169,6 +169,7 @@ class Look:
             if source is not None:
                 seen["swapped"].add(one)
                 seen["own and swapped"].add(own, one)
+                seen["steady and swapped"].add(steady, one)
                 seen["swapped and scene"].add(one, (source[:, None] == torch.tensor(labels)).double())
 
     def _relevance(self, model: nn.Module, items: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -235,8 +236,11 @@ def _eraser(kept: str, gone: str) -> Callable[[Tensor, Tensor, Seen, float], _So
 
     return solve
 
-def _consistent(weight: Tensor, bias: Tensor, seen: Seen, strength: float) -> _Solved:
-    return weight @ consistent(seen["own and swapped"].second, seen["swapped"].second, strength), bias
+def _answers(target: str) -> Callable[[Tensor, Tensor, Seen, float], _Solved]:
+    def solve(weight: Tensor, bias: Tensor, seen: Seen, strength: float) -> _Solved:
+        return weight @ consistent(seen[f"{target} and swapped"].second, seen["swapped"].second, strength), bias
+
+    return solve
 
 def _leace(weight: Tensor, bias: Tensor, seen: Seen, strength: float) -> _Solved:
     swapped = seen["swapped"]
@@ -266,7 +270,8 @@ FORMS: dict[str, Form] = {
     "relevance-swap": Form(_reads("relevance", "swaps"), _eraser("inside", "moved"), _ERASE),
     "plain-swap": Form(_reads("plain", "swaps"), _eraser("plain", "moved"), _ERASE),
     "swap-head": Form(_reads("swaps"), _eraser("steady", "moved"), _ERASE),
-    "swap-consistent": Form(_reads("swaps"), _consistent, _RIDGE),
+    "swap-consistent": Form(_reads("swaps"), _answers("own"), _RIDGE),
+    "swap-steady": Form(_reads("swaps"), _answers("steady"), _ERASE),
     "context-head": Form(_reads("contexts"), _eraser("rest", "context"), _ERASE),
     "leace": Form(_reads("swaps"), _leace, (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)),
     "dfr": Form(_reads("rows"), _dfr, _DFR),

@@ -314,7 +314,7 @@ def test_labels_and_claims_name_the_demos_methods():
     ours = [name for key in OURS for name in artefact(key).methods]
     assert set(LABELS) == set(ours) and tuple(LABELS)[:15] == artefact("demo").methods
     assert {m for c in claims("closed") for m in (c.method, c.against)} <= set(artefact("closed").methods)
-    assert len(claims("closed")) == 15 and {c for x in claims("closed") for c in x.columns} <= set(CLOSED_COLUMNS)
+    assert len(claims("closed")) == 17 and {c for x in claims("closed") for c in x.columns} <= set(CLOSED_COLUMNS)
     assert {m for c in claims("demo") for m in (c.method, c.against)} <= set(LABELS) and len(claims("demo")) == 22
     assert {c for claim in claims("demo") for c in claim.columns} <= set(DEMO_COLUMNS)
 
