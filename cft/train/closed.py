@@ -231,7 +231,7 @@ def _towards(moments: Moments, mean: Tensor) -> Tensor:
 
 def _eraser(kept: str, gone: str) -> Callable[[Tensor, Tensor, Seen, float], _Solved]:
     def solve(weight: Tensor, bias: Tensor, seen: Seen, strength: float) -> _Solved:
-        mean = seen[kept if kept in ("steady", "plain") else "own"].mean
+        mean = seen[kept if kept == "steady" else "own"].mean
         return weight @ erased(_towards(seen[kept], mean), seen[gone].covariance, strength), bias
 
     return solve
