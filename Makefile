@@ -2,6 +2,7 @@
 PY := .venv/bin/python
 UV = $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 export OMP_NUM_THREADS := 1
+unexport PYTHONDONTWRITEBYTECODE
 export UV_PYTHON_DOWNLOADS := never
 
 .PHONY: help demo reproduce related smoke publish test quick fast export format lint lab bench torture clean

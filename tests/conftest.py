@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-LONG = ("test_runner", "test_notebooks", "test_browser", "test_tutorial", "test_cli")
+LONG = ("test_runner", "test_notebooks", "test_browser", "test_tutorial", "test_cli", "test_house", "test_readme",
+        "test_torture", "test_loop")
 
 
 def pytest_collection_modifyitems(items):

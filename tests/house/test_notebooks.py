@@ -13,8 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted(n for n in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in n.parts
                    and n.stem != "tutorial" and (n.parent.name != "paper" or n.stem in ("table1", "fig2")))
-NEEDED = ["torchvision", "timm", "pandas", "pyarrow.parquet", "seaborn", "sklearn.metrics", "transformers",
-          "execnb.shell"]  # and no `cft`: what a chapter says of it is run anew
+# No `cft`: what a chapter says of it is run anew.
+NEEDED = ["torchvision", "timm", "accelerate", "pandas.io.formats.style", "pyarrow.parquet", "scipy.stats", "seaborn",
+          "sklearn.metrics", "transformers", "pydantic", "execnb.shell"]
 
 
 def execute(notebook: Path, folder: Path) -> None:
@@ -23,7 +24,7 @@ def execute(notebook: Path, folder: Path) -> None:
 
     os.chdir(folder)
     multiprocessing.set_start_method("fork", force=True)
-    CaptureShell(path=folder).execute(notebook, exc_stop=True)
+    CaptureShell(path=folder, mpl_format="png").execute(notebook, exc_stop=True)
 
 
 @pytest.fixture(scope="module")
