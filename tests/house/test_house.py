@@ -61,14 +61,6 @@ def test_notebooks_are_clean(copy):
     assert same(ROOT / "nbs", copy / "nbs", "*.ipynb") == []
 
 
-@pytest.mark.slow
-def test_cells_are_formatted(copy):
-    before = {n: [source(c) for c in cells(n)] for n in (copy / "nbs").rglob("*.ipynb")}
-    tool = [sys.executable, "-m", "nbqa", "yapf", "--in-place", "nbs"]
-    subprocess.run(tool, cwd=copy, check=True, capture_output=True)
-    assert [n.stem for n, texts in before.items() if [source(c) for c in cells(n)] != texts] == []
-
-
 @pytest.mark.slow  # `make lint`, and so `make quick`, run them too
 @pytest.mark.parametrize("tool", (["ruff", "check", "nbs", "tests", "benchmarks", "setup.py"], ["basedpyright"]),
                          ids=lambda words: words[0])
