@@ -23,6 +23,7 @@ from cft.explain.anatomy import split
 from cft.explain.attributions import contribution
 from cft.explain.maps import bound, minmax, relevance, run
 from cft.explain.rules import Tape
+from cft.train.closed import penultimate, relevance_features
 from cft.train.losses import cft_loss, patch_mask
 from cft.train.objectives import RECIPES, Batch
 
@@ -189,6 +190,16 @@ def wall_rows(case: Case, kinds: Sequence[str], rounds: int = 3, suffix: str = "
     plain, note = training_step(case, RECIPES["plain"].objective), f"median of {rounds} alternating pairs; {case.note}"
     ratios = {kind: times_slower(training_step(case, STEPS[kind]), plain, rounds) for kind in kinds}
     return [step_row(f"{kind}_wall_ratio", suffix, ratio, note) for kind, ratio in ratios.items()]
+
+
+def head_rows(case: Case, rounds: int = 3) -> list[Row]:
+    """Wall time of the relevance features of two regions over that of a forward pass."""
+    images, model = case.batch.images, case.model.eval()
+    inside = lambda grid: (torch.rand(len(images), *grid, generator=torch.Generator().manual_seed(0)) < 0.3).double()
+    regions = lambda grid: [inside(grid).to(images.device), 1 - inside(grid).to(images.device)]
+    ratio = times_slower(lambda: relevance_features(model, images, regions), lambda: penultimate(model, images), rounds)
+    note = f"two regions, prefix and ledger; median of {rounds} alternating pairs; {case.note}"
+    return [row("relevance_features_ratio", ratio, "over forward pass", "", "the model's forward pass", note)]
 
 
 def compiled_rows(case: Case, rounds: int = 3) -> list[Row]:

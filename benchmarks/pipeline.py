@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,6 +38,7 @@ from cft.data.testsets import folder_set
 from cft.demo.toy_grounder import toy_grounder
 from cft.evaluate.passes import Loop, checkpoint, reading_of, run_pass, seconds, times_slower
 from cft.files import ASSETS, read_json
+from cft.train.closed import Head
 from cft.train.loop import noise_folder, rehearse
 from cft.train.objectives import RECIPES
 
@@ -127,6 +129,17 @@ def paper_run_rows(root: Path, name: str = "vit_base_patch16_224", steps: int = 
     if "memory" in price:
         each.append(("memory", price["memory"] / 1e9, "GB"))
     return [row(f"paper_run_{what}", value, unit, note=note) for what, value, unit in each]
+
+
+def head_seconds_rows(scratch: Path, pictures: int = 75) -> list[Row]:
+    """Seconds of the relevance head, from files to weights, on a ViT-B at 224 pixels."""
+    folder = noise_folder(scratch / "noise", classes=pictures // 3, per_class=3)
+    folder = replace(folder, samples=tuple(replace(s, object=s.mask) for s in folder.samples))
+    model = timm.create_model("vit_base_patch16_224", num_classes=pictures // 3).eval()
+    images, began = MaskedImages(folder, Preprocess.of(model)), time.perf_counter()
+    Head("relevance-head").solve(model, images, 0.1)
+    note = f"{len(images)} pictures, vit_base_patch16_224, random weights, float32, {place(device())}"
+    return [row("relevance_head_seconds_vit_b", time.perf_counter() - began, "s", "", "", note)]
 
 
 def explorer_rows(root: Path, moves: int = 5) -> list[Row]:

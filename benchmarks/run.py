@@ -18,7 +18,7 @@ from typing import Any
 import pipeline
 import timm
 import torch
-from cost import STEPS, compiled_rows, cost_rows, make_case, wall_rows
+from cost import STEPS, compiled_rows, cost_rows, head_rows, make_case, wall_rows
 from grounding import grounding_rows
 from peers import peer_rows
 from table import Row, merge, read_rows, write_rows
@@ -80,6 +80,8 @@ MEASUREMENTS = [
     cost("_dinov2", OURS, 8, DINO, img_size=224, num_classes=1000),
     cost("_convnextv2", OURS, 4, CONVNEXT),
     wall("_convnextv2", ("cft_step",), 4, CONVNEXT),
+    Measurement("features", ("relevance_features_ratio",), with_case(head_rows, 8, VIT_S)),
+    Measurement("head", ("relevance_head_seconds_vit_b",), with_folder(pipeline.head_seconds_rows)),
     Measurement("peers", PEERS, with_case(peer_rows, 2, VIT_S)),
     Measurement("grounding", GROUNDING, grounding_rows),
     Measurement("start", STARTS, pipeline.start_rows),

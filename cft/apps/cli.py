@@ -361,15 +361,18 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
     from cft.data.checkpoints import origin_of
     from cft.data.models import inputs_of, output_names
     from cft.evaluate.passes import Loop, doubt_of
+    from cft.train.closed import Head
     from cft.train.loop import rehearse, tracked
 
     about = {"model": model, "method": method, "rate": recipe.rate, "epochs": epochs}
     tracking = tracked(track, out, about) if track else nullcontext()
     use_cores(threads)
     network, stored = open_model(model, weights, pretrained, device, **reading)
-    if why := why_unexplained(network, explained) if (explained := getattr(recipe.objective, "method", "")) else "":
+    head = recipe.objective if isinstance(recipe.objective, Head) else None
+    explained = ("attnlrp" if "relevance" in head.reads else "") if head else getattr(recipe.objective, "method", "")
+    if why := why_unexplained(network, explained) if explained else "":
         raise ValueError(f"method {method} trains through relevance, which {model} has not: {why}")
-    names, needs = output_names(network, data, stored, classes), recipe.objective.needs
+    names, needs = output_names(network, data, stored, classes), recipe.needs
     box = tempfile.TemporaryDirectory()  # a dry run leaves nothing
     place = Path(box.name) if dry_run else out
     folder = training_folder(data, masks, objects, needs, names, concepts, per_class, place, allow_empty_masks,
@@ -384,20 +387,21 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
         raise ValueError(f"not trained: {doubt} (--allow-chance trains all the same)")
     if rate == "auto" and not dry_run:
         recipe = _searched(network, images, recipe, data, names, masks, objects, place)
-    say(f"method   {method}: {epochs} epochs of {-(-len(folder) // batch)} steps, batch {batch}, "
-        f"learning rate {recipe.rate:g}, seed {seed}")
+    trained = f"{epochs} epochs of {-(-len(folder) // batch)} steps, batch {batch}, learning rate {recipe.rate:g}"
+    say(f"method   {method}: {f'a head is solved for, strength {recipe.rate:g}' if head else trained}, seed {seed}")
     if dry_run or not (out / "record.json").exists():
         price = rehearse(network, images, recipe)
-        say(f"time     about {price['seconds']:.0f} s: {price['steps']} steps of {price['seconds_per_step']:.2f} s",
-            time=price)
+        steps = f": {price['steps']} steps of {price['seconds_per_step']:.2f} s" if price["steps"] else ""
+        say(f"time     about {price['seconds']:.0f} s{steps}", time=price)
     if dry_run:
         return
     with tracking as on_step:
         result = cft.fine_tune(network, images, recipe, out, save_every=save_every, validation=held, inputs=told,
                                on_step=on_step)
-    last = ", ".join(f"{k} {v:.3f}" for k, v in result.record["epochs"][-1].items())
-    say(f"result   {(made := out / 'model.safetensors')} ({last} in the last epoch)", result={"model": made},
-        last=result.record["epochs"][-1])
+    last = result.record["epochs"][-1] if result.record["epochs"] else {}
+    told = ", ".join(f"{k} {v:.3f}" for k, v in last.items())
+    say(f"result   {(made := out / 'model.safetensors')}{f' ({told} in the last epoch)' if told else ''}",
+        result={"model": made}, last=last)
 
 def _searched(network: "nn.Module", images: "MaskedImages", recipe: "Recipe", data: Path, names: Sequence[str],
               masks: Path | None, objects: Path | None, place: Path) -> "Recipe":

@@ -204,7 +204,7 @@ class RateSearch:
                     break  # where the whole way changes nothing, a part of it will not
             tick()
 
-def best_of(search: RateSearch, ground: Ground, name: str, progress: bool = True) -> Candidate:
+def best_of(search: "RateSearch | HeadSearch", ground: Ground, name: str, progress: bool = True) -> Candidate:
     """The best candidate of one search, for who has chosen a method. Raises ValueError if none is eligible."""
     best = None
     with tqdm(total=RUNS, desc="trying rates", unit="run", disable=not progress) as bar:
@@ -244,9 +244,12 @@ class HeadSearch:
                                 with_head(ground.model, weight, bias))
             tick()
 
+def _search(recipe: Recipe) -> RateSearch | HeadSearch:
+    return HeadSearch(recipe.objective) if isinstance(recipe.objective, Head) else RateSearch(recipe)
+
 SEARCHES: dict[str, RateSearch | HeadSearch] = {
-    name: HeadSearch(recipe.objective) if isinstance(recipe.objective, Head) else RateSearch(recipe)
-    for name, recipe in RECIPES.items() if name in ("cft+", "rrda", "dfr-like", "cft", "plain", *FORMS)}
+    name: _search(recipe) for name, recipe in RECIPES.items()
+    if name in ("cft+", "rrda", "dfr-like", "cft", "plain", *FORMS)}
 FIRST_CHOICE = ("relevance-head", "swap-consistent", "swap-head", "cft+", "rrda", "dfr-like")
 
 def searches_for(folder: Folder, methods: Sequence[str]) -> dict[str, RateSearch | HeadSearch]:
@@ -338,7 +341,7 @@ def search_rate(model: nn.Module, images: MaskedImages, others: Folder, recipe: 
     held, tuned = HeldIn(MaskedImages(rest, images.preprocess), recipe.seed), tuple(images.folder.labels)
     ground = Ground(model, images, held, held.scores(model, tuned), tuned, place, recipe.epochs, recipe.batch,
                     recipe.seed, allowed_loss)
-    return best_of(RateSearch(recipe), ground, "rate", progress)
+    return best_of(_search(recipe), ground, "rate", progress)
 
 def usable(folder: Folder, progress: bool = False) -> Folder:
     """The pictures whose object covers 1 to 80 % of what the model sees of them, not counted otherwise."""

@@ -91,10 +91,12 @@ _LISTS = {
     "With every command": "config json verbose quiet help"}
 PANELS = {name: panel for panel, names in _LISTS.items() for name in names.split()}  # where help shows a parameter
 CHOICES = {
-    "method": ("plain", "lcls-only", "gradmask", "rrr", "rrda", "dfr-like", "cft-paper", "cft-official", "cft", "cft+"),
+    "method": ("plain", "lcls-only", "gradmask", "rrr", "rrda", "dfr-like", "cft-paper", "cft-official", "cft", "cft+",
+               "relevance-head", "relevance-swap", "plain-swap", "swap-head", "swap-consistent", "swap-steady",
+               "context-head", "leace", "dfr", "dfr-cv"),
     "sets": ("in-v", "in-v2", "in-a", "in-r", "in-sketch", "objectnet", "si-location", "si-rotation", "si-size",
              "in-segmentation"), "grounder": ("groundingdino-swint+sam-vit-h", "toy"), "to": ("timm", "onnx", "torch"),
-    "profile": ("demo", "smoke", "paper")}
+    "profile": ("demo", "smoke", "paper", "closed")}
 
 CORES, MANY = os.cpu_count() or 1, 10**9
 CHECKS = {  # by a parameter's name, or that of its command: the range of a number and words that stand for one,

@@ -202,6 +202,17 @@ def test_what_is_seen_is_what_the_names_say(images):
         look(model, MaskedImages(images.folder.choose(images.folder.names[:1]), images.preprocess), {"swaps"})
 
 
+def test_what_is_kept_does_not_grow_with_the_pictures(images):
+    reads = {"swaps", "plain", "contexts", "relevance"}
+    numbers = []
+    for many in (6, 12):
+        some = MaskedImages(images.folder.choose(images.folder.names[::24 // many]), images.preprocess)
+        seen = Look(times=1)(base_model(0), some, reads)
+        sums = [m for name, m in seen.of.items() if name != "swapped and scene"]  # which has a column a class
+        numbers.append(sum(t.numel() for m in sums for t in (m.x, m.y, m.products)))
+    assert numbers[0] == numbers[1] and not seen.rows
+
+
 def images_labels(images):
     """By number."""
     return torch.tensor([s.label for s in images.folder.samples])
