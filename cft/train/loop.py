@@ -305,7 +305,7 @@ def fine_tune(model: nn.Module, images: MaskedImages | Batches, recipe: Recipe, 
     holds another job is begun anew. `inputs`: what was said about them, for the record. Raises ValueError for masks
     that are missing or a folder that holds another job, and Diverged when a loss is not finite.
 
-    A head that is solved for ([chapter 15](15_closed.ipynb)) takes no steps; the rest is as for all methods.
+    A head that is solved for (`cft.train.closed`) takes no steps; the rest is as for all methods.
     """
     if recipe.best and validation is None:
         raise ValueError("a recipe that keeps the best epoch needs validation pictures, got none")
