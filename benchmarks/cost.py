@@ -198,7 +198,7 @@ def head_rows(case: Case, rounds: int = 3) -> list[Row]:
     inside = lambda grid: (torch.rand(len(images), *grid, generator=torch.Generator().manual_seed(0)) < 0.3).double()
     regions = lambda grid: [inside(grid).to(images.device), 1 - inside(grid).to(images.device)]
     ratio = times_slower(lambda: relevance_features(model, images, regions), lambda: penultimate(model, images), rounds)
-    note = f"two regions, prefix and ledger; median of {rounds} alternating pairs; {case.note}"
+    note = f"two regions; median of {rounds} alternating pairs; {case.note}"
     return [row("relevance_features_ratio", ratio, "over forward pass", "", "the model's forward pass", note)]
 
 

@@ -61,7 +61,7 @@ def end_page(found: Found, key: str, figures: Mapping[str, "Figure"] | None = No
     display(*(i for i in INCONSISTENCIES if i.number in stated))
     took = Work(found.settings, (key,)).counts()
     print(f"{took['fine-tunes']} fine-tunes and {took['evaluations']} evaluations; "
-          f"to make it again: cft reproduce --only {key}")
+          f"to make it again: cft reproduce {'--profile closed ' if key == 'closed' else ''}--only {key}")
 
 # %% ../../nbs/appendix/08_publish.ipynb #761f0b19
 _PAGES = {a.key: f"paper/{a.key}.ipynb" for a in ARTEFACTS} | {

@@ -34,14 +34,15 @@ def penultimate(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
     return torch.cat([known.forward_head(x, pre_logits=True).double().cpu() for x in seen])
 
 def relevance_features(model: nn.Module, images: Tensor, regions: Callable[[tuple[int, int]], list[Tensor]],
-                       rule: str = "attnlrp", stage: int = 2) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """How much of every feature is owed to each region: features, one F for each region, F of the prefix, and L.
+                       rule: str = "attnlrp", stage: int = 2, rest: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """How much of every feature is owed to each region: features f, and one F for each region.
 
     images (batch, channels, height, width); regions: from the grid (rows, columns) to weights (batch, rows, columns) of
-    the patches. All results are (batch, features), in the model's precision. Raises UnsupportedModule (a ValueError)
-    for a module without a rule. With features f: f = Σ F + F of the prefix + L, if the regions part the picture.
+    the patches. All results are (batch, features), in the model's precision. With `rest`, F of the prefix and what is
+    absorbed, L, stand at the end of the list, and f is the sum of all if the regions part the picture. Raises
+    UnsupportedModule (a ValueError) for a module without a rule.
     """
-    checked, tape = check_model(model), Tape(rule, ledger={})
+    checked, tape = check_model(model), Tape(rule, ledger={} if rest else None)
     with torch.no_grad():
         parts = split(checked, images, stage)
         features, pullbacks = run(parts.steps[:-1], parts.x, tape)
@@ -53,9 +54,9 @@ def relevance_features(model: nn.Module, images: Tensor, regions: Callable[[tupl
         relevance = (parts.per_token(full_precision(parts.x)) * parts.per_token(full_precision(g))).sum(-1)
         patches, prefix = relevance[:, parts.prefix:].unflatten(1, parts.grid), relevance[:, :parts.prefix]
         sums = [(weights.to(patches) * patches).sum() for weights in regions(parts.grid)]
-        absorbed = sum(((booked.sum()) for booked in (tape.ledger or {}).values()), start=0 * start.sum())
-        found = [torch.autograd.grad(each, start, retain_graph=True)[0] for each in (*sums, prefix.sum(), absorbed)]
-    return features, found[:-2], found[-2], found[-1]
+        if rest:
+            sums += [prefix.sum(), sum((booked.sum() for booked in (tape.ledger or {}).values()), 0 * start.sum())]
+        return features, [torch.autograd.grad(each, start, retain_graph=True)[0] for each in sums]
 
 # %% ../../nbs/15_closed.ipynb #820fb13b
 class Moments:

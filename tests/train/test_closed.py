@@ -49,7 +49,7 @@ def test_relevance_features_are_one_pullback_for_each_feature(name):
     images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     random = lambda grid: (torch.rand(2, *grid, generator=torch.Generator().manual_seed(2)) < 0.4).double()
     regions = lambda grid: [random(grid), 1 - random(grid)]
-    features, (inside, outside), prefix, absorbed = relevance_features(model, images, regions)
+    features, (inside, outside, prefix, absorbed) = relevance_features(model, images, regions, rest=True)
     assert torch.allclose(features.detach(), penultimate(model, images), atol=1e-12)
     assert (features - inside - outside - prefix - absorbed).abs().max() < 1e-10 * features.abs().max()
     unit, (weight, bias) = torch.zeros_like, last_layer(model)
@@ -67,7 +67,7 @@ def test_relevance_features_are_one_pullback_for_each_feature(name):
 
 def test_no_gradient_of_the_network_is_taken():
     model = networks()["mean"]
-    features, found, *_ = relevance_features(model, torch.randn(1, 3, 32, 32).double(), lambda g: [torch.ones(1, *g)])
+    features, found = relevance_features(model, torch.randn(1, 3, 32, 32).double(), lambda g: [torch.ones(1, *g)])
     assert not features.requires_grad and not found[0].requires_grad
     assert all(p.grad is None for p in model.parameters())
 
