@@ -33,11 +33,11 @@ from ..concepts.language import ClassName
 from ..concepts.masks import build_masks, training_pictures
 from ..concepts.store import MaskStore
 from ..concepts.validation import Validation, look_at_masks, refuse_context, validate
-from ..data.folders import Folder, MaskedImages, Preprocess, cut_out
+from ..data.folders import Folder, MaskedImages, Preprocess, cutouts
 from ..data.models import save_model
 from ..evaluate.audit import CLEARED, Audit, audit, partners
 from ..files import write_csv, write_json
-from ..train.closed import FORMS, Head, Look, Seen, last_layer, penultimate, with_head
+from ..train.closed import FORMS, Head, Look, LayerInput, last_layer, penultimate, with_head
 from ..train.loop import averaged, fine_tune, rehearse
 from ..train.objectives import RECIPES, Align, Recipe
 
@@ -81,7 +81,7 @@ class HeldIn:
     """Pictures as they are and before other backgrounds, in memory."""
     def __init__(self, images: MaskedImages, seed: int = 0, times: int = 3, batch: int = 32):
         """images: with object masks. times: backgrounds for each picture."""
-        found = cut_out(DataLoader(images, batch))
+        found = cutouts(DataLoader(images, batch))
         others = [torch.from_numpy(partners(found.labels.numpy(), seed + k)[1]) for k in range(times)]
         self.labels, self.shown = found.labels, [found.pictures, *map(found.before, others)]
         self.batch, self.seconds = batch, 0.0  # how long the last model took to answer
@@ -136,14 +136,14 @@ class Ground:
     batch: int
     seed: int
     allowed_loss: float = 3.0  # in points
-    looked: dict[tuple[Look, frozenset[str]], Seen] = field(default_factory=dict)
+    looked: dict[tuple[Look, frozenset[str]], LayerInput] = field(default_factory=dict)
 
     @cached_property
     def features(self) -> list[Tensor]:
         """What the last layer sees of all that is held in."""
         return [penultimate(self.model, shown, self.held.batch) for shown in self.held.shown]
 
-    def seen(self, head: Head) -> Seen:
+    def seen(self, head: Head) -> LayerInput:
         """What it sees of the pictures to train on, looked at once for all heads that read the same."""
         look = replace(head.look, seed=self.seed, batch=self.batch)
         if (look, head.reads) not in self.looked:

@@ -6,7 +6,7 @@
 __all__ = ['MOST_PIXELS', 'MOST_STRETCHED', 'EXTENSIONS', 'UNREAD', 'TOO_MANY', 'FRAME', 'UnreadableImage', 'open_image',
            'read_mask', 'open_mask', 'find_pictures', 'printable_path', 'Sample', 'Folder', 'coco_masks',
            'class_folders', 'list_folder', 'scan', 'Preprocess', 'MaskedImages', 'without_object', 'swap_background',
-           'Cutouts', 'cut_out', 'frame_of']
+           'Cutouts', 'cutouts', 'frame_of']
 
 # %% ../../nbs/01_folders.ipynb #da4b9237
 import hashlib
@@ -547,7 +547,7 @@ class Cutouts(NamedTuple):
         """The objects before the backgrounds of other pictures, given by their numbers (pictures,)."""
         return swap_background(self.pictures, self.objects, self.scenes[others])
 
-def cut_out(batches: Iterable[Mapping[str, Tensor]]) -> Cutouts:
+def cutouts(batches: Iterable[Mapping[str, Tensor]]) -> Cutouts:
     """The pictures of batches as `MaskedImages` gives them, with object masks."""
     found = list(batches)
     images, objects, labels = (torch.cat([b[key] for b in found]) for key in ("image", "object", "label"))

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.backdrop import CLASSES, SHIFTED
-from ..data.folders import MaskedImages, Preprocess, cut_out, list_folder
+from ..data.folders import MaskedImages, Preprocess, cutouts, list_folder
 from ..apps.repair import SHARES, nearer
 from ..evaluate.metrics import predict
 from ..related.deal import TinyDual
@@ -49,7 +49,7 @@ def swapped_batches(held_in: Sequence[Mapping[str, Tensor]], seed: int, times: i
 
     held_in: batches with image (batch, 3, height, width), object (batch, height, width) and label.
     """
-    found, rng = cut_out(held_in), torch.Generator().manual_seed(seed)
+    found, rng = cutouts(held_in), torch.Generator().manual_seed(seed)
     others = [torch.randperm(len(found.labels), generator=rng) for _ in range(times)]
     return [(found.before(other), found.labels) for other in others]
 

@@ -7,15 +7,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from cft.data import backdrop
-from cft.data.folders import MaskedImages, Preprocess, cut_out, list_folder
+from cft.data.folders import MaskedImages, Preprocess, cutouts, list_folder
 from cft.data.models import base_model, dinov2_vitb14, logistic
 from cft.explain.maps import relevance
 from cft.train.closed import (
     FORMS,
     Head,
+    LayerInput,
     Look,
     Moments,
-    Seen,
     consistent,
     erased,
     last_layer,
@@ -180,7 +180,7 @@ def test_what_is_seen_is_what_the_names_say(images):
     model = base_model(0)
     look = Look(times=3, batch=9)
     seen = look(model, images, {"swaps", "contexts", "relevance", "rows", "plain"})
-    still = cut_out(DataLoader(MaskedImages(images.folder, images.preprocess), 5))
+    still = cutouts(DataLoader(MaskedImages(images.folder, images.preprocess), 5))
     own = penultimate(model, still.pictures)
     assert seen["own"].count == seen["inside"].count == 24 and seen["swapped"].count == 72
     assert torch.allclose(seen["own"].mean, own.mean(0), atol=1e-6)
@@ -272,7 +272,7 @@ def test_a_head_first_and_then_steps(images):
 
 
 def test_what_nothing_moves_stays():
-    seen, rng = Seen(), torch.Generator().manual_seed(0)
+    seen, rng = LayerInput(), torch.Generator().manual_seed(0)
     own = torch.randn(30, 6, generator=rng, dtype=torch.float64)
     seen["own"].add(own), seen["swapped"].add(own), seen["own and swapped"].add(own, own)
     model = torch.nn.Linear(6, 3).double()
