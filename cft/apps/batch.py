@@ -124,7 +124,7 @@ def split_list(text: str) -> tuple[str, ...]:
          base_url="A server that speaks OpenAI's protocol, most often …/v1; default: OpenAI.",
          grounder="What finds objects or concepts: self, rembg, detector+segmenter, or toy; default: what is there.",
          grounder_weights="Folder with the grounder's weights.",
-         methods="What is tried, with commas; default: five, heads in closed form among them.",
+         methods="What is tried, with commas; default: six, heads in closed form among them.",
          only="Classes to train on, with commas; default: all. All classes are checked.",
          per_class="Pictures of each class to train on, at most a third.", epochs="Passes over them.",
          batch="Pictures a step.", allowed_loss="Points that may be lost on pictures as they are.",

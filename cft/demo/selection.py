@@ -53,9 +53,16 @@ def swapped_batches(held_in: Sequence[Mapping[str, Tensor]], seed: int, times: i
     others = [torch.randperm(len(found.labels), generator=rng) for _ in range(times)]
     return [(found.before(other), found.labels) for other in others]
 
-def _accuracies(model: nn.Module, sets: Mapping[str, list[tuple[Tensor, Tensor]]]) -> dict[str, float]:
+def _right(model: nn.Module, sets: Mapping[str, list[tuple[Tensor, Tensor]]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each set which answers are right, as 0 and 1, and the labels."""
     found = {name: predict(model, pairs) for name, pairs in sets.items()}
-    return {name: 100 * (logits.argmax(1) == labels).double().mean().item() for name, (logits, labels) in found.items()}
+    return {name: ((logits.argmax(1) == labels).double(), labels) for name, (logits, labels) in found.items()}
+
+def _percent(right: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    return {name: 100 * of.mean().item() for name, (of, _) in right.items()}
+
+def _accuracies(model: nn.Module, sets: Mapping[str, list[tuple[Tensor, Tensor]]]) -> dict[str, float]:
+    return _percent(_right(model, sets))
 
 Sets = Mapping[str, list[tuple[Tensor, Tensor]]]  # name → batches of pictures, or of their features, with labels
 
@@ -160,14 +167,13 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Module:
 
 def _with_means(model: nn.Module, sets: Sets, tuned: Tensor) -> dict[str, float]:
     """Accuracies, with the mean over the shifted sets in their place, and other classes apart."""
-    found = _accuracies(model, sets)
+    found = _percent(answers := _right(model, sets))
     if not set(SHIFTED) <= found.keys():
         return found
     mean = sum(found[name] for name in SHIFTED) / len(SHIFTED)
-    logits, labels = predict(model, sets["adversarial"])
-    right = (logits.argmax(1) == labels)[~torch.isin(labels, tuned)].double().mean().item()
+    right, labels = answers["adversarial"]
     kept = {name: value for name, value in found.items() if name not in SHIFTED or name == "adversarial"}
-    return kept | {"adversarial, other": 100 * right, "OOD-7": mean}
+    return kept | {"adversarial, other": 100 * right[~torch.isin(labels, tuned)].mean().item(), "OOD-7": mean}
 
 # %% ../../nbs/appendix/17_selection.ipynb #67584eb9
 def frontier(trials: pd.DataFrame, lost: str = "val", gained: str = "OOD-7") -> pd.DataFrame:
