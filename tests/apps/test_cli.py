@@ -1,5 +1,6 @@
 """The command line as its users meet it: strange folders, kills, mistakes."""
 import configparser
+import importlib
 import json
 import os
 import re
@@ -265,7 +266,7 @@ def test_completion_offers_commands_and_names_without_a_model(tmp_path):
         return names
 
     assert offered("cft va") == ["validate"]
-    assert {*offered("cft fit --method c")} == {"cft", "cft+", "cft-paper", "cft-official"}
+    assert {*offered("cft fit --method c")} == {"cft", "cft+", "cft-paper", "cft-official", "context-head"}
     assert {*offered("cft evaluate --sets si-")} == {"si-size", "si-rotation", "si-location"}
     assert {*offered("cft evaluate --sets in-a,in-s")} == {"in-a,in-sketch", "in-a,in-segmentation"}
     assert offered("cft reproduce --profile s") == ["smoke"] and offered("cft masks --grounder t") == ["toy"]
@@ -309,7 +310,7 @@ metadata.distribution = distribution
 
 
 @pytest.mark.slow
-def test_the_core_does_without_any_extra_and_names_what_is_missing(tmp_path, drawn):
+def test_the_core_does_without_any_extra_and_names_what_is_missing(tmp_path, drawn, monkeypatch):
     train = drawn / "images/train"
     (tmp_path / "classes.csv").write_text("id,name\nbird,bird\n")
     asked = ("concepts", tmp_path / "classes.csv", "--yes", "--base-url", "http://127.0.0.1:9")
@@ -334,9 +335,9 @@ for module in pkgutil.walk_packages(cft.__path__, "cft."):
     assert all(f"pip install 'cft[{extra}]'" in line for extra, line in zip(cases, said)), said
     for extra, modules in shell.EXTRAS.items():  # whoever forgets to say it
         for module in modules:
-            with pytest.raises(ImportError) as error:
-                exec(f"import sys; sys.modules['{module}'] = None; import {module}", {})
-            del sys.modules[module]
+            with monkeypatch.context() as gone, pytest.raises(ImportError) as error:
+                gone.setitem(sys.modules, module, None)  # and back again: others of this process have imported it
+                importlib.import_module(module)
             assert f"pip install 'cft[{extra}]'" in str(error.value) + shell._advice(error.value)
 
 
