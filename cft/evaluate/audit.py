@@ -99,14 +99,15 @@ def variants(picture: dict[str, Tensor], same: dict[str, Tensor], other: dict[st
     """The pictures (batch, 3, height, width) that are shown to the model besides the original, by name.
 
     Each argument is a batch of `MaskedImages`. With object masks: own, other (background of a picture of the own or
-    another class), blurred (own background) and alone (background without object); without: frame_blurred.
+    another class), blurred (own background), bare (no background: the mean colour) and alone (background without
+    object); without: frame_blurred.
     """
     images = picture["image"]
     if "object" not in picture:
         return {"frame_blurred": torch.where(frame_of(*images.shape[2:]).to(images.device), blur(images), images)}
     objects = picture["object"]
     own, foreign, alone = (without_object(p["image"], p["object"]) for p in (same, other, picture))
-    behind = {"own": own, "other": foreign, "blurred": blur(alone)}
+    behind = {"own": own, "other": foreign, "blurred": blur(alone), "bare": torch.zeros_like(images)}
     return {name: swap_background(images, objects, scene) for name, scene in behind.items()} | {"alone": alone}
 
 # %% ../../nbs/23_audit.ipynb #b3f0c7f6
@@ -116,7 +117,7 @@ def examine(model: nn.Module, images: MaskedImages, method: str | Method | None 
     """One row per picture of a folder: what the model says, and says when the background changes.
 
     Columns: id, label, predicted, probability (of the predicted class), correct; with object masks off and background
-    (shares in percent), own, other, blurred, alone (1 if the answer is the label, 0 if not, NaN if there is no test)
+    (shares in percent), own, other, blurred, bare, alone (1 if the answer is the label, 0 if not, NaN without a test)
     and own_from, other_from (ids of the partners), other_predicted; without masks frame (share in percent) and
     frame_blurred. method: of the relevance, None to leave it out. The model is moved to `device` and left in
     evaluation mode.
@@ -162,14 +163,14 @@ def _examined(model: nn.Module, picture: dict[str, Tensor], same: dict[str, Tens
         columns["background"] = 100 - 100 * numbers(region).mean((1, 2))
         full, full_same, full_other = (p["object"].flatten(1).all(1).cpu().numpy() for p in (picture, same, other))
         untested = full | ~region.flatten(1).any(1).cpu().numpy()
-        excluded = dict.fromkeys(("off", "background", "blurred", "alone"), untested)
+        excluded = dict.fromkeys(("off", "background", "blurred", "bare", "alone"), untested)
         excluded |= {"own": untested | full_same, "other": untested | full_other}
         columns |= {name: np.where(excluded[name], np.nan, columns[name]) for name in excluded if name in columns}
     return columns
 
 # %% ../../nbs/23_audit.ipynb #12c6fc06
 PROPORTIONS = dict(accuracy="correct", own_background="own", other_background="other", blurred_background="blurred",
-                   background_alone="alone", frame_blurred="frame_blurred")
+                   object_alone="bare", background_alone="alone", frame_blurred="frame_blurred")
 _DIFFERENCES = dict(gap=("own", "other"), swap_drop=("correct", "other"), blur_drop=("correct", "blurred"),
                     frame_drop=("correct", "frame_blurred"))
 _SHARES = {"off_object": "off", "background": "background", "in_frame": "frame"}
@@ -177,9 +178,9 @@ _SHARES = {"off_object": "off", "background": "background", "in_frame": "frame"}
 def summarise(pictures: pd.DataFrame, classes: Sequence[str], name: str = "") -> pd.DataFrame:
     """The table of `examine` as tidy rows with the columns `COLUMNS`, in percent or points, over all and by class.
 
-    metrics: accuracy, own_background, other_background, blurred_background, background_alone, gap = own − other,
-    swap_drop = accuracy − other, blur_drop = accuracy − blurred, off_object, background; without masks frame_blurred,
-    frame_drop and in_frame. n: pictures with a value; a metric without any is left out.
+    metrics: accuracy, own_background, other_background, blurred_background, object_alone, background_alone, gap = own −
+    other, swap_drop = accuracy − other, blur_drop = accuracy − blurred, off_object, background; without masks
+    frame_blurred, frame_drop and in_frame. n: pictures with a value; a metric without any is left out.
     """
     labels, rows = pictures["label"], []
     parts = {"all": pictures} | {f"class {classes[k]}": pictures[labels == k] for k in np.unique(labels)}

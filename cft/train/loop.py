@@ -270,12 +270,21 @@ def _validate(model: nn.Module, original: nn.Module, images: MaskedImages, recip
             total += batch.size * _loss(model, original, recipe, batch, device)[0].item()
     return total / len(images)
 
+def _trained(model: Any, which: str | int) -> list[nn.Module]:
+    """The parts of a model that are trained. Raises ValueError for more blocks than it has."""
+    if which in ("all", "head"):
+        return [model if which == "all" else model.get_classifier()]
+    blocks: Any = getattr(model, "blocks", ())
+    if not (isinstance(which, int) and 0 < which <= len(blocks)):
+        raise ValueError(f"trainable must be all, head or a number of the {len(blocks)} last blocks; got {which!r}")
+    return [*blocks[-which:], model.norm, model.fc_norm, model.get_classifier()]
+
 def prepare(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
     """A frozen copy of the model, a trainable one, and the optimiser for it."""
     original = copy.deepcopy(model).eval().requires_grad_(False)
-    tuned: Any = copy.deepcopy(model).train().requires_grad_(recipe.trainable == "all")
-    if recipe.trainable == "head":
-        tuned.get_classifier().requires_grad_(True)
+    tuned: Any = copy.deepcopy(model).train().requires_grad_(False)
+    for part in _trained(tuned, recipe.trainable):
+        part.requires_grad_(True)
     peaks = {name: recipe.rate for name, p in tuned.named_parameters() if p.requires_grad}
     for part, rate in recipe.rates.items():
         peaks |= {name: rate for name in peaks if name.startswith(f"{part}.")}

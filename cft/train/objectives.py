@@ -30,11 +30,17 @@ class Batch(NamedTuple):
     objects: Tensor | None = None  # whole objects, bool (batch, height, width)
     contexts: Tensor | None = None  # (batch, 3, height, width): other pictures without their objects
     coins: Tensor | None = None  # (batch,) uniform in [0, 1): what an objective decides at random, it decides by these
+    moved: Tensor | None = None  # the swapped pictures, where they are known already
 
     @property
     def size(self) -> int:
         """How many pictures."""
         return len(self.images)
+
+    def swapped(self) -> Tensor:
+        """The objects before the contexts. Raises ValueError if the batch comes without either."""
+        return self.moved if self.moved is not None else swap_background(self.images, self.given("objects"),
+                                                                         self.given("contexts"))
 
     def part(self, which: slice) -> "Batch":
         """Some pictures of the batch."""
@@ -89,8 +95,7 @@ class SwappedCrossEntropy:
 
     def __call__(self, model: nn.Module, original: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy over pictures and swapped pictures."""
-        swapped = swap_background(batch.images, batch.given("objects"), batch.given("contexts"))
-        loss = classification_loss(model(torch.cat([batch.images, swapped])), batch.labels.repeat(2))
+        loss = classification_loss(model(torch.cat([batch.images, batch.swapped()])), batch.labels.repeat(2))
         return loss, {"classify": loss.detach()}
 
 # %% ../../nbs/15_objectives.ipynb #17ba0791
@@ -175,8 +180,7 @@ class Align:
         images = batch.images
         if self.swap:
             chosen = batch.given("coins") < self.swap
-            swapped = swap_background(images, batch.given("objects"), batch.given("contexts"))
-            images = torch.where(chosen[:, None, None, None], swapped, images)
+            images = torch.where(chosen[:, None, None, None], batch.swapped(), images)
         kept = {}
         if self.anchor == "labels":
             kept["target"] = batch.labels
@@ -210,7 +214,7 @@ class Recipe:
     decays: int = 25  # … this many times, evenly spread
     schedule: Literal["steps", "cosine"] = "steps"  # cosine: down to 0 along half a wave, whatever `decay` says
     rates: Mapping[str, float] = field(default_factory=dict)  # part of the model → a rate of its own, 0: as it is
-    trainable: Literal["all", "head"] = "all"
+    trainable: Literal["all", "head"] | int = "all"  # a number: so many of the last blocks, and what comes after them
     average: float = 1.0  # the share of the way from the original to the result
     seed: int = 0
     chunk: int = 0  # pictures per pass of a process, gradients accumulate; 0 for all at once
