@@ -24,7 +24,7 @@ from .paper import ARTEFACTS, DEMO, PAPER, Artefact, Profile, artefact, in_our_f
 
 # %% ../../nbs/appendix/02_settings.ipynb #cdf82113
 class Photographs(BaseModel):
-    """The benchmark of chapter 25, on photographs. Its folder has train/ and val/ with class folders, as Imagenette has
+    """The benchmark on photographs. Its folder has train/ and val/ with class folders, as Imagenette has
     them, scenes/ with backgrounds, and masks as saliency/ or objects/, laid out as the photographs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
