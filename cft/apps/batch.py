@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+import yaml
 
 import cft
 from .shell import agreed, classes_of, command, open_model, say, say_inputs, tell, use_cores
@@ -62,6 +63,7 @@ def demo(out: Path = Path("runs/demo"), seeds: int = 5, cores: int = 0, full: bo
 
 @command(batch_app, profile="demo, smoke, paper, or a YAML file with settings of your own.",
          only="Artefacts, with commas: fig1, table1, …; also demo, segmil, deal and comparison. Default: the paper's.",
+         set="Fields of the profile, as NAME=VALUE with commas: photographs.folder=DIR,epochs=4.",
          models="Networks, by the paper's names, with commas; default: all.",
          methods="Methods, by the paper's names, with commas; default: all.",
          seeds="How many at most; 0: as the profile says.", device="auto, cpu, cuda, …; default: as the profile says.",
@@ -70,7 +72,7 @@ def demo(out: Path = Path("runs/demo"), seeds: int = 5, cores: int = 0, full: bo
          snakemake='More of Snakemake, as "--default-resources runtime=720 --set-resources job:mem_mb=64000".',
          publish="Afterwards, copy what pages need and made into this small folder.",
          rehearse="Only measure what a step costs on the device.")
-def reproduce(profile: str = "demo", only: str = "", models: str = "", methods: str = "", seeds: int = 0,
+def reproduce(profile: str = "demo", only: str = "", set: str = "", models: str = "", methods: str = "", seeds: int = 0,
               device: str = "", out: Path | None = None, cores: int = 0, gpus: int = 1, executor: str = "local",
               snakemake: str = "", publish: Path | None = None, rehearse: bool = False, dry_run: bool = False) -> None:
     """Make every table and figure of the paper again, in batch.
@@ -85,12 +87,18 @@ def reproduce(profile: str = "demo", only: str = "", models: str = "", methods: 
       cft reproduce --profile paper --dry-run              what ImageNet would take
       cft reproduce --profile mine.yaml --gpus 4           your copy of the paper's profile, filled in
       cft reproduce --profile mine.yaml --executor slurm
+      cft reproduce --profile photographs --only photographs --set photographs.folder=DIR,photographs.weights=FILE
     """
     from cft.reproduce.publish import publish as copy
     from cft.reproduce.runner import plan_text, rehearse_costs
     from cft.reproduce.runner import reproduce as run
 
     more: dict[str, Any] = {"models": split_list(models), "out": out, **({"device": device} if device else {})}
+    for change in split_list(set):
+        name, sign, value = change.partition("=")
+        if not sign:
+            raise ValueError(f"--set takes NAME=VALUE, got {change!r}")
+        more[name] = yaml.safe_load(value)
     if rehearse:
         return say(f"result   {rehearse_costs(profile, **more)}")
     more |= {"methods": split_list(methods), "seeds": seeds or None}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SETS', 'KINDS_OF_HEAD', 'WAYS', 'LOOKED_AT', 'HEADS', 'PENALTY', 'PHOTO_COLUMNS', 'NATURAL_COLUMNS', 'otsu',
-           'salient', 'scene_kinds', 'scene_crop', 'Pool', 'deal_pools', 'draw_photographs', 'Sets', 'Bench',
-           'accuracy_parts', 'photograph_recipe', 'choose_trial', 'try_methods', 'photograph_steps', 'make_masks',
-           'photograph_scores', 'photograph_table', 'photograph_curves', 'curve_figure']
+           'salient', 'make_masks', 'scene_kinds', 'scene_crop', 'Pool', 'deal_pools', 'draw_photographs', 'Sets',
+           'Bench', 'accuracy_parts', 'photograph_recipe', 'choose_trial', 'try_methods', 'photograph_steps',
+           'photograph_scores', 'photograph_table', 'photograph_curves', 'curve_figure', 'photograph_sources']
 
 # %% ../../nbs/related/06_photographs.ipynb #53398333
 import copy
@@ -66,6 +66,31 @@ def salient(shades: np.ndarray) -> np.ndarray | None:
         return None
     mask = ndimage.binary_fill_holes(np.isin(parts, 1 + np.flatnonzero(sizes > 0.15 * sizes.max())))
     return mask if 0.03 <= mask.mean() <= 0.8 else None
+
+def make_masks(s: Photographs, out: Path) -> dict[str, Any]:
+    """Object masks of all photographs, written to `out`: of shades in saliency/, or as they are in objects/.
+
+    Returns how many are used and what was set aside. Raises ValueError if there are none.
+    """
+    home = s.folder or Path()
+    known = next((home / name for name in ("objects", "saliency") if (home / name).is_dir()), None)
+    if known is None:
+        raise ValueError(f"no masks beside the photographs of {s.folder}; expected {home / 'objects'}, or saliency")
+    aside, used = [], 0
+    for split in ("train", "val"):
+        for name in list_folder(home / split).names:
+            file = (known / split / name).with_suffix(".png")
+            shades = np.asarray(Image.open(file).convert("L")) if file.is_file() else None
+            mask = None if shades is None else salient(shades) if known.name == "saliency" else shades > 0
+            if mask is None:
+                aside.append(f"{split}/{name}")
+                continue
+            used += 1
+            with written((out / split / name).with_suffix(".png"), flush=False) as png:
+                Image.fromarray(mask).save(png, format="png")
+    if not used:
+        raise ValueError(f"no usable mask in {known}; expected <split>/<class>/<picture>.png, 255 on the object")
+    return {"masks": known.name, "used": used, "set_aside": aside}
 
 # %% ../../nbs/related/06_photographs.ipynb #81021815
 _ids = lambda text: tuple(f"n{number}" for number in text.split())
@@ -135,15 +160,17 @@ def draw_photographs(s: Photographs, masks: Path, place: Path, seed: int) -> dic
     splits = {split: list_folder(s.folder / split) for split in ("train", "val")}
     classes = splits["train"].classes
     if len(scenes) < len(classes):
-        raise ValueError(f"{len(scenes)} kinds of scenes in {s.folder}; expected one for each of {len(classes)} classes")
+        raise ValueError(
+            f"{len(scenes)} kinds of scenes in {s.folder}; expected one for each of {len(classes)} classes")
     homes = dict(zip(classes, rng.sample(sorted(scenes), len(classes))))
     tuned = sorted(rng.sample(range(len(classes)), s.tuned))
-    how = Preprocess((s.side, s.side), (0.0, ) * 3, (1.0, ) * 3, 1.0)
+    how = Preprocess((s.side, s.side), (0.0,) * 3, (1.0,) * 3, 1.0)
     used: dict[str, list[str]] = {name: [] for name in Pool._fields}
     for label, name in enumerate(classes):
-        there = {split: [Path(n).stem for n in folder.only([label]).names
-                         if (masks / split / name / f"{Path(n).stem}.png").is_file()]
-                 for split, folder in splits.items()}
+        there = {
+            split: [
+                Path(n).stem for n in folder.only([label]).names
+                if (masks / split / name / f"{Path(n).stem}.png").is_file()] for split, folder in splits.items()}
         for pool, stems in deal_pools(there["train"], there["val"], s, rng)._asdict().items():
             used[pool] += [f"{name}/{stem}" for stem in stems]
     for pool, chosen in used.items():
@@ -153,7 +180,7 @@ def draw_photographs(s: Photographs, masks: Path, place: Path, seed: int) -> dic
         images = MaskedImages(folder.with_masks(object=masks / split), how)
         for index, of in enumerate(folder.names):
             item, own = images[index], homes[of.split("/")[0]]
-            for name in ("home", "away") if pool == "tested" else (pool, ):
+            for name in ("home", "away") if pool == "tested" else (pool,):
                 away = name == "away" or name != "home" and rng.random() >= s.correlation
                 kind = rng.choice([k for k in scenes if k != own]) if away else own
                 scene = v2.functional.pil_to_tensor(scene_crop(rng.choice(scenes[kind]), s.side, rng, pool == "tested"))
@@ -196,8 +223,8 @@ class Bench:
         self.held_labels = found.labels
 
     def _folder(self, name: str) -> Folder:
-        return list_folder(self._place / "images" / name, self._classes).with_masks(
-            object=self._place / "objects" / name)
+        return list_folder(self._place / "images" / name,
+                           self._classes).with_masks(object=self._place / "objects" / name)
 
     def _loaded(self, name: str) -> Sets:
         items = list(DataLoader(MaskedImages(self._folder(name), self.images.preprocess), 64))
@@ -353,10 +380,11 @@ def photograph_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     """The steps of the benchmark on photographs."""
     s, root, home = steps.settings.photographs, steps.root, Path("photographs")
     plain = s.model_dump(mode="json", exclude={"folder", "weights", "methods"})
-    given = {"folder": listing(s.folder) if s.folder and s.folder.is_dir() else "no folder",
-             "weights": sha256(s.weights) if s.weights and s.weights.is_file() else "no weights"}
-    of_world = {k: plain[k] for k in (
-        "side", "head", "repair", "held", "tested", "tuned", "scenes", "correlation", "network")}
+    given = {
+        "folder": listing(s.folder) if s.folder and s.folder.is_dir() else "no folder",
+        "weights": sha256(s.weights) if s.weights and s.weights.is_file() else "no weights"}
+    of_world = {
+        k: plain[k] for k in ("side", "head", "repair", "held", "tested", "tuned", "scenes", "correlation", "network")}
 
     def masks() -> None:
         found = make_masks(s, root / home / "objects")
@@ -377,7 +405,8 @@ def photograph_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
         write_json(root / home / f"{number}.json", told)
 
     def trial(number: str, kind: str, group: str) -> None:
-        rows = try_methods(_bench(s, root / home / number, kind), HEADS if group == "heads" else (group, ))
+        bench = _bench(s.model_dump_json(), root / home / number, kind)
+        rows = try_methods(bench, HEADS if group == "heads" else (group,))
         write_csv(root / _trials(number, kind, group), rows.assign(kind=kind)[["kind", "method", *COLUMNS]], digits=4)
 
     def together(number: str) -> None:
@@ -390,11 +419,12 @@ def photograph_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
         base = Step("photo-world", (seed,), tuple(f"photographs/{seed}{end}" for end in _LEFT), world, needs=(first,),
                     depends=given | of_world, folder=f"photographs/{seed}/images", job=f"photo-world-{seed}")
         trials = tuple(
-            Step("photo-trials", (seed, kind, group), (_trials(seed, kind, group),), trial, needs=(base,),
-                 depends=plain, job=f"photo-{seed}", part=f"{kind} {group}", gpu=steps.gpu)
+            Step("photo-trials", (seed, kind, group), (_trials(seed, kind, group),), trial, needs=(
+                base,), depends=plain, job=f"photo-{seed}", part=f"{kind} {group}", gpu=steps.gpu)
             for kind, group in groups)
-        found.append(Step("photographs", (seed,), (f"related/photographs/{seed}.csv",), together, needs=trials,
-                          job="photo-rows"))
+        found.append(
+            Step("photographs", (seed,), (f"related/photographs/{seed}.csv",), together, needs=trials,
+                 job="photo-rows"))
     return found
 
 PENALTY = 0.01  # of the linear heads
@@ -402,33 +432,8 @@ _LEFT = (".json", "/spurious.safetensors", "/natural.safetensors")
 _trials = lambda seed, kind, group: f"photographs/{seed}/trials/{kind}--{group}.csv"
 
 @cache
-def _bench(s: Photographs, place: Path, kind: str) -> Bench:
-    return Bench(s, place, read_json(place.with_suffix(".json"), dict), kind)
-
-def make_masks(s: Photographs, out: Path) -> dict[str, Any]:
-    """Object masks of all photographs, written to `out`: of shades in saliency/, or as they are in objects/.
-
-    Returns how many are used and what was set aside. Raises ValueError if there are none.
-    """
-    home = s.folder or Path()
-    known = next((home / name for name in ("objects", "saliency") if (home / name).is_dir()), None)
-    if known is None:
-        raise ValueError(f"no masks beside the photographs of {s.folder}; expected {home / 'objects'}, or saliency")
-    aside, used = [], 0
-    for split in ("train", "val"):
-        for name in list_folder(home / split).names:
-            file = (known / split / name).with_suffix(".png")
-            shades = np.asarray(Image.open(file).convert("L")) if file.is_file() else None
-            mask = None if shades is None else salient(shades) if known.name == "saliency" else shades > 0
-            if mask is None:
-                aside.append(f"{split}/{name}")
-                continue
-            used += 1
-            with written((out / split / name).with_suffix(".png"), flush=False) as png:
-                Image.fromarray(mask).save(png, format="png")
-    if not used:
-        raise ValueError(f"no usable mask in {known}; expected <split>/<class>/<picture>.png, 255 on the object")
-    return {"masks": known.name, "used": used, "set_aside": aside}
+def _bench(settings: str, place: Path, kind: str) -> Bench:
+    return Bench(Photographs.model_validate_json(settings), place, read_json(place.with_suffix(".json"), dict), kind)
 
 # %% ../../nbs/related/06_photographs.ipynb #26119d1d
 PHOTO_COLUMNS = ("home", "away", "away, fine-tuned", "away, other", "natural", "relevance inside")
@@ -446,8 +451,9 @@ def photograph_scores(rows: pd.DataFrame) -> pd.DataFrame:
                    for which in ("same", "rand"))
     reliance = (same - other).reset_index().assign(column="reliance")
     columns = ["method", "seed", "column", "value"]
-    return pd.concat([spurious[spurious["column"].isin(PHOTO_COLUMNS)],
-                      natural[natural["column"].isin(NATURAL_COLUMNS)], reliance])[columns].reset_index(drop=True)
+    return pd.concat([
+        spurious[spurious["column"].isin(PHOTO_COLUMNS)], natural[natural["column"].isin(NATURAL_COLUMNS)],
+        reliance])[columns].reset_index(drop=True)
 
 def photograph_table(rows: pd.DataFrame, columns: Sequence[str] = PHOTO_COLUMNS) -> pd.DataFrame:
     """The experiment as text: methods × columns, mean ± sample standard deviation over seeds."""
@@ -460,8 +466,10 @@ def photograph_curves(rows: pd.DataFrame) -> pd.DataFrame:
     name = rows["method"].str.extract(r"^(?P<method>[^@]+)@(?P<rate>[^@]+)@1$")
     trials = rows.drop(columns="method").join(name).dropna(subset=["rate"]).query("metric == 'top1'")
     column = trials["set"].where(trials["split"] == "all", trials["set"] + ", " + trials["split"])
-    return trials.assign(column=column, rate=trials["rate"].astype(float)).pivot_table(
-        index=["kind", "method", "rate"], columns="column", values="value", sort=False).reset_index()
+    return trials.assign(column=column,
+                         rate=trials["rate"].astype(float)).pivot_table(index=["kind", "method",
+                                                                               "rate"], columns="column",
+                                                                        values="value", sort=False).reset_index()
 
 def curve_figure(rows: pd.DataFrame, methods: Sequence[str]) -> Figure:
     """What is gained away from home against what is lost at home, and on classes that were not shown: a line a method
@@ -475,10 +483,28 @@ def curve_figure(rows: pd.DataFrame, methods: Sequence[str]) -> Figure:
         for number, name in enumerate(methods):
             of, end = curves[curves["method"] == name].sort_values("rate"), chosen.loc[name]
             how = {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--"}
-            ax.plot([start["home"], *of["home"]], [start[column], *of[column]], ".-", lw=1, label=LABELS[name], **how)
+            ax.plot([start["home"], *of["home"]], [start[column], *of[column]], marker=".", lw=1, label=LABELS[name],
+                    **how)
             ax.plot(end["home"], end[column], "*", ms=9, color=how["color"])
         ax.plot(start["home"], start[column], "ko", ms=5)
         ax.set(xlabel="right at home (%)", ylabel="right away from home (%)", title=title)
         ax.grid(lw=0.3)
     axes[1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+# %% ../../nbs/related/06_photographs.ipynb #e4e5551e
+def photograph_sources(root: Path, s: Photographs) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Where numbers come from: backbone, masks and worlds; and in which pool of each seed a photograph was."""
+    masks, worlds = read_json(root / "photographs/masks.json", dict), {}
+    for file in sorted((root / "photographs").glob("[0-9]*.json")):
+        worlds[file.stem] = read_json(file, dict)
+    told = {
+        "backbone": s.network, "its sha256": sha256(s.weights) if s.weights else "", "masks": masks["masks"],
+        "photographs used": masks["used"], "set aside": len(masks["set_aside"])}
+    for seed, world in worlds.items():
+        told[f"seed {seed}"] = ", ".join(f"{name} at {kind}" for name, kind in world["homes"].items())
+        told[f"seed {seed}, repaired"] = ", ".join(world["classes"][k] for k in world["tuned"])
+    pools = {
+        seed: {name: pool for pool, names in world["pools"].items() for name in names}
+        for seed, world in worlds.items()}
+    return pd.DataFrame({"value": told}), pd.DataFrame(pools).rename_axis("photograph").fillna("").sort_index()

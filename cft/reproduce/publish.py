@@ -17,7 +17,7 @@ import pandas as pd
 from ..files import PACKAGE, need, replace_part, write_csv, written_folder
 from .paper import ARTEFACTS, INCONSISTENCIES
 from .results import Found, open_results, trail, published
-from .settings import RELATED, Work, page_file
+from .settings import RELATED, Work, page_file, write_settings
 from .tables import MARKS, claims_of, demo_table, judged, save_table, sentences
 
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ def publish(root: str | Path, out: str | Path) -> Path:
         related = pd.concat([found.related(key) for key in of], keys=of, names=["artefact", ""])
         tables["related"] = related.reset_index("artefact")
     with written_folder(out) as draft:
-        shutil.copy(found.root / "settings.yaml", draft)
+        own = found.settings.photographs.model_copy(update={"folder": None, "weights": None})  # places of this machine
+        write_settings(found.settings.model_copy(update={"photographs": own}), draft / "settings.yaml")
         for name, table in tables.items():
             write_csv(draft / f"{name}.csv", table, digits=4 if name in ("rows", "related") else None)
         for name in ("maps", "artefacts"):

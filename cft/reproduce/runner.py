@@ -352,23 +352,29 @@ def plan_text(profile: str | Path = "demo", only: Sequence[str] = (), **narrowed
         seen |= tuned | tested
     counts, todo = work.counts(), len(undone(pages, notes))
     lines.append(f"{'together':14} {counts['fine-tunes']:10} {'':5} {counts['evaluations']:12} {'':5} {todo:6}")
-    return "\n".join([*lines, *filter(None, (empty_places(work.settings), _cost_text(root, work)))])
+    return "\n".join([*lines, *filter(None, (empty_places(work.settings, work.keys), _cost_text(root, work)))])
 
-def empty_places(settings: Settings) -> str:
-    """Which data and weights the settings do not name, or name in vain; empty for a drawn world."""
+def empty_places(settings: Settings, keys: Sequence[str] = ()) -> str:
+    """Which data and weights the settings do not name, or name in vain; empty for a drawn world. keys: artefacts."""
     if settings.drawn:
         return ""
-    profile = settings.profile
-    places = {
-        "train": settings.train, "answers": settings.answers, "grounder_weights": settings.grounder_weights,
-        **{f"sets.{name}": settings.sets.get(name) for name in profile.sets.values()},
-        **{f"weights.{name}": settings.weights.get(name) for name in profile.models.values()}}
+    profile, photographs = settings.profile, settings.photographs
+    places: dict[str, Path | None] = {}
+    if not keys or set(keys) - set(RELATED):
+        places = {
+            "train": settings.train, "answers": settings.answers, "grounder_weights": settings.grounder_weights,
+            **{f"sets.{name}": settings.sets.get(name) for name in profile.sets.values()},
+            **{f"weights.{name}": settings.weights.get(name) for name in profile.models.values()}}
+    if "photographs" in keys:
+        places |= {f"photographs.{name}": getattr(photographs, name) for name in ("folder", "weights")}
     lacking = [name for name, path in places.items() if path is None or not Path(path).exists()]
     return f"to be filled in: {', '.join(lacking)}" if lacking else ""
 
 def _cost_text(root: Path, work: Work) -> str:
     if work.settings.drawn:
         return "cost: minutes on a CPU; the seconds of each step stand in its note"
+    if not work.tuned():
+        return "cost: of no step that was measured; the seconds of each stand in its note"
     own = root / "costs.csv"
     costs = measured_costs(own if own.is_file() else None)
     found = hours(work, {key: card.pictures for key, card in CARDS.items()}, costs)

@@ -89,7 +89,7 @@ class Settings(BaseModel):
     similarity: tuple[Path, Path] | None = None  # mpnet's folder and CLIP's weights, for the text filters
     grounder: str = "groundingdino-swint+sam-vit-h"
     grounder_weights: Path | None = None
-    photographs: Photographs = Photographs()
+    photographs: Photographs = Field(default_factory=lambda: Photographs.model_validate({}))
     objects: Path | None = None  # ImageNet-S masks; without them the masks found by the class's name
 
     @field_validator("sets", "weights", "names", "rates", "shares")
@@ -138,8 +138,17 @@ def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
     inner = {key: _filled(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     return {key: value for key, value in inner.items() if value is not None}
 
+def _changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with some changed; a dot in a name leads one level down."""
+    found = dict(values)
+    for name, value in changes.items():
+        first, dot, rest = name.partition(".")
+        inner = found.get(first) or {}
+        found[first] = _changed(inner if isinstance(inner, Mapping) else {}, {rest: value}) if dot else value
+    return found
+
 def read_settings(source: str | Path, **changes: Any) -> Settings:
-    """Settings from a YAML file, or from a profile's name, with some fields changed.
+    """Settings from a YAML file, or from a profile's name, with some fields changed, as `epochs` or `photographs.side`.
 
     Raises ValueError in one sentence for a file that is not there, unknown fields and bad values.
     """
@@ -154,13 +163,7 @@ def read_settings(source: str | Path, **changes: Any) -> Settings:
     except RecursionError:
         raise ValueError(f"{path} holds no settings: it contains itself") from None
     try:
-        for name, value in changes.items():
-            *outer, last = name.split(".")
-            place = values
-            for part in outer:
-                place = place.setdefault(part, {})
-            place[last] = value
-        return Settings.model_validate(values)
+        return Settings.model_validate(_changed(values, changes))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

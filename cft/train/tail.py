@@ -48,8 +48,9 @@ def tail_of(model: nn.Module, blocks: int) -> Tail:
     tail: Any = copy.copy(model)
     tail._modules, tail._parameters = dict(model._modules), dict.fromkeys(model._parameters)
     stem: Any = model.patch_embed
-    tail._modules |= {"patch_embed": _Carry(stem.grid_size, model.num_prefix_tokens), "patch_drop": nn.Identity(),
-                      "norm_pre": nn.Identity(), "blocks": model.blocks[-blocks:]}
+    tail._modules |= {
+        "patch_embed": _Carry(stem.grid_size, model.num_prefix_tokens), "patch_drop": nn.Identity(),
+        "norm_pre": nn.Identity(), "blocks": model.blocks[-blocks:]}
     tail.__class__, tail.in_chans = Tail, model.embed_dim
     return copy.deepcopy(tail)
 
@@ -101,7 +102,7 @@ class TokenBatches:
     def batch(self, step: int, device: torch.device | str = "cpu") -> Batch:
         """The batch of a step; call it with torch's random state set for the step."""
         chosen = torch.tensor(shuffled(step, len(self.labels), self.recipe))
-        moved = self.moved[torch.randint(self.times, (len(chosen), )), chosen]
+        moved = self.moved[torch.randint(self.times, (len(chosen),)), chosen]
         objects, coins = self.objects[chosen].to(device), torch.rand(len(chosen)).to(device)
         return Batch(self.tokens[chosen].float().to(device), self.labels[chosen].to(device), objects=objects,
                      coins=coins, moved=moved.float().to(device))

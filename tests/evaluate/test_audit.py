@@ -149,7 +149,9 @@ def test_frame_and_variants_pixel_by_pixel(world):
     images = MaskedImages(world, Preprocess.of(base_model(0)))
     picture, same, other = (default_collate([images[i]]) for i in (0, 1, 9))
     shown = variants(picture, same, other)
-    assert set(shown) == {"own", "other", "blurred", "alone"}
+    assert set(shown) == {"own", "other", "blurred", "bare", "alone"}
+    front = picture["object"][:, None].expand_as(picture["image"])
+    assert torch.equal(shown["bare"][front], picture["image"][front]) and not shown["bare"][~front].any()
     for y, x in itertools.product(range(0, 64, 3), repeat=2):
         for name, partner in (("own", same), ("other", other)):
             if picture["object"][0, y, x]:
@@ -199,7 +201,7 @@ def test_pictures_without_a_test_are_left_out_and_counted(tmp_path):
     found = audit(ByColour(corner=True), folder, progress=False)
     table = found.pictures.set_index("id")
     for name in ("one/000.png", "two/000.png"):
-        assert table.loc[name, ["own", "other", "blurred", "alone", "background"]].isna().all()
+        assert table.loc[name, ["own", "other", "blurred", "bare", "alone", "background"]].isna().all()
         assert table.loc[name, "correct"]
     assert np.isnan(table.own["three/000.png"]) and table.own_from["three/000.png"] == ""
     text, bare = " ".join(found.unmeasured), 0
@@ -300,7 +302,7 @@ def test_the_base_leans_and_its_pictures_can_be_seen(world):
     original = np.asarray(Image.open(world.root / row.id)) / 255
     assert np.allclose(case.pictures["original"].permute(1, 2, 0).numpy(), original, atol=1e-5)
     assert case.object.shape == (64, 64) and case.relevance.shape == (8, 8)
-    assert set(case.pictures) == set(case.answers) == {"original", "own", "other", "blurred", "alone"}
+    assert set(case.pictures) == set(case.answers) == {"original", "own", "other", "blurred", "bare", "alone"}
     with pytest.raises(ValueError, match="no picture 'x.png'"):
         found.look("x.png")
     with pytest.raises(ValueError, match="class must be one of"):

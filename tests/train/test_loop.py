@@ -86,6 +86,24 @@ def test_every_method_runs_and_head_only_means_head_only(images, name):
     assert not tuned.training and all(p.requires_grad for p in tuned.parameters())
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_only_the_last_blocks_are_trained(images, blocks):
+    model = base_model(0)
+    recipe = replace(RECIPES["plain"], rate=1e-4, epochs=1, trainable=blocks)
+    tuned, record = fine_tune(model, images, recipe, progress=False)
+    changed = {n for (n, a), b in zip(model.named_parameters(), tuned.named_parameters()) if not torch.equal(a, b[1])}
+    depth = len(model.blocks)
+    last = tuple(f"blocks.{depth - 1 - k}." for k in range(blocks))
+    assert {n for n, _ in model.named_parameters() if n.startswith((*last, "norm.", "head."))} == changed
+    assert record["recipe"]["trainable"] == blocks
+
+
+@pytest.mark.parametrize("which", [0, 99, "tail"])
+def test_what_cannot_be_trained_is_named(images, which):
+    with pytest.raises(ValueError, match=rf"all, head or a number of the \d last blocks; got {which!r}"):
+        prepare(base_model(0), replace(RECIPES["plain"], trainable=which))
+
+
 @pytest.mark.slow
 def test_resume_is_bit_equal(images, tmp_path):
     recipe = replace(RECIPES["cft+"], rate=1e-4, epochs=4, batch=2)
