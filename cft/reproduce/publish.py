@@ -168,9 +168,10 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join([plain(table.columns), "|---" * len(table.columns) + "|", *map(plain, table.to_numpy())])
 
 def write_readme(readme: str | Path, results: str | Path = "", closed: str | Path = "") -> None:
-    """Fill the parts `scoreboard`, `results` and `closed` of a README. Raises ValueError unless it has each mark once.
+    """Fill the parts `scoreboard`, `results`, `closed` and `photographs` of a README.
 
-    results, closed: the runs of the demo and of the closed forms; default: the published ones.
+    results, closed: the runs of the demo and of the closed forms; default: the published ones. Raises ValueError unless
+    each mark is there once.
     """
     found, heads = open_results(results), open_results(closed or published("closed"), "closed")
     own = tuple(a.key for a in ARTEFACTS if a.key != "closed")
@@ -181,3 +182,6 @@ def write_readme(readme: str | Path, results: str | Path = "", closed: str | Pat
         shown = markdown(demo_table(of, columns, key).reset_index(names="demo, top-1 %"))
         told = sentences(next(iter(judged(of, key).values())))
         replace_part(readme, {"demo": "results"}.get(key, key), f"{shown}\n\n{told}")
+    made = published("photographs") / "artefacts/photographs"
+    shown, told = (pd.read_csv(made / f"{name}.csv", keep_default_na=False) for name in ("table", "claims"))
+    replace_part(readme, "photographs", f"{markdown(shown)}\n\n{sentences(told)}")

@@ -42,7 +42,7 @@ class Photographs(BaseModel):
     correlation: float = Field(0.95, ge=0, le=1)  # of class and scene where the classifier comes from
     blocks: int = Field(4, ge=1)  # that are fine-tuned
     epochs: int = Field(4, ge=1)
-    rates: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4)
+    rates: tuple[float, ...] = (1e-6, 3e-6, 1e-5, 3e-5)
     methods: tuple[str, ...] = ("plain", "rrda", "cft", "cft+", "cft+.no-align")  # that take steps
     allowed_loss: float = Field(3.0, ge=0)  # points, of held-in pictures
 
