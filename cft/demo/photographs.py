@@ -221,6 +221,7 @@ class Bench:
         found = cutouts(DataLoader(held, 32))
         self.held = found.pictures, found.before(torch.from_numpy(partners(found.labels.numpy(), self.seed)[1]))
         self.held_labels = found.labels
+        self._readers: dict[int, _Reader] = {}
 
     def _folder(self, name: str) -> Folder:
         return list_folder(self._place / "images" / name,
@@ -243,6 +244,12 @@ class Bench:
         found = variants(batch(slice(None)), batch(same), batch(other))
         for name, key in _CHALLENGE.items():
             yield name, whole._replace(shown=found[key])
+
+    def reader(self, blocks: int) -> "_Reader":
+        """What reads for methods that train so many blocks, 0: the last layer alone; made once."""
+        if blocks not in self._readers:
+            self._readers[blocks] = _Reader(self, blocks)
+        return self._readers[blocks]
 
     def inside(self, model: nn.Module) -> tuple[float, int]:
         """Mean share, in percent, of the label's positive relevance that lies on the object, and of how many."""
@@ -345,12 +352,10 @@ def try_methods(bench: Bench, names: Sequence[str]) -> pd.DataFrame:
     Trials are tested all of the way; the choice in any case, and the relevance inside is looked at. Where every trial
     loses too much, the choice is the original, at rate 0.
     """
-    found, readers, seen = [], {}, {}
+    found, seen = [], {}
     for name in names:
         blocks = 0 if name in FORMS or name == "original" else bench.settings.blocks
-        if blocks not in readers:
-            readers[blocks] = _Reader(bench, blocks)
-        reader = readers[blocks]
+        reader = bench.reader(blocks)
         start: Any = tail_of(bench.model, blocks) if blocks else _layer(*last_layer(bench.model))
         trials: dict[tuple[float, float], pd.DataFrame] = {}
         kept: dict[tuple[float, float], nn.Module] = {}
