@@ -20,15 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import cft
-from .batch import batch_app, split_list
+from .batch import batch_app, searched, split_list
 from .shell import (CHOICES, agreed, class_lines, classes_of, command, open_model, run_app, say, say_inputs,
                             tell, use_cores, weights_file, why_unexplained)
 from ..files import check_writable, read_json, sha256, write_csv, write_json
 
 if TYPE_CHECKING:
-    from torch import nn
 
-    from cft.data.folders import Folder, MaskedImages
+    from cft.data.folders import Folder
     from cft.evaluate.passes import Loop
     from cft.train.objectives import Recipe
 
@@ -329,6 +328,8 @@ def validate(store: Path, concepts: Path, out: Path = Path("validated.json"), oc
     rate="Learning rate, or auto: tried on pictures that are not trained on; default: the paper's, or else 5e-7.",
     epochs="Passes over the pictures.", batch="Pictures a step.",
     chunk="Pictures at a time, to save memory; 0: the whole batch.", precision="no or bf16.",
+    trainable="all, head, or a number of the last blocks; default: as the method has it.",
+    backgrounds="Folder of scenes, BACKGROUNDS/<kind>/<picture>, to swap backgrounds with; default: the pictures' own.",
     validation="Image folder; keep the epoch with the least loss on it.",
     validation_masks="Masks of the validation pictures, as --masks.", seed="Seed of order, crops, flips and swaps.",
     track="Show the run in tensorboard or wandb, below --out; nothing is sent unless WANDB_MODE says so.",
@@ -340,7 +341,7 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
         validation_masks: Path | None = None, seed: int = 0, allow_chance: bool = False,
         allow_empty_masks: bool = False, keep_context: bool = False, device: str = "auto", threads: int = 0,
         save_every: int = 100, dry_run: bool = False, track: Literal["tensorboard", "wandb"] | None = None,
-        **reading: Any) -> None:
+        trainable: str = "", backgrounds: Path | None = None, **reading: Any) -> None:
     """Fine-tune a classifier through its own relevance.
 
     Says what it will do and how long that takes before it does it. Killed at any moment, the same command goes on. The
@@ -357,7 +358,9 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
         raise ValueError(f"method {method} keeps the epoch with the least loss on other pictures; "
                          "give --validation FOLDER")
     recipe = replace(recipe, best=validation is not None)
-    from cft.data.folders import MaskedImages, Preprocess
+    if trainable:
+        recipe = replace(recipe, trainable=int(trainable) if trainable.isdigit() else trainable)
+    from cft.data.folders import MaskedImages, Preprocess, list_folder
     from cft.data.checkpoints import origin_of
     from cft.data.models import inputs_of, output_names
     from cft.evaluate.passes import Loop, doubt_of
@@ -377,7 +380,8 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
     place = Path(box.name) if dry_run else out
     folder = training_folder(data, masks, objects, needs, names, concepts, per_class, place, allow_empty_masks,
                              keep_context)
-    images, held = MaskedImages(folder, Preprocess.of(network), train=augment), None
+    behind = list_folder(backgrounds) if backgrounds else None
+    images, held = MaskedImages(folder, Preprocess.of(network), train=augment, backgrounds=behind), None
     if validation is not None:
         held = MaskedImages(cft.scan(validation, validation_masks, classes=names), Preprocess.of(network))
     say_inputs(told := inputs_of(network, folder))
@@ -386,7 +390,7 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
     if doubt and not allow_chance:
         raise ValueError(f"not trained: {doubt} (--allow-chance trains all the same)")
     if rate == "auto" and not dry_run:
-        recipe = _searched(network, images, recipe, data, names, masks, objects, place)
+        recipe = searched(network, images, recipe, data, names, masks, objects, place)
     trained = f"{epochs} epochs of {-(-len(folder) // batch)} steps, batch {batch}, learning rate {recipe.rate:g}"
     say(f"method   {method}: {f'a head is solved for, strength {recipe.rate:g}' if head else trained}, seed {seed}")
     if dry_run or not (out / "record.json").exists():
@@ -402,23 +406,6 @@ def fit(data: Path, model: str, out: Path, weights: Path | None = None, pretrain
     told = ", ".join(f"{k} {v:.3f}" for k, v in last.items())
     say(f"result   {(made := out / 'model.safetensors')}{f' ({told} in the last epoch)' if told else ''}",
         result={"model": made}, last=last)
-
-def _searched(network: "nn.Module", images: "MaskedImages", recipe: "Recipe", data: Path, names: Sequence[str],
-              masks: Path | None, objects: Path | None, place: Path) -> "Recipe":
-    """The recipe at the rate, and share of the way, that is best by the pictures that are not trained on."""
-    from cft.apps.repair import search_rate, with_found_objects
-    from cft.data.folders import list_folder
-
-    if objects is not None:
-        others = cft.scan(data, None, objects, names, out=place / "held")
-    elif masks is not None and (masks / "store.json").is_file():
-        others = with_found_objects(list_folder(data, names), cft.MaskStore(masks), place / "held")
-    else:
-        raise ValueError("--rate auto needs object masks of the pictures that are not trained on; give --objects")
-    best = search_rate(network, images, others, recipe, place / "search")
-    told = ", ".join(f"{name} {value:.1f} %" for name, value in best.scores.items() if value == value)
-    say(f"rate     {best.how}: {told} right on pictures that were not trained on", rate=best.rate, share=best.share)
-    return replace(recipe, rate=best.rate, average=best.share)
 
 def _recipe(method: str, network: str, rate: str) -> "tuple[Recipe, bool]":
     """What a method's name stands for, at a rate or at the paper's, and whether pictures are augmented."""

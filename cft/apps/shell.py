@@ -84,7 +84,7 @@ HELP = {
     "verbose": "Say also what is read and what was decided.", "quiet": "No lines but results and mistakes."}
 _LISTS = {
     "": "concepts.batch masks.per_class",
-    "Training": "epochs fit.batch per_class validation validation_masks seed track",
+    "Training": "epochs fit.batch per_class trainable backgrounds validation validation_masks seed track",
     "How pictures and checkpoints are read": "pretrained classes raw mean std crop_pct img_size interpolation",
     "Speed and memory": "batch chunk precision device threads workers cores gpus save_every",
     "Safety": "allow_chance allow_empty_masks keep_context allowed_loss",
@@ -109,7 +109,7 @@ CHECKS = {  # by a parameter's name, or that of its command: the range of a numb
     "timeout": (0.001, 10**6),
     **dict.fromkeys(("occurrence", "coverage"), (0, 1)),
     "seed": (0, 2**32 - 1),
-    **dict.fromkeys(("data", "validation"), "image folder"),
+    **dict.fromkeys(("data", "validation", "backgrounds"), "image folder"),
     "objects": "object masks",
     **dict.fromkeys(("weights", "after", "checkpoint"), "checkpoint"),
     "masks.weights": None,

@@ -483,13 +483,15 @@ class Preprocess:
 class MaskedImages(Dataset):
     """A folder as tensors. Item i is a dict with image (3, height, width) normalised, label, index, and, where the
     folder has them, mask and object (height, width) bool. With `cached`, pictures stay in memory, resized.
+    `backgrounds` are pictures of scenes, which stand for those of other pictures where backgrounds are exchanged.
 
     Random choices are torch's, so a caller who seeds torch before each step gets the same pictures again.
     """
-    def __init__(self, folder: Folder, preprocess: Preprocess, train: bool = False, cached: bool = False):
+    def __init__(self, folder: Folder, preprocess: Preprocess, train: bool = False, cached: bool = False,
+                 backgrounds: Folder | None = None):
         if not len(folder):
             raise ValueError(f"{folder.root} has no pictures to load; expected at least one")
-        self.folder, self.preprocess, self.train = folder, preprocess, train
+        self.folder, self.preprocess, self.train, self.backgrounds = folder, preprocess, train, backgrounds
         self._resize, *rest = preprocess.transform(train).transforms
         self.transform = v2.Compose(rest)
         self._decoded = cache(self._decode) if cached else self._decode

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from ..data.folders import MaskedImages, cutouts, swap_background, without_object
+from ..data.folders import Cutouts, MaskedImages, cutouts, swap_background, without_object
 from ..data.models import logistic
 from ..explain.anatomy import check_model, split
 from ..explain.maps import run
@@ -102,6 +102,12 @@ BANK = 256  # backgrounds at most, to swap with
 Reads = Literal["swaps", "plain", "contexts", "relevance", "rows"]
 SHADES = (0.0, 0.5, 1.0)  # of plain backgrounds: black, grey, white
 
+def _scenes(batches: Iterable[Mapping[str, Tensor]]) -> Cutouts:
+    """Pictures of scenes as backgrounds; nothing is cut out of them, and they are of no class: labels are below 0."""
+    found = list(batches)
+    images, labels = (torch.cat([b[key] for b in found]) for key in ("image", "label"))
+    return Cutouts(images, torch.zeros(len(images), *images.shape[2:], dtype=torch.bool), images, -1 - labels)
+
 @dataclass(frozen=True)
 class Look:
     """How pictures are looked at."""
@@ -122,19 +128,22 @@ class Look:
         if strange := wanted - set(get_args(Reads)):
             raise ValueError(f"nothing reads {sorted(strange)[0]!r}; expected {', '.join(get_args(Reads))}")
         still = MaskedImages(images.folder, images.preprocess)
+        behind = MaskedImages(images.backgrounds, images.preprocess) if images.backgrounds else still
         swaps = {"swaps", "rows"} & wanted
-        if swaps and len(still) < 2:
-            raise ValueError(f"expected at least two pictures to swap backgrounds between, got {len(still)}")
+        if swaps and len(behind) < 2:
+            raise ValueError(f"expected at least two pictures to swap backgrounds between, got {len(behind)}")
         bank: Any = None
         if swaps:
-            chosen = torch.randperm(len(still), generator=rng)[:BANK].sort().values
-            bank = cutouts(DataLoader(Subset(still, chosen.tolist()), self.batch))
+            chosen = torch.randperm(len(behind), generator=rng)[:BANK].sort().values
+            loaded = DataLoader(Subset(behind, chosen.tolist()), self.batch)
+            bank = _scenes(loaded) if images.backgrounds else cutouts(loaded)
         for items in DataLoader(still, self.batch):
             own = penultimate(model, items["image"], self.batch)
             seen["own"].add(own)
             if swaps:
                 moved, sources = self._swapped(model, items, bank, rng)
-                self._add_swaps(seen, own, moved, bank.labels[sources], images.folder.labels)
+                known = [-1 - k for k in behind.folder.labels] if images.backgrounds else images.folder.labels
+                self._add_swaps(seen, own, moved, bank.labels[sources], known)
                 if "rows" in wanted:
                     again = 1 + self.times
                     for name, values in ("label", items["label"]), ("picture", items["index"]):

@@ -75,7 +75,8 @@ class Sampler:
         if missing:
             words = " and ".join(sorted(missing))
             raise ValueError(f"this method needs {words} masks; the folder {images.folder.root} has none")
-        self._contexts = MaskedImages(images.folder, replace(images.preprocess, crop=1.0))
+        whole = replace(images.preprocess, crop=1.0)
+        self._contexts = MaskedImages(images.backgrounds or images.folder, whole)
         self._filled: dict[int, Tensor] = {}
         labels = torch.tensor([s.label for s in images.folder.samples])
         self._others = {k: torch.nonzero(labels != k).flatten() for k in set(labels.tolist())}
@@ -92,15 +93,19 @@ class Sampler:
         """Pre-processing, and the digest of the pictures with their masks."""
         folder = self.images.folder
         data = {"pictures": len(folder), "digest": folder.digest(), "set_aside": list(folder.set_aside)}
-        return {"preprocess": asdict(self.images.preprocess), "augment": self.images.train, "data": data}
+        behind = self.images.backgrounds
+        more = {"backgrounds": behind.digest()} if behind is not None else {}
+        return {"preprocess": asdict(self.images.preprocess), "augment": self.images.train, "data": data, **more}
 
     def _context(self, label: int) -> Tensor:
-        """A picture of another class (any, if there is no other) without its object, flipped half of the time."""
-        others = self._others[label] if len(self._others[label]) else torch.arange(len(self.images))
+        """A picture of another class (any, if there is no other) without its object, or a background of those that were
+        given; flipped half of the time."""
+        given = self.images.backgrounds is not None
+        others = self._others[label] if len(self._others[label]) and not given else torch.arange(len(self._contexts))
         k = int(others[torch.randint(len(others), ())])
         if k not in self._filled:
             item = self._contexts[k]
-            self._filled[k] = without_object(item["image"][None], item["object"][None])[0]
+            self._filled[k] = item["image"] if given else without_object(item["image"][None], item["object"][None])[0]
             if len(self._filled) > 512:  # enough for a small set; a large one does not fit in memory
                 self._filled.pop(next(iter(self._filled)))
         return self._filled[k].flip(-1) if torch.rand(()) < 0.5 else self._filled[k]

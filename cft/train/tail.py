@@ -85,6 +85,8 @@ class TokenBatches:
         still = MaskedImages(images.folder, images.preprocess)
         self._sampler, self.recipe, self.blocks, self.times = Sampler(still, recipe), recipe, blocks, times
         self.per_epoch, self.classes = self._sampler.per_epoch, self._sampler.classes
+        if images.backgrounds is not None:
+            raise ValueError("cached tokens swap the pictures' own backgrounds; expected none from elsewhere")
         found, rng = cutouts(DataLoader(still, 32)), torch.Generator().manual_seed(recipe.seed)
         self.labels, self.objects = found.labels, found.objects
         other = (found.labels[:, None] != found.labels).double()

@@ -506,6 +506,16 @@ def test_fit_has_a_rate_and_does_it_otherwise_after_a_dot(drawn, tmp_path, capsy
     assert ("align" in record["epochs"][-1]) == align and record["recipe"]["rate"] == float(rate)
 
 
+def test_fit_trains_the_last_blocks_before_given_scenes(drawn, tmp_path, capsys):
+    masks = ("--masks", drawn / "masks/train", "--objects", drawn / "objects/train", "--method", "rrda", "--epochs", 1)
+    words = ("fit", drawn / "images/train", *masks, *START, "--out", tmp_path / "run", "--trainable")
+    assert run(*words, 2, "--backgrounds", drawn / "images/adversarial") == 0, capsys.readouterr()
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    assert record["recipe"]["trainable"] == 2 and len(record["backgrounds"]) == 64
+    assert run(*words[:-2], tmp_path / "other", "--trainable", "99") == 2
+    assert "trainable must be all, head or a number of the" in capsys.readouterr().err
+
+
 def test_nothing_is_asked_for_an_empty_class(drawn, tmp_path, capsys):
     shutil.copytree(drawn / "images/train", tmp_path / "train")
     (tmp_path / "train/empty").mkdir()

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from cft.data import backdrop
@@ -211,6 +212,24 @@ def test_what_is_kept_does_not_grow_with_the_pictures(images):
         sums = [m for name, m in seen.of.items() if name != "swapped and scene"]  # which has a column a class
         numbers.append(sum(t.numel() for m in sums for t in (m.x, m.y, m.products)))
     assert numbers[0] == numbers[1] and not seen.rows
+
+
+def test_scenes_that_are_given_are_swapped_with(images, tmp_path):
+    """One grey scene: every swapped picture is the object before it."""
+    for k in range(2):
+        (tmp_path / "b/scene").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (90, 90, 90)).save(tmp_path / f"b/scene/{k}.png")
+    model, scenes = base_model(0), list_folder(tmp_path / "b")
+    given = MaskedImages(images.folder, images.preprocess, backgrounds=scenes)
+    seen = Look(times=2, batch=9)(model, given, {"swaps"})
+    still, grey = MaskedImages(images.folder, images.preprocess), MaskedImages(scenes, images.preprocess)[0]["image"]
+    items = [still[i] for i in range(24)]
+    wanted = penultimate(model, torch.stack([torch.where(item["object"], item["image"], grey) for item in items]))
+    assert seen["swapped"].count == 48 and torch.allclose(seen["swapped"].mean, wanted.mean(0), atol=1e-6)
+    assert seen["swapped and scene"].products.shape == (wanted.shape[1], 1), "a column for each kind of scene"
+    with pytest.raises(ValueError, match="two pictures to swap backgrounds between, got 1"):
+        one = scenes.choose(["scene/0.png"])
+        Look()(model, MaskedImages(images.folder, images.preprocess, backgrounds=one), {"swaps"})
 
 
 def images_labels(images):

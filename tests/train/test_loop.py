@@ -11,9 +11,10 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from cft.data import backdrop
-from cft.data.folders import MaskedImages, Preprocess, scan
+from cft.data.folders import MaskedImages, Preprocess, list_folder, scan
 from cft.data.models import TINY, base_model
 from cft.train.closed import FORMS
 from cft.train.loop import (
@@ -73,6 +74,20 @@ def test_contexts_come_from_other_classes(images):
     sampler = Sampler(images, RECIPES["rrda"])
     labels = torch.tensor([s.label for s in images.folder.samples])
     assert all((labels[sampler._others[k]] != k).all() for k in (0, 2, 4))
+
+
+def test_contexts_come_from_given_scenes(images, tmp_path):
+    for k, shade in enumerate((30, 220)):
+        (tmp_path / f"b/{k}").mkdir(parents=True)
+        Image.new("RGB", (80, 64), (shade, shade, shade)).save(tmp_path / f"b/{k}/0.png")
+    given = MaskedImages(images.folder, images.preprocess, train=True, backgrounds=list_folder(tmp_path / "b"))
+    sampler = Sampler(given, replace(RECIPES["rrda"], batch=6))
+    shades = {round(v, 2) for v in sampler.batch(0).contexts.flatten(1).mean(1).tolist()}
+    mean, std = images.preprocess.mean[0], images.preprocess.std[0]
+    assert shades == {round((shade / 255 - mean) / std, 2) for shade in (30, 220)}
+    assert sampler.batch(0).contexts.flatten(1).std(1).max() < 1e-5
+    plain = Sampler(MaskedImages(images.folder, images.preprocess, train=True), RECIPES["rrda"]).identity()
+    assert sampler.identity() == plain | {"backgrounds": given.backgrounds.digest()}
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in FORMS])
@@ -227,7 +242,7 @@ from dataclasses import replace
 from pathlib import Path
 torch.set_num_threads(1)
 from cft.data import backdrop
-from cft.data.folders import MaskedImages, Preprocess, scan
+from cft.data.folders import MaskedImages, Preprocess, list_folder, scan
 from cft.train.loop import Diverged, fine_tune
 from cft.data.models import base_model
 from cft.train.objectives import RECIPES
