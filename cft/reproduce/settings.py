@@ -45,6 +45,7 @@ class Photographs(BaseModel):
     rates: tuple[float, ...] = (1e-6, 3e-6, 1e-5, 3e-5)
     methods: tuple[str, ...] = ("plain", "rrda", "cft", "cft+", "cft+.no-align")  # that take steps
     allowed_loss: float = Field(3.0, ge=0)  # points, of held-in pictures
+    shown: Path | None = None  # photographs that may be shown, in one folder; four of them are drawn
 
 class Settings(BaseModel):
     """All that a reproduction can be told. Unknown names are refused; defaults are the paper's values.

@@ -28,6 +28,7 @@ from cft.demo.photographs import (
     salient,
     scene_crop,
     scene_kinds,
+    shown_figure,
 )
 from cft.files import read_json
 from cft.reproduce.settings import Photographs, Work, read_settings
@@ -35,7 +36,7 @@ from cft.reproduce.steps import Notes, PaperSteps, in_order, make_steps
 from cft.train.closed import FORMS
 
 SMALL = dict(network=TINY, side=64, head=4, repair=3, held=3, tested=3, tuned=2, scenes=1, blocks=1, epochs=1,
-             rates=(1e-4, 1e-3), methods=("cft+.no-align",))
+             rates=(1e-4, 1e-3), methods=("cft+", "cft+.no-align"))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,8 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(home):
-    return Photographs(folder=home / "home", weights=home / "backbone.safetensors", **SMALL)
+    shown = home / "drawn/images/train"  # what is left there of other classes
+    return Photographs(folder=home / "home", weights=home / "backbone.safetensors", shown=shown, **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +191,19 @@ def test_every_trial_and_choice_is_there_and_nothing_is_made_twice(made):
                 whole = part(name).set_index(key)["value"]
                 for of_trial, value in mine[best].set_index(key)["value"].items():
                     assert whole[of_trial] == pytest.approx(value)
+
+
+def test_photographs_that_may_be_shown(made):
+    steps, _ = made
+    with np.load(steps.root / "maps/photographs.npz") as file:
+        maps = dict(file)
+    classes = list(backdrop.CLASSES)
+    assert maps["pictures"].shape == (4, 64, 64, 3) and maps["pictures"].dtype == np.uint8
+    assert maps["maps_before"].shape == maps["maps_after"].shape == (4, 8, 8)
+    assert {*maps["said_before"], *maps["said_after"]} <= {*classes[:3]} and len({*maps["names"]}) <= 4
+    assert not np.array_equal(maps["maps_before"], maps["maps_after"])
+    figure = shown_figure(maps, {classes[0]: "the first"})
+    assert len(figure.axes) == 12 and "before: " in figure.axes[4].get_xlabel()
 
 
 def test_choices_lose_little_and_gain_most():
