@@ -130,13 +130,13 @@ def publish(root: str | Path, out: str | Path) -> Path:
         related = pd.concat([found.related(key) for key in of], keys=of, names=["artefact", ""])
         tables["related"] = related.reset_index("artefact")
     with written_folder(out) as draft:
-        own = found.settings.photographs.model_copy(update={"folder": None, "weights": None})  # places of this machine
+        own = found.settings.photographs.model_copy(update=dict.fromkeys(("folder", "weights", "shown")))  # places of this machine
         write_settings(found.settings.model_copy(update={"photographs": own}), draft / "settings.yaml")
         for name, table in tables.items():
             write_csv(draft / f"{name}.csv", table, digits=4 if name in ("rows", "related") else None)
         for name in ("maps", "artefacts"):
             if (found.root / name).is_dir():
-                ignored = shutil.ignore_patterns("*.pdf", ".*", "trail.csv")
+                ignored = shutil.ignore_patterns("*.pdf", ".*", "trail.csv", "pools.[ht]*", "trials.[ht]*")
                 shutil.copytree(found.root / name, draft / name, ignore=ignored)
     return out
 
