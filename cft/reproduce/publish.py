@@ -130,7 +130,8 @@ def publish(root: str | Path, out: str | Path) -> Path:
         related = pd.concat([found.related(key) for key in of], keys=of, names=["artefact", ""])
         tables["related"] = related.reset_index("artefact")
     with written_folder(out) as draft:
-        own = found.settings.photographs.model_copy(update=dict.fromkeys(("folder", "weights", "shown")))  # places of this machine
+        places = dict.fromkeys(("folder", "weights", "shown"))  # of this machine
+        own = found.settings.photographs.model_copy(update=places)
         write_settings(found.settings.model_copy(update={"photographs": own}), draft / "settings.yaml")
         for name, table in tables.items():
             write_csv(draft / f"{name}.csv", table, digits=4 if name in ("rows", "related") else None)
