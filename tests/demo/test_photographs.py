@@ -10,9 +10,9 @@ from PIL import Image
 from cft.data import backdrop
 from cft.data.models import TINY, base_model, write_safetensors
 from cft.demo.photographs import (
-    KINDS,
     NATURAL_COLUMNS,
     PHOTO_COLUMNS,
+    SCENE_KINDS,
     accuracy_parts,
     choose_trial,
     curve_figure,
@@ -106,11 +106,12 @@ def test_masks_lose_crumbs_and_holes_and_odd_sizes():
 def test_scenes_are_sorted_by_kind_and_cut_by_half(home, tmp_path):
     kinds = scene_kinds(home / "home/scenes")
     assert list(kinds) == ["coast", "field", "hall", "hut"] and all(len(paths) == 2 for paths in kinds.values())
-    for name in (f"{KINDS['reef'][0]}_anemone.JPEG", f"{KINDS['reef'][1]}/a.png", "stray.png"):
+    for name in (f"{SCENE_KINDS['reef'][0]}_anemone.JPEG", f"{SCENE_KINDS['reef'][1]}/a.png", "stray.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name, format="png")
     assert {kind: len(paths) for kind, paths in scene_kinds(tmp_path).items()} == {"reef": 2}
-    assert len({number for numbers in KINDS.values() for number in numbers}) == sum(map(len, KINDS.values())) == 48
+    numbers = [number for of_kind in SCENE_KINDS.values() for number in of_kind]
+    assert len(numbers) == len(set(numbers)) == 48
     with pytest.raises(ValueError, match="no scenes in"):
         scene_kinds(home / "home/val/bird")
     rng = random.Random(0)
