@@ -130,7 +130,7 @@ def publish(root: str | Path, out: str | Path) -> Path:
         related = pd.concat([found.related(key) for key in of], keys=of, names=["artefact", ""])
         tables["related"] = related.reset_index("artefact")
     with written_folder(out) as draft:
-        places = dict.fromkeys(("folder", "weights", "shown"))  # of this machine
+        places = {name: None for name in ("folder", "weights", "shown")}  # of this machine
         own = found.settings.photographs.model_copy(update=places)
         write_settings(found.settings.model_copy(update={"photographs": own}), draft / "settings.yaml")
         for name, table in tables.items():
