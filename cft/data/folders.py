@@ -480,6 +480,11 @@ class Preprocess:
         as_floats = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
         return v2.Compose([*steps, as_floats, v2.Normalize(self.mean, self.std)])
 
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Normalised pictures (…, channels, height, width), on the CPU, as pixels in [0, 1]."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)
+
 class MaskedImages(Dataset):
     """A folder as tensors. Item i is a dict with image (3, height, width) normalised, label, index, and, where the
     folder has them, mask and object (height, width) bool. With `cached`, pictures stay in memory, resized.
@@ -548,6 +553,13 @@ class Cutouts(NamedTuple):
     def before(self, others: Tensor) -> Tensor:
         """The objects before the backgrounds of other pictures, given by their numbers (pictures,)."""
         return swap_background(self.pictures, self.objects, self.scenes[others])
+
+    def foreign(self, labels: Tensor, times: int, rng: torch.Generator) -> Tensor:
+        """Numbers of backgrounds of other classes than each of some labels (of any, where there is no other), drawn
+        uniformly: (times, labels)."""
+        allowed = (labels[:, None] != self.labels).double()
+        allowed[allowed.sum(1) == 0] = 1.0
+        return torch.multinomial(allowed, times, replacement=True, generator=rng).T
 
 def cutouts(batches: Iterable[Mapping[str, Tensor]]) -> Cutouts:
     """The pictures of batches as `MaskedImages` gives them, with object masks."""

@@ -27,7 +27,7 @@ from ..related.deal import TinyDual
 from ..related.deal_metrics import DualSteps
 from ..reproduce.settings import Settings, Work, read_settings
 from ..reproduce.steps import PaperSteps, in_order, make_steps
-from ..train.closed import FORMS, Head, last_layer, penultimate
+from ..train.closed import FORMS, Head, as_layer, last_layer, penultimate
 from ..train.loop import fine_tune
 
 # %% ../../nbs/appendix/17_selection.ipynb #385485e6
@@ -153,17 +153,11 @@ def search_shares(root: str | Path, trials: Mapping[str, Sequence[float]] = CLOS
                     end = fine_tune(base, images, replace(recipe, rate=rate, average=1.0), progress=False).model
                 if head and seen or recipe.trainable == "head":  # on features, which are the same for all of these
                     solved = head.weights(base, seen, rate) if head and seen else last_layer(end)
-                    start, end, shown = _linear(*last_layer(base)), _linear(*solved), features
+                    start, end, shown = as_layer(*last_layer(base)), as_layer(*solved), features
                 rows += [{
                     "method": method, "seed": seed, "rate": rate, "share": share,
                     **scored(nearer(start, end, share), shown)} for share in SHARES]
     return pd.DataFrame(rows).rename_axis(None)
-
-def _linear(weight: Tensor, bias: Tensor) -> nn.Module:
-    """A last layer on its own, which answers to features."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
-    layer.load_state_dict({"weight": weight, "bias": bias})
-    return layer.eval()
 
 def _with_means(model: nn.Module, sets: Sets, tuned: Tensor) -> dict[str, float]:
     """Accuracies, with the mean over the shifted sets in their place, and other classes apart."""

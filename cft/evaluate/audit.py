@@ -300,8 +300,7 @@ class Audit:
         target, maps = torch.tensor([int(row["predicted"])], device=device), None
         if self.method:
             maps = relevance(self.model, seen["image"], target, self.method, differentiable=False).patches[0].cpu()
-        mean, std = (torch.tensor(v)[:, None, None] for v in (self.images.preprocess.mean, self.images.preprocess.std))
-        pictures = {name: (x[0].cpu() * std + mean).clamp(0, 1) for name, x in shown.items()}
+        pictures = {name: self.images.preprocess.to_pixels(x[0].cpu()) for name, x in shown.items()}
         answers = {name: (classes[int(best.indices)], float(best.values)) for name, best in sure.items()}
         mask = seen["object"][0].cpu() if "object" in seen else None
         return Case(picture, classes[int(row["label"])], pictures, answers, mask, maps)

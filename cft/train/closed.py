@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PURE', 'BANK', 'Reads', 'SHADES', 'FORMS', 'penultimate', 'relevance_features', 'Moments', 'LayerInput', 'Look',
-           'erased', 'consistent', 'leace', 'HeadForm', 'Head', 'last_layer', 'with_head']
+           'erased', 'consistent', 'leace', 'HeadForm', 'Head', 'last_layer', 'as_layer', 'with_head']
 
 # %% ../../nbs/15_closed.ipynb #abf44e3d
 import copy
@@ -165,9 +165,7 @@ class Look:
     def _swapped(self, model: nn.Module, items: Mapping[str, Tensor], bank: Any,
                  rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Features before other backgrounds (times, batch, features), and the numbers of these (times, batch)."""
-        allowed = (items["label"][:, None] != bank.labels).double()
-        allowed[allowed.sum(1) == 0] = 1.0
-        others = torch.multinomial(allowed, self.times, replacement=True, generator=rng).T
+        others = bank.foreign(items["label"], self.times, rng)
         before = lambda other: swap_background(items["image"], items["object"], bank.scenes[other])
         return torch.stack([penultimate(model, before(other), self.batch) for other in others]), others
 
@@ -340,6 +338,12 @@ def last_layer(model: nn.Module) -> _Solved:
     if not isinstance(last, nn.Linear) or last.bias is None:
         raise ValueError(f"a head is solved for a linear last layer with a bias, got {type(last).__name__}")
     return last.weight.detach().double().cpu(), last.bias.detach().double().cpu()
+
+def as_layer(weight: Tensor, bias: Tensor) -> nn.Module:
+    """A last layer on its own, in the precision of its weight (classes, features), which answers to features."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return layer.eval()
 
 def with_head(model: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
     """A copy of a model of timm with another weight (classes, features) and bias (classes,) in its last layer."""

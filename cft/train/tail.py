@@ -89,9 +89,7 @@ class TokenBatches:
             raise ValueError("cached tokens swap the pictures' own backgrounds; expected none from elsewhere")
         found, rng = cutouts(DataLoader(still, 32)), torch.Generator().manual_seed(recipe.seed)
         self.labels, self.objects = found.labels, found.objects
-        other = (found.labels[:, None] != found.labels).double()
-        other[other.sum(1) == 0] = 1.0
-        others = torch.multinomial(other, times, replacement=True, generator=rng).T
+        others = found.foreign(found.labels, times, rng)
         self.tokens = entering(model, found.pictures, blocks)
         self.moved = torch.stack([entering(model, found.before(each), blocks) for each in others])
 
