@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORWARDS', 'pooled_tokens', 'pool', 'vit_steps', 'plane_mean', 'flatten', 'convnext_steps', 'check_model',
-           'check_images', 'check_target', 'Parts', 'split']
+           'check_drops', 'check_images', 'check_target', 'Parts', 'split']
 
 # %% ../../nbs/11_anatomy.ipynb #da4b9237
 import math
@@ -100,13 +100,17 @@ def check_model(model: nn.Module) -> VisionTransformer | ConvNeXt:
     if known is None or not isinstance(model, known) or any(
             name in vars(model) or getattr(type(model), name) is not getattr(known, name) for name in FORWARDS[known]):
         raise UnsupportedModule(model, "timm VisionTransformer and ConvNeXt", "the model")
+    check_drops(model)
+    return model
+
+def check_drops(model: nn.Module) -> None:
+    """Raise UnsupportedModule for a module that is about to drop something."""
     for path, module in model.named_modules():
         if module.training and isinstance(module, (nn.modules.dropout._DropoutNd, DropPath, PatchDropout)):
             rate = max(getattr(module, name, 0) or 0 for name in ("p", "drop_prob", "prob"))
             if rate > 0:
                 raise UnsupportedModule(module, f"drop rates of 0 in training mode, not {rate:g}, or model.eval()",
                                         path)
-    return model
 
 def check_images(model: VisionTransformer | ConvNeXt, images: Tensor) -> None:
     """Raise a ValueError unless `images` is a finite float (batch, channels, height, width) of a size `model` takes."""

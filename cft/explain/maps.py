@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Normalization', 'NORMALIZATIONS', 'NEED_ATTENTION', 'METHOD_NAMES', 'ATTRIBUTIONS', 'saturating', 'softsign',
            'minmax', 'relu_max', 'sigmoid', 'bound', 'Relevance', 'thumbnail', 'png_bytes', 'Method', 'named', 'run',
-           'propagate', 'attribute', 'integrate', 'relevance']
+           'propagate', 'record', 'attribute', 'integrate', 'relevance']
 
 # %% ../../nbs/13_maps.ipynb #da4b9237
 import base64
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import attributions
-from .anatomy import Parts, check_model, check_target, pooled_tokens, split
+from .anatomy import Parts, check_drops, check_model, check_target, pooled_tokens, split
+from .operations import OnePicture, Recorder
+from .places import Seen, check_modules, see
 from .rules import RULES, Pullback, Layer, Tape, UnsupportedModule, block, full_precision
 
 # %% ../../nbs/13_maps.ipynb #ac3478d6
@@ -150,11 +152,12 @@ class Method:
 
     name: str = "attnlrp"  # one of METHOD_NAMES
     gamma: float = 0.0  # γ-rule of linear and convolution layers (attnlrp, cp); 0 for training
-    stage: int = 2  # ConvNeXt: the stage whose output is explained; at 224 pixels 2 is 14×14, 3 is 7×7
-    magnitude: bool = False  # ConvNeXt: the paper's form, Σ |a|·R⁺ / max|a|, in place of Σ R (attnlrp)
+    stage: int = 2  # pyramids: the stage whose output is explained; at 224 pixels 2 is 14×14, 3 is 7×7
+    magnitude: bool = False  # pyramids: the paper's form, Σ |a|·R⁺ / max|a|, in place of Σ R (attnlrp)
     steps: int = 10  # iia: interpolation steps (10 in the paper)
     true_gradient: bool = False  # differentiate gradients as well when the map is trained; the official code does not
     frozen: bool = False  # what the rules read off the forward pass is constant when the map is trained (attnlrp, cp)
+    fallback: str = "refuse"  # operations without a rule; or "gradient", what it leaves unexplained is in the ledger
 
     def __post_init__(self) -> None:
         """Raise a ValueError for an unknown name or a setting out of range."""
@@ -163,6 +166,8 @@ class Method:
         if not 0 <= self.gamma < math.inf or self.stage not in range(4) or self.steps < 1:
             got = f"{self.gamma}, {self.stage}, {self.steps}"
             raise ValueError(f"expected gamma >= 0, stage in 0…3 and steps >= 1, got {got}")
+        if self.fallback not in ("refuse", "gradient"):
+            raise ValueError(f"fallback must be refuse or gradient, got {self.fallback!r}")
 
 ATTRIBUTIONS: dict[str, Method] = {}
 ATTRIBUTIONS |= {name: Method(name, true_gradient=name == "input_x_gradient") for name in METHOD_NAMES}
@@ -218,17 +223,47 @@ def propagate(parts: Parts, target: Tensor | None, method: Method, with_ledger: 
     g = F.one_hot(target, logits.shape[1]).to(logits.dtype)
     while pullbacks:  # popping frees each block's values as soon as they are used
         g = pullbacks.pop()(g)
+    return _summed(parts, g, logits, target, method, tape.ledger)
+
+def _summed(parts: Parts, g: Tensor, logits: Tensor, target: Tensor, method: Method,
+            ledger: dict[str, Tensor] | None) -> Relevance:
     x = parts.per_token(full_precision(parts.x))
     signed = x * parts.per_token(full_precision(g))
     if method.magnitude:
         signed = signed.relu() * x.abs() / x.abs().amax((1, 2), keepdim=True)
-    return Relevance(logits, signed.sum(-1), parts.grid, parts.prefix, target, tape.ledger)
+    return Relevance(logits, signed.sum(-1), parts.grid, parts.prefix, target, ledger)
+
+# %% ../../nbs/13_maps.ipynb #392efc09
+def record(model: nn.Module, images: Tensor, target: Tensor | None, method: Method, with_ledger: bool,
+           keep: bool) -> Relevance:
+    """`propagate` for a network that runs its own forward pass."""
+    if with_ledger and len(images) > 1:
+        each = [
+            record(model, images[i:i + 1], None if target is None else target[i:i + 1], method, True, keep)
+            for i in range(len(images))]
+        kinds = dict.fromkeys(kind for one in each for kind in one.ledger or {})
+        booked = lambda one, kind: (one.ledger or {}).get(kind, one.tokens.new_zeros(1))
+        ledger = {kind: torch.cat([booked(one, kind) for one in each]) for kind in kinds}
+        logits, tokens, target = (torch.cat(t) for t in zip(*((one.logits, one.tokens, one.target) for one in each)))
+        return Relevance(logits, tokens, each[0].grid, each[0].prefix, target, ledger)
+    tape = OnePicture(method.name, method.gamma, {} if with_ledger else None, fused=not keep)
+    recorder = Recorder(model, tape, keep and not method.frozen, method.fallback)
+    with torch.enable_grad():
+        seen = see(model, images, method.stage, keep, recorder)
+        target = check_target(target, seen.logits)
+        g = recorder.pull(seen.logits, F.one_hot(target, seen.logits.shape[1]).to(seen.logits.dtype))
+        g = g.detach() if method.frozen else g
+        result = _summed(seen, g, seen.logits, target, method, tape.ledger)
+    if keep:
+        return result
+    ledger = None if tape.ledger is None else {kind: value.detach() for kind, value in tape.ledger.items()}
+    return replace(result, logits=result.logits.detach(), tokens=result.tokens.detach(), ledger=ledger)
 
 # %% ../../nbs/13_maps.ipynb #1574bddb
 def attribute(model: nn.Module, parts: Parts, target: Tensor | None, method: Method, keep: bool) -> Relevance:
     """A method of `cft.explain.attributions` for given pictures; gradients are constants but for `true_gradient`."""
     leaf, maps, reads = _leaf(parts.x, keep), [], []
-    logits = run(parts.steps, leaf, Tape(maps=maps, reads=reads))[0]
+    logits = parts.logits if isinstance(parts, Seen) else run(parts.steps, leaf, Tape(maps=maps, reads=reads))[0]
     target = check_target(target, logits)
     sources = {"eq2": [], "input_x_gradient": [leaf], "gradcam": maps[-1:], "gradcam_tokens": reads[-1:] or [leaf]}
     sources = sources.get(method.name, maps)
@@ -241,7 +276,7 @@ def attribute(model: nn.Module, parts: Parts, target: Tensor | None, method: Met
 
 def _leaf(x: Tensor, keep: bool) -> Tensor:
     """x where gradients can end: itself if its own graph is to be kept, else without that graph."""
-    return x if keep and x.requires_grad else x.detach().requires_grad_()
+    return x if x.requires_grad and (keep or x.is_leaf) else x.detach().requires_grad_()
 
 def _map_of(name: str, model: nn.Module, parts: Parts, sources: list[Tensor], slopes: list[Tensor],
             maps: list[Tensor]) -> Tensor:
@@ -309,7 +344,8 @@ def relevance(model: nn.Module, images: Tensor, target: Tensor | None = None, me
     Raises UnsupportedModule (a ValueError) naming the module without a rule; ValueError for bad pictures, targets or
     combinations of options.
     """
-    method, model = named(method), check_model(model)
+    method = named(method)
+    check_drops(model)
     keep = torch.is_grad_enabled() if differentiable is None else differentiable
     if keep and torch.is_inference_mode_enabled():
         raise ValueError("differentiable relevance needs a graph: leave torch.inference_mode()")
@@ -319,13 +355,34 @@ def relevance(model: nn.Module, images: Tensor, target: Tensor | None = None, me
         supported = f"timm VisionTransformer, since {method.name!r} needs attention weights"
         raise UnsupportedModule(model, supported, "the model")
     try:
-        if method.name in RULES:
-            with torch.set_grad_enabled(keep):
-                return propagate(split(model, images, method.stage), target, method, with_ledger, checkpointed)
+        return _walked(model, images, target, method, keep, with_ledger, checkpointed)
+    except UnsupportedModule as error:  # not plain: it has to run by itself
+        if method.name in NEED_ATTENTION or not getattr(model, "num_classes", True):
+            raise error.located(model) from None
+    if checkpointed:
+        raise ValueError(f"checkpointed works with plain vision transformers and ConvNeXt, not {type(model).__name__}")
+    try:
+        if method.fallback == "refuse":
+            check_modules(model)
         with torch.inference_mode(False), torch.enable_grad():
             images = images.clone() if images.is_inference() else images
-            if method.name == "iia" and isinstance(model, VisionTransformer):
-                return integrate(model, images, target, method, keep)
-            return attribute(model, split(model, images, method.stage), target, method, keep)
+            if method.name in RULES:
+                return record(model, images, target, method, with_ledger, keep)
+            return attribute(model, see(model, images, method.stage, keep), target, method, keep)
     except UnsupportedModule as error:
         raise error.located(model) from None
+
+def _walked(model: nn.Module, images: Tensor, target: Tensor | None, method: Method, keep: bool, with_ledger: bool,
+            checkpointed: bool) -> Relevance:
+    """By the rules of modules."""
+    plain = check_model(model)
+    if isinstance(plain, VisionTransformer):
+        pooled_tokens(plain, 0)  # told before any work
+    if method.name in RULES:
+        with torch.set_grad_enabled(keep):
+            return propagate(split(plain, images, method.stage), target, method, with_ledger, checkpointed)
+    with torch.inference_mode(False), torch.enable_grad():
+        images = images.clone() if images.is_inference() else images
+        if method.name == "iia" and isinstance(plain, VisionTransformer):
+            return integrate(plain, images, target, method, keep)
+        return attribute(plain, split(plain, images, method.stage), target, method, keep)
