@@ -7,7 +7,7 @@ __all__ = ['AFFINE', 'WEIGHTED', 'PRODUCTS', 'FIRST_DEGREE', 'HELD', 'THROUGH_ZE
            'writes', 'OnePicture', 'Recorder', 'softmax', 'dot_product_attention', 'multi_head_attention', 'layer_norm',
            'rms_norm', 'group_norm', 'unit_length', 'batch_norm']
 
-# %% ../../nbs/11_operations.ipynb #27468650
+# %% ../../nbs/11_operations.ipynb #6b76e97a
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .rules import GATES, Tape, UnsupportedModule, full_precision, gamma_rule, mix, recomputed
 
-# %% ../../nbs/11_operations.ipynb #2c346075
+# %% ../../nbs/11_operations.ipynb #b1ac9275
 _NAMES = {
     "subtract": "sub", "multiply": "mul", "truediv": "div", "itruediv": "div", "divide": "div", "true_divide": "div",
     "concat": "cat", "concatenate": "cat", "linalg_vector_norm": "norm", "linalg_norm": "norm", "clip": "clamp"}
@@ -55,7 +55,7 @@ def writes(func: Callable) -> bool:
     name = func.__name__
     return name in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__") or name[-1] == "_" != name[-2:-1]
 
-# %% ../../nbs/11_operations.ipynb #b330e524
+# %% ../../nbs/11_operations.ipynb #4ac53b51
 def _quotient(function: Callable, slope: float) -> Callable[..., Tensor]:
     def gate(h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.where(h == 0, slope, function(h, *args, **kwargs) / torch.where(h == 0, 1, h))
@@ -92,7 +92,7 @@ def _passes_zero(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool
     numbers = all(bound is None or isinstance(bound, (int, float)) for bound in (low, high))
     return numbers and (low or 0) <= 0 <= (high or 0)
 
-# %% ../../nbs/11_operations.ipynb #5e465a96
+# %% ../../nbs/11_operations.ipynb #b39a1ee6
 class OnePicture(Tape):
     """A tape of one picture, which books whole sums, whatever the layout; masked scores of −∞ have no part in it."""
     def absorb(self, kind: str, g: Tensor, amount: Tensor | None) -> None:
@@ -138,9 +138,15 @@ class Recorder(TorchFunctionMode):
         """Whether relevance can go back from x."""
         return isinstance(x, Tensor) and id(x) in self._values
 
+    def value(self, x: Tensor) -> Tensor:
+        """What a live tensor stands for: itself, or what was written into it."""
+        if self._stale & {id(x), id(x._base)}:
+            raise self.unsupported("to read a value after a write to a part of it")
+        return self._values[id(x)]
+
     def pull(self, output: Tensor, g: Tensor) -> Tensor:
         """From the modified gradient at a live output to that at the first value; the record is used up."""
-        arrived = {id(self._values[id(output)]): g}
+        arrived = {id(self.value(output)): g}
         while self._notes:  # popping frees an operation's values as soon as they are used
             pull, inputs, outputs = self._notes.pop()
             gs = [arrived.pop(id(y), None) for y in outputs]
@@ -163,9 +169,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         handle = flat[0]
         for i in at:
-            if self._stale & {id(flat[i]), id(flat[i]._base)}:
-                raise self.unsupported("to read a value after a write to a part of it")
-            flat[i] = self._values[id(flat[i])]
+            flat[i] = self.value(flat[i])
         plain, name = func, func.__name__
         if name == "__setitem__" or kwargs.get("out") is not None:
             raise self.unsupported("writing into a part of a value")
@@ -179,7 +183,7 @@ class Recorder(TorchFunctionMode):
             if handle._base is not None:
                 self._stale.add(id(handle._base))
             self._know(handle, self._values[id(result)])
-        return handle if writes(func) else result
+        return result
 
     def unsupported(self, what: str) -> UnsupportedModule:
         """The error for an operation without a rule; it names the module that was about to run it."""
@@ -196,7 +200,7 @@ class Recorder(TorchFunctionMode):
     def note(self, pull: Callable, inputs: Sequence[Tensor], *outputs: Tensor) -> None:
         """Write down that `pull` takes the modified gradients at the outputs (None where none came) to the inputs."""
         for y in outputs:
-            self._know(y, y)
+            self._know(y.requires_grad_(), y)
         self._notes.append((pull, list(inputs), list(outputs)))
 
     def _run(self, name: str, func: Any, flat: list[Any], form: Any, at: list[int]) -> Any:
@@ -292,7 +296,7 @@ class Recorder(TorchFunctionMode):
         self.note(lambda gs: [gamma_rule(run, adjoint, weight, row, x, y, gs[0], self.tape)], [x], y)
         return y
 
-# %% ../../nbs/11_operations.ipynb #034c8a52
+# %% ../../nbs/11_operations.ipynb #6c3ef73c
 def softmax(recorder: Recorder, x: Tensor, dim: int, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
     """Softmax along `dim` by its Taylor rule."""
     y = x.softmax(dim, dtype)

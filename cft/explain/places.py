@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TORCHVISION', 'FAMILIES', 'KNOWN', 'Place', 'place_of', 'check_modules', 'Seen', 'see', 'check_pictures']
 
-# %% ../../nbs/11_places.ipynb #fac5ba2c
+# %% ../../nbs/11_places.ipynb #bc7b87f5
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from .anatomy import Parts
 from .operations import Recorder
 from .rules import UnsupportedModule
 
-# %% ../../nbs/11_places.ipynb #6805f056
+# %% ../../nbs/11_places.ipynb #41bca0aa
 @dataclass(frozen=True)
 class Place:
     """A module, and whether relevance ends before or after it."""
@@ -37,8 +37,7 @@ TORCHVISION: dict[str, tuple[str, ...]] = {  # outputs at 1/4, 1/8, 1/16 and 1/3
                     for i in (1, 2, 3, 4)), "EfficientNet": ("features.2", "features.3", "features.5", "features.7"),
     "MobileNetV2": ("features.3", "features.6", "features.13", "features.17"),
     "DenseNet": tuple(f"features.denseblock{i}" for i in (1, 2, 3, 4))}
-FAMILIES = ("timm VisionTransformer and ConvNeXt, other classifiers of timm that say where their features are, vision "
-            "transformers of Hugging Face, and of torchvision VisionTransformer, " + ", ".join(TORCHVISION))
+FAMILIES = "timm VisionTransformer and ConvNeXt, classifiers of timm with feature_info, and of torchvision and Hugging Face"
 
 def place_of(model: nn.Module, stage: int) -> Place:
     """Where relevance ends in a model. Raises UnsupportedModule for a model that does not tell."""
@@ -68,7 +67,7 @@ def place_of(model: nn.Module, stage: int) -> Place:
 def _pair(sides: Any) -> tuple[int, int]:
     return (int(sides[0]), int(sides[-1])) if isinstance(sides, (tuple, list)) else (int(sides), int(sides))
 
-# %% ../../nbs/11_places.ipynb #6b52527e
+# %% ../../nbs/11_places.ipynb #c1ea0966
 KNOWN = ("torch", "timm", "torchvision", "transformers", "cft")
 
 def check_modules(model: nn.Module) -> None:
@@ -79,7 +78,7 @@ def check_modules(model: nn.Module) -> None:
             raise UnsupportedModule(module, f"modules of {', '.join(KNOWN)}; fallback='gradient' goes through it", path
                                     or "the model")
 
-# %% ../../nbs/11_places.ipynb #9fd9f53d
+# %% ../../nbs/11_places.ipynb #a423623a
 @dataclass
 class Seen(Parts):
     """What a model handed on at its place, and the logits that came of it."""
@@ -131,7 +130,7 @@ def see(model: nn.Module, images: Tensor, stage: int, keep: bool, recorder: Reco
                                 "the model")
     if recorder is not None and not recorder.is_live(logits):
         raise UnsupportedModule(model, f"logits that depend on {place.path} by operations with a rule", "the model")
-    return _laid_out(model, place, handed[0], size, logits)
+    return _laid_out(model, place, handed[0], size, logits if recorder is None else recorder.value(logits))
 
 @contextmanager
 def _at(module: nn.Module, before: bool, hand_on: Any) -> Iterator[None]:
