@@ -19,7 +19,7 @@ HF = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "inte
 NETWORKS = {  # name of timm, settings, pixels
     "resnet": ("resnet18", RESNET, 64), "resnext": ("resnext50_32x4d", RESNET | {"base_width": 32, "cardinality": 4}, 64),
     "se_resnet": ("resnet50", RESNET | {"block_args": {"attn_layer": "se"}}, 64),
-    "wide_resnet": ("wide_resnet50_2", RESNET, 64), "regnet": (RegNet, {"cfg": RegNetCfg(depth=4, w0=8, wa=8.0, wm=2.0, group_size=4, se_ratio=0.25)}, 64),
+    "wide_resnet": ("wide_resnet50_2", RESNET, 64), "regnet": (RegNet, {"cfg": RegNetCfg(depth=6, w0=8, wa=8.0, wm=2.0, group_size=4, se_ratio=0.25)}, 64),
     "efficientnet": ("test_efficientnet", {}, 64), 
     "mobilenet_v2": ("mobilenetv2_035", {}, 32), "mobilenet_v3": ("mobilenetv3_small_050", {}, 32),
     "convnext": ("convnext_atto", CONVNEXT, 64), "convnext_clip": ("convnext_atto", CONVNEXT | {"norm_eps": 1e-5, "head_norm_first": True}, 64),
@@ -36,19 +36,19 @@ NETWORKS = {  # name of timm, settings, pixels
 }
 
 
-def make_network(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, torch.Tensor]:
-    """A network of five classes in evaluation mode, and two pictures for it."""
+def make_network(name: str, dtype: torch.dtype = torch.float64, classes: int = 5) -> tuple[nn.Module, torch.Tensor]:
+    """A network in evaluation mode, and two pictures for it."""
     torch.manual_seed(0)
     if name == "torchvision_vit":
-        model, side = torchvision.models.VisionTransformer(32, 8, 2, 3, 12, 24, num_classes=5), 32
+        model, side = torchvision.models.VisionTransformer(32, 8, 2, 3, 12, 24, num_classes=classes), 32
     elif name == "torchvision_resnet":
-        model, side = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5), 64
+        model, side = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=classes), 64
     elif name == "hugging_face_vit":
         model, side = ViTForImageClassification(ViTConfig(**HF)), 32
     else:
         known, settings, side = NETWORKS[name]
         build = known if callable(known) else partial(timm.create_model, known)
-        model = build(**{"num_classes": 5} | settings)
+        model = build(**{"num_classes": classes} | settings)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     for module in model.modules():

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from . import attributions
 from .anatomy import Parts, check_drops, check_model, check_target, pooled_tokens, split
 from .operations import OnePicture, Recorder
-from .places import Seen, check_modules, see
+from .places import Traced, check_modules, trace
 from .rules import RULES, Pullback, Layer, Tape, UnsupportedModule, block, full_precision
 
 # %% ../../nbs/13_maps.ipynb #ac3478d6
@@ -249,7 +249,7 @@ def record(model: nn.Module, images: Tensor, target: Tensor | None, method: Meth
     tape = OnePicture(method.name, method.gamma, {} if with_ledger else None, fused=not keep)
     recorder = Recorder(model, tape, keep and not method.frozen, method.fallback)
     with torch.enable_grad():
-        seen = see(model, images, method.stage, keep, recorder)
+        seen = trace(model, images, method.stage, keep, recorder)
         target = check_target(target, seen.logits)
         g = recorder.pull(seen.logits, F.one_hot(target, seen.logits.shape[1]).to(seen.logits.dtype))
         g = g.detach() if method.frozen else g
@@ -263,7 +263,7 @@ def record(model: nn.Module, images: Tensor, target: Tensor | None, method: Meth
 def attribute(model: nn.Module, parts: Parts, target: Tensor | None, method: Method, keep: bool) -> Relevance:
     """A method of `cft.explain.attributions` for given pictures; gradients are constants but for `true_gradient`."""
     leaf, maps, reads = _leaf(parts.x, keep), [], []
-    logits = parts.logits if isinstance(parts, Seen) else run(parts.steps, leaf, Tape(maps=maps, reads=reads))[0]
+    logits = parts.logits if isinstance(parts, Traced) else run(parts.steps, leaf, Tape(maps=maps, reads=reads))[0]
     target = check_target(target, logits)
     sources = {"eq2": [], "input_x_gradient": [leaf], "gradcam": maps[-1:], "gradcam_tokens": reads[-1:] or [leaf]}
     sources = sources.get(method.name, maps)
@@ -368,7 +368,7 @@ def relevance(model: nn.Module, images: Tensor, target: Tensor | None = None, me
             images = images.clone() if images.is_inference() else images
             if method.name in RULES:
                 return record(model, images, target, method, with_ledger, keep)
-            return attribute(model, see(model, images, method.stage, keep), target, method, keep)
+            return attribute(model, trace(model, images, method.stage, keep), target, method, keep)
     except UnsupportedModule as error:
         raise error.located(model) from None
 

@@ -29,6 +29,7 @@ import torch
 from accelerate import PartialState
 from jinja2 import TemplateError
 from PIL import Image
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
@@ -285,9 +286,15 @@ def _trained(model: Any, which: str | int) -> list[nn.Module]:
     return [*blocks[-which:], model.norm, model.fc_norm, model.get_classifier()]
 
 def prepare(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
-    """A frozen copy of the model, a trainable one, and the optimiser for it."""
+    """A frozen copy of the model, a trainable one, and the optimiser for it.
+
+    Batch norm keeps its statistics, which a few pictures would spoil, and no path is dropped.
+    """
     original = copy.deepcopy(model).eval().requires_grad_(False)
     tuned: Any = copy.deepcopy(model).train().requires_grad_(False)
+    for module in tuned.modules():
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, DropPath)):
+            module.eval()
     for part in _trained(tuned, recipe.trainable):
         part.requires_grad_(True)
     peaks = {name: recipe.rate for name, p in tuned.named_parameters() if p.requires_grad}

@@ -13,7 +13,7 @@ from torch import nn
 
 import cft.explain.maps as r
 from cft.explain.operations import HELD, THROUGH_ZERO, OnePicture, Recorder
-from cft.explain.places import see
+from cft.explain.places import trace
 from cft.explain.rules import UnsupportedModule
 
 ALL = [*NETWORKS, "torchvision_vit", "hugging_face_vit"]
@@ -256,7 +256,7 @@ def test_a_network_against_its_slow_twin():
     images = pictures(2, (48, 48))
     fast = r.relevance(model, images, TARGET, r.Method(stage=1))
     for i in range(2):
-        x = see(model, images[i:i + 1], 1, False).x.detach()
+        x = trace(model, images[i:i + 1], 1, False).x.detach()
         slow = slow_resnet(model, x, int(TARGET[i])).reshape(x[0].shape).sum(0)
         np.testing.assert_allclose(fast.patches[i].detach(), slow, rtol=1e-8, atol=1e-12)
 
@@ -355,7 +355,7 @@ def test_frozen_and_plain_methods():
     assert slope(frozen)[0] is None and slope(exact)[0].abs().max() > 0
     torch.testing.assert_close(r.relevance(model, images, TARGET, "gradcam_tokens").logits, exact.logits)
     found = r.relevance(model, images, TARGET, "input_x_gradient", differentiable=False)
-    x = see(model, images, 2, False)
+    x = trace(model, images, 2, False)
     (g,) = torch.autograd.grad(x.logits.gather(1, TARGET[:, None]).sum(), x.x)
     torch.testing.assert_close(found.patches, (x.x * g).sum(1).detach())
     with torch.inference_mode():
