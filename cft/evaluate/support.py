@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['on_meta', 'refusal', 'step_cost', 'tags_of_timm', 'families_of_timm', 'survey', 'support', 'by_family']
 
-# %% ../../nbs/20_support.ipynb #a2447b26
+# %% ../../nbs/20_support.ipynb #b79f12f5
 from collections import Counter
 from collections.abc import Iterable
 
@@ -23,7 +23,7 @@ from ..explain.places import check_modules, trace
 from ..explain.rules import UnsupportedModule
 from ..files import ASSETS
 
-# %% ../../nbs/20_support.ipynb #cd44367c
+# %% ../../nbs/20_support.ipynb #9b02cceb
 def on_meta(name: str) -> tuple[nn.Module, torch.Tensor]:
     """A network of timm without weights, and a picture of its size without pixels."""
     with torch.device("meta"):
@@ -54,7 +54,7 @@ def step_cost(name: str) -> float:
         ((g * seen.x).square().sum() + seen.logits.sum()).backward()
     return whole.get_total_flops() / plain.get_total_flops()
 
-# %% ../../nbs/20_support.ipynb #2fe7a8ce
+# %% ../../nbs/20_support.ipynb #572cd57f
 def tags_of_timm() -> dict[str, int]:
     """The networks that timm has weights for, with the number of their tags."""
     return dict(sorted(Counter(tag.split(".")[0] for tag in timm.list_pretrained()).items()))

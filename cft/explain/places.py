@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TORCHVISION', 'FAMILIES', 'KNOWN', 'Place', 'place_of', 'check_modules', 'Traced', 'trace', 'check_pictures']
 
-# %% ../../nbs/11_places.ipynb #4737bd5e
+# %% ../../nbs/11_places.ipynb #5debe222
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from .anatomy import Parts
 from .operations import Recorder
 from .rules import UnsupportedModule
 
-# %% ../../nbs/11_places.ipynb #c0bb80f1
+# %% ../../nbs/11_places.ipynb #5c2dcdb4
 @dataclass(frozen=True)
 class Place:
     """A module, and whether relevance ends before or after it."""
@@ -37,7 +37,8 @@ TORCHVISION: dict[str, tuple[str, ...]] = {  # outputs at 1/4, 1/8, 1/16 and 1/3
                     for i in (1, 2, 3, 4)), "EfficientNet": ("features.2", "features.3", "features.5", "features.7"),
     "MobileNetV2": ("features.3", "features.6", "features.13", "features.17"),
     "DenseNet": tuple(f"features.denseblock{i}" for i in (1, 2, 3, 4))}
-FAMILIES = "timm VisionTransformer and ConvNeXt, classifiers of timm with feature_info, and of torchvision and Hugging Face"
+FAMILIES = ("timm VisionTransformer and ConvNeXt, classifiers of timm with feature_info, and of torchvision and "
+            "Hugging Face")
 
 def place_of(model: nn.Module, stage: int) -> Place:
     """Where relevance ends in a model. Raises UnsupportedModule for a model that does not tell."""
@@ -67,7 +68,7 @@ def place_of(model: nn.Module, stage: int) -> Place:
 def _pair(sides: Any) -> tuple[int, int]:
     return (int(sides[0]), int(sides[-1])) if isinstance(sides, (tuple, list)) else (int(sides), int(sides))
 
-# %% ../../nbs/11_places.ipynb #5c16b886
+# %% ../../nbs/11_places.ipynb #03dbae3b
 KNOWN = ("torch", "timm", "torchvision", "transformers", "cft")
 
 def check_modules(model: nn.Module) -> None:
@@ -79,7 +80,7 @@ def check_modules(model: nn.Module) -> None:
             raise UnsupportedModule(module, f"modules of {', '.join(KNOWN)}; fallback='gradient' goes through it", path
                                     or "the model")
 
-# %% ../../nbs/11_places.ipynb #123cdf60
+# %% ../../nbs/11_places.ipynb #e122c46d
 @dataclass
 class Traced(Parts):
     """What a model handed on at its place, and the logits that came of it."""
