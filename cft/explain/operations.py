@@ -7,7 +7,7 @@ __all__ = ['AFFINE', 'WEIGHTED', 'PRODUCTS', 'FIRST_DEGREE', 'HELD', 'THROUGH_ZE
            'writes', 'OnePicture', 'Recorder', 'softmax', 'dot_product_attention', 'multi_head_attention', 'layer_norm',
            'rms_norm', 'group_norm', 'unit_length', 'batch_norm']
 
-# %% ../../nbs/11_operations.ipynb #6c914194
+# %% ../../nbs/11_operations.ipynb #0321998f
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .rules import GATES, Tape, UnsupportedModule, full_precision, gamma_rule, mix, recomputed
 
-# %% ../../nbs/11_operations.ipynb #f39b07b3
+# %% ../../nbs/11_operations.ipynb #87b808da
 _NAMES = {
     "subtract": "sub", "multiply": "mul", "truediv": "div", "itruediv": "div", "divide": "div", "true_divide": "div",
     "concat": "cat", "concatenate": "cat", "linalg_vector_norm": "norm", "linalg_norm": "norm", "clip": "clamp"}
@@ -29,12 +29,13 @@ _NAMES |= {f"{side}{name}": name for name in ("add", "mul", "matmul", "sub", "po
 del _NAMES["rsub"], _NAMES["rpow"]
 
 AFFINE = frozenset("""
-    view view_as reshape reshape_as flatten unflatten permute transpose swapaxes movedim moveaxis t T mT squeeze
-    unsqueeze expand expand_as broadcast_to contiguous clone to type type_as float half bfloat16 double chunk split tensor_split
-    unbind getitem select narrow index_select gather take_along_dim roll flip rot90 repeat repeat_interleave tile unfold
-    fold pad interpolate pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle sum mean cumsum neg
-    add sub rsub cat stack lerp where masked_fill tril triu avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d dropout
-    dropout2d mul div matmul mm bmm einsum""".split())
+    view view_as reshape reshape_as flatten unflatten permute transpose swapaxes movedim moveaxis t T mT
+    squeeze unsqueeze expand expand_as broadcast_to contiguous clone to type type_as float half bfloat16
+    double chunk split tensor_split unbind getitem select narrow index_select gather take_along_dim roll flip
+    rot90 repeat repeat_interleave tile unfold fold pad interpolate pixel_shuffle pixel_unshuffle
+    channel_shuffle native_channel_shuffle sum mean cumsum neg add sub rsub cat stack lerp where masked_fill
+    tril triu avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d dropout dropout2d mul div matmul
+    mm bmm einsum""".split())
 WEIGHTED = frozenset("linear conv1d conv2d conv3d conv_transpose2d addmm baddbmm addcmul".split())  # one live input
 PRODUCTS = frozenset("mul matmul mm bmm einsum".split())
 FIRST_DEGREE = frozenset("""
@@ -45,8 +46,9 @@ HELD = frozenset("""
     norm var std var_mean std_mean detach data""".split())
 
 def operation_name(func: Callable) -> str:
-    """The plain name of an operation of torch: `x.add_(y)`, `x += y` and `torch.add(x, y)` are "add"."""
-    name = func.__name__ if func.__name__ != "__get__" else getattr(func, "__self__").__name__  # of a property
+    """The plain name of an operation: `x.add_(y)`, `x += y` and `torch.add(x, y)` are "add"."""
+    owner: Any = func
+    name = owner.__name__ if owner.__name__ != "__get__" else owner.__self__.__name__  # of a property
     name = name.strip("_")
     return _NAMES.get(name, name)
 
@@ -55,7 +57,7 @@ def writes(func: Callable) -> bool:
     name = func.__name__
     return name in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__") or name[-1] == "_" != name[-2:-1]
 
-# %% ../../nbs/11_operations.ipynb #01ae9711
+# %% ../../nbs/11_operations.ipynb #a7cb890d
 def _quotient(function: Callable, slope: float) -> Callable[..., Tensor]:
     def gate(h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.where(h == 0, slope, function(h, *args, **kwargs) / torch.where(h == 0, 1, h))
@@ -92,7 +94,7 @@ def _passes_zero(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool
     numbers = all(bound is None or isinstance(bound, (int, float)) for bound in (low, high))
     return numbers and (low or 0) <= 0 <= (high or 0)
 
-# %% ../../nbs/11_operations.ipynb #6d41f78f
+# %% ../../nbs/11_operations.ipynb #7bb0a643
 class OnePicture(Tape):
     """A tape of one picture, which books whole sums, whatever the layout; masked scores of −∞ have no part in it."""
     def absorb(self, kind: str, g: Tensor, amount: Tensor | None) -> None:
@@ -296,7 +298,7 @@ class Recorder(TorchFunctionMode):
         self.note(lambda gs: [gamma_rule(run, adjoint, weight, row, x, y, gs[0], self.tape)], [x], y)
         return y
 
-# %% ../../nbs/11_operations.ipynb #dfe6c63b
+# %% ../../nbs/11_operations.ipynb #a430a03d
 def softmax(recorder: Recorder, x: Tensor, dim: int, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
     """Softmax along `dim` by its Taylor rule."""
     y = x.softmax(dim, dtype)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TORCHVISION', 'FAMILIES', 'KNOWN', 'Place', 'place_of', 'check_modules', 'Traced', 'trace', 'check_pictures']
 
-# %% ../../nbs/11_places.ipynb #5debe222
+# %% ../../nbs/11_places.ipynb #991b2365
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from .anatomy import Parts
 from .operations import Recorder
 from .rules import UnsupportedModule
 
-# %% ../../nbs/11_places.ipynb #5c2dcdb4
+# %% ../../nbs/11_places.ipynb #8830918a
 @dataclass(frozen=True)
 class Place:
     """A module, and whether relevance ends before or after it."""
@@ -46,12 +46,12 @@ def place_of(model: nn.Module, stage: int) -> Place:
     rows: Any = getattr(model, "feature_info", None) or ()
     rows = [row for row in getattr(rows, "info", rows) if row["module"] in known]
     if origin == "torchvision" and name == "VisionTransformer":
-        side = getattr(model, "patch_size")
+        side: Any = vars(model)["patch_size"]
         return Place("encoder.layers.encoder_layer_0", True, (side, side))
     if origin == "torchvision" and name in TORCHVISION:
         return Place(TORCHVISION[name][stage], False, (4 << stage, 4 << stage))
     if origin == "transformers":
-        config = getattr(model, "config")
+        config: Any = vars(model)["config"]
         side = getattr(getattr(config, "vision_config", config), "patch_size", None)
         layers = [path for path in known if path.endswith(("encoder.layer.0", "encoder.layers.0"))]
         if isinstance(side, int) and len(layers) == 1:
@@ -68,7 +68,7 @@ def place_of(model: nn.Module, stage: int) -> Place:
 def _pair(sides: Any) -> tuple[int, int]:
     return (int(sides[0]), int(sides[-1])) if isinstance(sides, (tuple, list)) else (int(sides), int(sides))
 
-# %% ../../nbs/11_places.ipynb #03dbae3b
+# %% ../../nbs/11_places.ipynb #bde42507
 KNOWN = ("torch", "timm", "torchvision", "transformers", "cft")
 
 def check_modules(model: nn.Module) -> None:
@@ -80,7 +80,7 @@ def check_modules(model: nn.Module) -> None:
             raise UnsupportedModule(module, f"modules of {', '.join(KNOWN)}; fallback='gradient' goes through it", path
                                     or "the model")
 
-# %% ../../nbs/11_places.ipynb #e122c46d
+# %% ../../nbs/11_places.ipynb #1737b693
 @dataclass
 class Traced(Parts):
     """What a model handed on at its place, and the logits that came of it."""
@@ -132,7 +132,8 @@ def trace(model: nn.Module, images: Tensor, stage: int, keep: bool, recorder: Re
                                 "the model")
     if recorder is not None and not recorder.is_live(logits):
         raise UnsupportedModule(model, f"logits that depend on {place.path} by operations with a rule", "the model")
-    return _laid_out(model, place, handed[0], size, logits if recorder is None else recorder.value(logits))
+    return _laid_out(model, place, handed[0], size, images.shape[2:],
+                     logits if recorder is None else recorder.value(logits))
 
 @contextmanager
 def _at(module: nn.Module, before: bool, hand_on: Any) -> Iterator[None]:
@@ -151,13 +152,16 @@ def _misfit(y: Tensor, size: list[int]) -> float:
         return min(sum(abs(math.log(n / m)) for n, m in zip(sides, size)) for sides in (y.shape[2:], y.shape[1:3]))
     return abs(math.log(max(y.shape[1], 1) / math.prod(size))) if y.ndim == 3 else math.inf
 
-def _laid_out(model: nn.Module, place: Place, x: Tensor, size: list[int], logits: Tensor) -> Traced:
+def _laid_out(model: nn.Module, place: Place, x: Tensor, size: list[int], pixels: Sequence[int],
+              logits: Tensor) -> Traced:
     rows, columns = size
     if x.ndim == 4:
         wide = [i for i, n in ((1, x.shape[1]), (3, x.shape[3])) if n == place.channels] or [1]
         last = wide == [3] or len(wide) == 2 and getattr(model, "output_fmt", "") == "NHWC"
         rows, columns = x.shape[1:3] if last else x.shape[2:]
         return Traced(x, (rows, columns), 0, [], logits, last)
+    if x.ndim == 3 and x.shape[1] < rows * columns:  # patches that do not fit are left out
+        rows, columns = (pixels // side for pixels, side in zip(pixels, place.sides))
     prefix = x.shape[1] - rows * columns if x.ndim == 3 else -1
     if not 0 <= prefix <= 64:
         raise UnsupportedModule(model, f"places with a grid of {rows}×{columns}, not {tuple(x.shape)} at {place.path}",
