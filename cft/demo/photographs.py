@@ -443,7 +443,7 @@ OF_HEADS = ("original", *FORMS)
 def photograph_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     """The steps of the benchmark on photographs."""
     s, root, home = steps.settings.photographs, steps.root, Path("photographs")
-    plain = s.model_dump(mode="json", exclude={"folder", "weights", "methods", "shown"})
+    plain = s.model_dump(mode="json", exclude={"folder", "weights", "methods", "natural", "shown"})
     given = {
         "folder": listing(s.folder) if s.folder and s.folder.is_dir() else "no folder",
         "weights": file_digest(s.weights, root / "digests.json") if s.weights and s.weights.is_file() else "no weights"}
@@ -488,7 +488,8 @@ def photograph_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
         rows = pd.concat(map(pd.read_csv, files), ignore_index=True).assign(seed=int(number))
         write_csv(root / f"related/photographs/{number}.csv", rows[["method", "seed", "kind", *COLUMNS]], digits=4)
 
-    found, groups = [], [("spurious", "heads"), ("natural", "heads"), *(("spurious", name) for name in s.methods)]
+    found, groups = [], [("spurious", "heads"), ("natural", "heads"), *(("spurious", name) for name in s.methods),
+                         *(("natural", name) for name in s.natural)]
     for seed in map(str, seeds):
         base = Step("photo-world", (seed,), tuple(f"photographs/{seed}{end}" for end in _LEFT), world, needs=(first,),
                     depends=given | of_world, folder=f"photographs/{seed}/images", job=f"photo-world-{seed}")

@@ -43,7 +43,8 @@ class Photographs(BaseModel):
     blocks: int = Field(4, ge=1)  # that are fine-tuned
     epochs: int = Field(4, ge=1)
     rates: tuple[float, ...] = (1e-6, 3e-6, 1e-5, 3e-5)
-    methods: tuple[str, ...] = ("plain", "rrda", "cft", "cft+", "cft+.no-align")  # that take steps
+    methods: tuple[str, ...] = ("plain", "rrda", "cft-paper", "cft", "cft+", "cft+.no-align")  # that take steps …
+    natural: tuple[str, ...] = ("plain", "cft+", "cft+.no-align")  # … and those that repair the natural classifier too
     allowed_loss: float = Field(3.0, ge=0)  # points, of held-in pictures
     shown: Path | None = None  # photographs that may be shown, in one folder; four of them are drawn
 

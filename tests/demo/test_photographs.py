@@ -36,7 +36,7 @@ from cft.reproduce.steps import Notes, PaperSteps, in_order, make_steps
 from cft.train.closed import FORMS
 
 SMALL = dict(network=TINY, side=64, head=4, repair=3, held=3, tested=3, tuned=2, scenes=1, blocks=1, epochs=1,
-             rates=(1e-4, 1e-3), methods=("cft+", "cft+.no-align"))
+             rates=(1e-4, 1e-3), methods=("cft+", "cft+.no-align"), natural=("plain",))
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_every_trial_and_choice_is_there_and_nothing_is_made_twice(made):
     names = rows.groupby(["kind", "method"]).size().index
     stepped = [("spurious", f"cft+.no-align@{rate:g}@{way:g}") for rate in (1e-4, 1e-3) for way in (1.0, 0.5)]
     assert {*stepped, ("spurious", "cft+.no-align"), ("natural", "original")} <= {*names}
-    assert {m for k, m in names if k == "natural" and "@" not in m} == {"original", *FORMS}
+    assert {m for k, m in names if k == "natural" and "@" not in m} == {"original", "plain", *FORMS}
     trials = rows[rows["method"].str.startswith("leace@") & (rows["kind"] == "spurious")]
     assert trials["method"].nunique() == 8
     notes = Notes(steps.root)
