@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from tqdm.auto import tqdm
 
-from ..files import html_template, read_json, written
+from ..files import html_template, need, read_json, written
 
 # %% ../../nbs/01_folders.ipynb #ac3478d6
 class UnreadableImage(ValueError):
@@ -510,13 +510,39 @@ class MaskedImages(Dataset):
         return {"image": image.as_subclass(Tensor), "label": self.folder.samples[index].label, "index": index, **plain}
 
 # %% ../../nbs/01_folders.ipynb #b3f0c7f6
-def without_object(images: Tensor, objects: Tensor, cells: int = 8) -> Tensor:
+def _inpaint(image: Tensor, hole: Tensor) -> None:
+    """Fill the hole (height, width) of an image (channels, height, width), in place, by OpenCV's method of Telea.
+
+    The background's darkest and brightest value are 0 and 255; of the object nothing is seen. No background: zeros.
+    """
+    cv2: Any = need("cv2", "opencv-python", "cft[grounding]", "fill='inpaint'")
+    if hole.all():
+        image.zero_()
+    elif hole.any():
+        low, high = image[:, ~hole].float().aminmax()
+        scale, mask = (high - low).clamp(min=1e-12) / 255, hole.cpu().numpy().astype(np.uint8)
+        for channel in image:
+            seen = channel.float().masked_fill(hole, channel[~hole].float().mean())  # OpenCV looks into the hole
+            grey = ((seen - low) / scale).round().clamp(0, 255).byte().cpu().numpy()
+            done = torch.from_numpy(cv2.inpaint(grey, mask, 3, cv2.INPAINT_TELEA)).to(hole.device)
+            channel[hole] = (done[hole] * scale + low).to(channel.dtype)
+
+def without_object(images: Tensor, objects: Tensor, cells: int = 8, grow: int = 1,
+                   fill: Literal["shift", "inpaint"] = "shift") -> Tensor:
     """Fill the objects of images (batch, channels, height, width) with background from the same picture.
 
     `objects` is bool (batch, height, width). Shifts are multiples of 1/`cells` of the picture, nearest first; the
-    object is grown by a pixel so that its soft edge goes too.
+    object is grown by `grow` pixels so that its soft edge goes too. fill: "inpaint" continues the surroundings in 256
+    steps of brightness instead. Raises ValueError for another and for a negative `grow`, ImportError without OpenCV.
     """
-    grown = torch.nn.functional.max_pool2d(objects[:, None].float(), 3, 1, 1) > 0.5
+    if grow < 0 or fill not in ("shift", "inpaint"):
+        raise ValueError(f"expected grow from 0 and fill shift or inpaint, got {grow} and {fill!r}")
+    grown = torch.nn.functional.max_pool2d(objects[:, None].float(), 2 * grow + 1, 1, grow) > 0.5
+    if fill == "inpaint":
+        whole = images.detach().clone()
+        for image, hole in zip(whole, grown[:, 0]):
+            _inpaint(image, hole)
+        return whole
     free, filled, done = ~grown, images * ~grown, ~grown
     height, width = images.shape[-2:]
     steps = [(a, b) for a in range(1 - cells, cells) for b in range(1 - cells, cells) if (a, b) != (0, 0)]
@@ -547,11 +573,13 @@ class Cutouts(NamedTuple):
         """The objects before the backgrounds of other pictures, given by their numbers (pictures,)."""
         return swap_background(self.pictures, self.objects, self.scenes[others])
 
-def cutouts(batches: Iterable[Mapping[str, Tensor]]) -> Cutouts:
-    """The pictures of batches as `MaskedImages` gives them, with object masks."""
+def cutouts(batches: Iterable[Mapping[str, Tensor]], grow: int = 1,
+            fill: Literal["shift", "inpaint"] = "shift") -> Cutouts:
+    """The pictures of batches as `MaskedImages` gives them, with object masks. grow, fill: as in `without_object`."""
     found = list(batches)
     images, objects, labels = (torch.cat([b[key] for b in found]) for key in ("image", "object", "label"))
-    return Cutouts(images, objects, torch.cat([without_object(b["image"], b["object"]) for b in found]), labels)
+    scenes = [without_object(b["image"], b["object"], grow=grow, fill=fill) for b in found]
+    return Cutouts(images, objects, torch.cat(scenes), labels)
 
 FRAME = 8  # the frame is 1/FRAME of the picture on each side
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GROUP_CARDS', 'GROUP_SPLITS', 'BIRDS', 'PLACES', 'BIRD_SPLITS', 'BIRD_COUNTS', 'BREEDS', 'TOTAL', 'TIED', 'FILLER',
-           'LOCATIONS', 'CORRUPTIONS', 'SEVERITIES', 'csv_set', 'spawrious_parts', 'plain_pickle', 'ArraySet',
-           'cifar_names', 'open_groups', 'backdrop_set', 'as_folder', 'answer_table', 'group_table', 'group_scores',
-           'severity_table']
+           'LOCATIONS', 'CORRUPTIONS', 'SEVERITIES', 'VARIANTS', 'SUPERCLASSES', 'csv_set', 'spawrious_parts',
+           'plain_pickle', 'ArraySet', 'cifar_names', 'imagenet_answers', 'MaskedFiles', 'open_groups', 'backdrop_set',
+           'as_folder', 'answer_table', 'group_table', 'group_scores', 'severity_table', 'backgrounds_gap']
 
 # %% ../../nbs/related/00_groups.ipynb #81201f25
 import pickle
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from ..data.backdrop import CLASSES
 from ..data.folders import Folder, Sample, find_pictures
-from ..data.testsets import EvalSet, PictureFiles, Targets, read_cards, targets_of
+from ..data.testsets import EvalSet, PictureFiles, Targets, class_names, read_cards, synsets, targets_of
 from ..evaluate.metrics import accuracy_table
 from ..evaluate.passes import answers, answer_columns
-from ..files import ASSETS, written
+from ..files import ASSETS, read_json, written
 
 # %% ../../nbs/related/00_groups.ipynb #8d3ff726
 GROUP_CARDS = read_cards(ASSETS / "testsets/groups.yaml")
-GROUP_SPLITS = {key: card.splits for key, card in GROUP_CARDS.items()}  # set → split → pictures
+GROUP_SPLITS = {key: card.splits for key, card in GROUP_CARDS.items()}  # set → split → pictures, 0: not known
 
 # %% ../../nbs/related/00_groups.ipynb #c81ce954
 def _rows(table: pd.DataFrame, columns: Sequence[str], where: Mapping[str, Sequence[str]], key: str) -> pd.DataFrame:
@@ -251,23 +251,88 @@ def _cifar_c(home: Path) -> ArraySet:
     targets, _ = targets_of(labels.tolist(), "0123456789", "cifar-10-c")
     return ArraySet(files, "cifar-10-c", ids, [*targets] * len(files), groups)
 
+# %% ../../nbs/related/00_groups.ipynb #09889d31
+VARIANTS = ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "only_bg_b", "only_bg_t", "no_fg")
+SUPERCLASSES = ("dog", "bird", "wheeled vehicle", "reptile", "carnivore", "insect", "musical instrument", "primate",
+                "fish")  # in the order of labels
+
+def _in9(home: Path, _split: str, check_counts: bool) -> PictureFiles:
+    ids, each = [], GROUP_CARDS["in-9"].pictures // len(VARIANTS)
+    for variant in VARIANTS:
+        before = len(ids)
+        for label, name in enumerate(SUPERCLASSES):
+            folder = f"{variant}/val/{label:02d}_{name}"
+            found = find_pictures(home / folder, deep=False)[0]
+            if not found:
+                raise ValueError(f"no picture in {folder}")
+            ids += [f"{folder}/{path.name}" for path in found]
+        if check_counts and len(ids) - before != each:
+            raise ValueError(f"expected {each:,} pictures in {variant}, found {len(ids) - before:,}")
+    targets = [(int(name.split("/")[2][:2]),) for name in ids]
+    return PictureFiles(home, "in-9", ids, targets, [name.split("/")[0] for name in ids])
+
+def imagenet_answers(source: PictureFiles, mapping: str | Path) -> PictureFiles:
+    """ImageNet-9 for a classifier of ImageNet's 1000 classes: all classes of a picture's superclass count as right.
+
+    mapping: in_to_in9.json, class number as text → 0 … 8, or −1 for none. Raises ValueError, with its name, if it is
+    missing or has another form.
+    """
+    path = Path(mapping)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; get it from https://github.com/MadryLab/backgrounds_challenge")
+    table, count = read_json(path, dict), len(SUPERCLASSES)
+    known = {*map(str, range(1000))} == {*table} and all(type(value) is int for value in table.values())
+    if not known or {*table.values()} - {-1} != {*range(count)}:
+        raise ValueError(f"{path} must have the keys 0 … 999 and the values −1 … {count - 1}, all nine among them")
+    accepted = [tuple(k for k in range(1000) if table[str(k)] == label) for label in range(count)]
+    return PictureFiles(source.root, source.key, source.ids, [accepted[label] for label, in source.targets],
+                        source.groups)
+
+# %% ../../nbs/related/00_groups.ipynb #418b03d8
+class MaskedFiles(PictureFiles):
+    """Pictures, and in `masks` for each the file that says where the object is."""
+    def __init__(self, root: Path, key: str, ids: Sequence[str], targets: Targets, groups: Sequence[str],
+                 masks: Sequence[Path]):
+        super().__init__(root, key, ids, targets, groups)
+        self.masks = tuple(masks)
+
+def _hard(home: Path, split: str, check_counts: bool) -> MaskedFiles:
+    part, pictures = "val" if split == "test" else split, home.parent / "HardImageNet_Images"
+    masks = find_pictures(home / part, deep=False)[0]
+    if not masks:
+        raise ValueError(f"no mask in {part}")
+    names = [mask.name.partition("_")[::2] for mask in masks]  # the WordNet id, and the picture's name in ImageNet
+    odd = [mask.name for mask, (wnid, _) in zip(masks, names) if wnid not in synsets()]
+    if odd:
+        raise ValueError(f"{len(odd)} masks in {part} do not begin with a WordNet id of ImageNet, first {odd[0]}")
+    ids = [f"{part}/{wnid}/{name}" for wnid, name in names]
+    lost = [name for name in ids if not (pictures / name).is_file()]
+    if lost:
+        raise ValueError(f"{len(lost)} of {len(ids)} pictures are not in {pictures}, first {lost[0]}")
+    labels = [synsets().index(wnid) for wnid, _ in names]
+    if check_counts and len(set(labels)) != GROUP_CARDS["in-hard"].classes:
+        raise ValueError(f"expected {GROUP_CARDS['in-hard'].classes} classes in {part}, found {len(set(labels))}")
+    groups = [class_names()[label].split(",")[0] for label in labels]
+    return MaskedFiles(pictures, "in-hard", ids, [(label,) for label in labels], groups, masks)
+
 # %% ../../nbs/related/00_groups.ipynb #01158c28
 def open_groups(key: str, root: str | Path, split: str = "test", check_counts: bool = True) -> EvalSet:
     """A split of one of the sets in `GROUP_CARDS`, from its folder or the folder above it.
 
-    check_counts: insist on the numbers of the complete set. Raises ValueError that says what is missing or wrong, what
-    was expected, and where to get it.
+    check_counts: insist on the numbers of the complete set, where they are known. Raises ValueError that says what is
+    missing or wrong, what was expected, and where to get it.
     """
     if key not in GROUP_CARDS or split not in GROUP_SPLITS[key]:
         known = "; ".join(f"{name}: {', '.join(splits)}" for name, splits in GROUP_SPLITS.items())
         raise ValueError(f"no set {key!r} with a split {split!r}; expected one of {known}")
     card, home = GROUP_CARDS[key], GROUP_CARDS[key].home(root)
     try:
-        if key in ("waterbirds", "spawrious"):
-            found = (_waterbirds if key == "waterbirds" else _spawrious)(home, split, check_counts)
+        readers = {"waterbirds": _waterbirds, "spawrious": _spawrious, "in-9": _in9, "in-hard": _hard}
+        if key in readers:
+            found = readers[key](home, split, check_counts)
         else:
             found = _cifar_c(home) if key == "cifar-10-c" else _cifar(key, home, split)
-        if check_counts and len(found) != GROUP_SPLITS[key][split]:
+        if check_counts and len(found) != (GROUP_SPLITS[key][split] or len(found)):
             raise ValueError(f"expected {GROUP_SPLITS[key][split]:,} pictures in {split}, found {len(found):,} "
                              "(check_counts=False takes what is there)")
     except (ValueError, OSError) as error:
@@ -294,6 +359,7 @@ def backdrop_set(world: str | Path, sets: Sequence[str] = ("val", "adversarial")
 # %% ../../nbs/related/00_groups.ipynb #8b4c519b
 def as_folder(source: EvalSet, classes: Sequence[str], out: str | Path | None = None) -> Folder:
     """The pictures of a set as a folder to train on, in the set's order; the first accepted class is the label.
+    Object masks come along.
 
     classes: names in the order of labels. out: where the pictures are written as <class>/<name>.png; what is there is
     not written again. Raises ValueError for a set that has no files without `out`, and for labels without a name.
@@ -312,7 +378,9 @@ def as_folder(source: EvalSet, classes: Sequence[str], out: str | Path | None = 
             if not (root / name).is_file():
                 with written(root / name) as file:
                     source[index][0].save(file, format="png")
-    return Folder(root, tuple(classes), tuple(Sample(root / name, label) for name, label in zip(names, labels)))
+    masks = source.masks if isinstance(source, MaskedFiles) else [None] * len(names)
+    samples = [Sample(root / name, label, object=mask) for name, label, mask in zip(names, labels, masks)]
+    return Folder(root, tuple(classes), tuple(samples))
 
 # %% ../../nbs/related/00_groups.ipynb #bf9683fe
 def answer_table(source: EvalSet, logits: Tensor) -> pd.DataFrame:
@@ -363,3 +431,11 @@ def severity_table(pictures: pd.DataFrame, space: str = "full") -> pd.DataFrame:
     wide["mean"] = wide.mean(axis=1)
     wide.loc["mean"] = wide.mean(axis=0)
     return wide
+
+# %% ../../nbs/related/00_groups.ipynb #86fab447
+def backgrounds_gap(pictures: pd.DataFrame, space: str = "full") -> float:
+    """Accuracy on mixed_same minus accuracy on mixed_rand, in points. Raises ValueError without one of the groups."""
+    each = group_table(pictures, space)["top1"]
+    if missing := [name for name in ("mixed_same", "mixed_rand") if name not in each.index]:
+        raise ValueError(f"no group {missing[0]} among {', '.join(each.index)}; expected those of ImageNet-9")
+    return float(each["mixed_same"] - each["mixed_rand"])
