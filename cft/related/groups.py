@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['GROUP_CARDS', 'GROUP_SPLITS', 'BIRDS', 'PLACES', 'BIRD_SPLITS', 'BIRD_COUNTS', 'BREEDS', 'TOTAL', 'TIED', 'FILLER',
-           'LOCATIONS', 'CORRUPTIONS', 'SEVERITIES', 'VARIANTS', 'SUPERCLASSES', 'csv_set', 'spawrious_parts',
-           'plain_pickle', 'ArraySet', 'cifar_names', 'imagenet_answers', 'MaskedFiles', 'open_groups', 'backdrop_set',
-           'as_folder', 'answer_table', 'group_table', 'group_scores', 'severity_table', 'backgrounds_gap']
+           'LOCATIONS', 'CORRUPTIONS', 'SEVERITIES', 'IN9_VARIANTS', 'SUPERCLASSES', 'csv_set', 'spawrious_parts',
+           'plain_pickle', 'ArraySet', 'cifar_names', 'imagenet_answers', 'open_groups', 'backdrop_set', 'as_folder',
+           'answer_table', 'group_table', 'group_scores', 'severity_table', 'backgrounds_gap']
 
 # %% ../../nbs/related/00_groups.ipynb #81201f25
 import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ..data.backdrop import CLASSES
 from ..data.folders import Folder, Sample, find_pictures
-from ..data.testsets import EvalSet, PictureFiles, Targets, class_names, read_cards, synsets, targets_of
+from ..data.testsets import EvalSet, PictureFiles, Targets, read_cards, synsets, targets_of
 from ..evaluate.metrics import accuracy_table
 from ..evaluate.passes import answers, answer_columns
 from ..files import ASSETS, read_json, written
@@ -252,68 +253,45 @@ def _cifar_c(home: Path) -> ArraySet:
     return ArraySet(files, "cifar-10-c", ids, [*targets] * len(files), groups)
 
 # %% ../../nbs/related/00_groups.ipynb #09889d31
-VARIANTS = ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "only_bg_b", "only_bg_t", "no_fg")
-SUPERCLASSES = ("dog", "bird", "wheeled vehicle", "reptile", "carnivore", "insect", "musical instrument", "primate",
-                "fish")  # in the order of labels
+IN9_VARIANTS = ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "only_bg_b", "only_bg_t", "no_fg")
+SUPERCLASSES = "dog,bird,wheeled vehicle,reptile,carnivore,insect,musical instrument,primate,fish".split(",")
 
-def _in9(home: Path, _split: str, check_counts: bool) -> PictureFiles:
-    ids, each = [], GROUP_CARDS["in-9"].pictures // len(VARIANTS)
-    for variant in VARIANTS:
-        before = len(ids)
-        for label, name in enumerate(SUPERCLASSES):
-            folder = f"{variant}/val/{label:02d}_{name}"
-            found = find_pictures(home / folder, deep=False)[0]
-            if not found:
-                raise ValueError(f"no picture in {folder}")
-            ids += [f"{folder}/{path.name}" for path in found]
-        if check_counts and len(ids) - before != each:
-            raise ValueError(f"expected {each:,} pictures in {variant}, found {len(ids) - before:,}")
-    targets = [(int(name.split("/")[2][:2]),) for name in ids]
-    return PictureFiles(home, "in-9", ids, targets, [name.split("/")[0] for name in ids])
+def _in9(home: Path, _split: str, _check_counts: bool) -> PictureFiles:
+    rows = []
+    for variant, (label, name) in product(IN9_VARIANTS, enumerate(SUPERCLASSES)):
+        folder = f"{variant}/val/{label:02d}_{name}"
+        found = find_pictures(home / folder, deep=False)[0]
+        if not found:
+            raise ValueError(f"no picture in {folder}")
+        rows += [(f"{folder}/{path.name}", name, variant) for path in found]
+    return csv_set(pd.DataFrame(rows, columns=["image", "label", "group"]), home, classes=SUPERCLASSES, key="in-9")
 
 def imagenet_answers(source: PictureFiles, mapping: str | Path) -> PictureFiles:
     """ImageNet-9 for a classifier of ImageNet's 1000 classes: all classes of a picture's superclass count as right.
 
-    mapping: in_to_in9.json, class number as text → 0 … 8, or −1 for none. Raises ValueError, with its name, if it is
-    missing or has another form.
+    mapping: in_to_in9.json, class number as text → 0 … 8, or −1. Raises ValueError if it is missing or another form.
     """
-    path = Path(mapping)
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; get it from https://github.com/MadryLab/backgrounds_challenge")
-    table, count = read_json(path, dict), len(SUPERCLASSES)
-    known = {*map(str, range(1000))} == {*table} and all(type(value) is int for value in table.values())
-    if not known or {*table.values()} - {-1} != {*range(count)}:
-        raise ValueError(f"{path} must have the keys 0 … 999 and the values −1 … {count - 1}, all nine among them")
-    accepted = [tuple(k for k in range(1000) if table[str(k)] == label) for label in range(count)]
-    return PictureFiles(source.root, source.key, source.ids, [accepted[label] for label, in source.targets],
-                        source.groups)
+    table = read_json(mapping, dict) if Path(mapping).is_file() else {}
+    whole = {*table} == {*map(str, range(1000))} and all(type(value) is int for value in table.values())
+    if not whole or {*table.values()} - {-1} != {*range(len(SUPERCLASSES))}:
+        raise ValueError(f"{mapping} is missing or wrong; expected keys 0 … 999, values −1 … 8, all nine among them, "
+                         "as in in_to_in9.json of https://github.com/MadryLab/backgrounds_challenge")
+    targets = [tuple(k for k in range(1000) if table[str(k)] == label) for label in range(len(SUPERCLASSES))]
+    return PictureFiles(source.root, source.key, source.ids, [targets[k] for k, in source.targets], source.groups, True)
 
 # %% ../../nbs/related/00_groups.ipynb #418b03d8
-class MaskedFiles(PictureFiles):
-    """Pictures, and in `masks` for each the file that says where the object is."""
-    def __init__(self, root: Path, key: str, ids: Sequence[str], targets: Targets, groups: Sequence[str],
-                 masks: Sequence[Path]):
-        super().__init__(root, key, ids, targets, groups)
-        self.masks = tuple(masks)
-
-def _hard(home: Path, split: str, check_counts: bool) -> MaskedFiles:
-    part, pictures = "val" if split == "test" else split, home.parent / "HardImageNet_Images"
+def _hard(home: Path, split: str, check_counts: bool) -> PictureFiles:
+    part, classes = "val" if split == "test" else split, GROUP_CARDS["in-hard"].classes
     masks = find_pictures(home / part, deep=False)[0]
     if not masks:
         raise ValueError(f"no mask in {part}")
-    names = [mask.name.partition("_")[::2] for mask in masks]  # the WordNet id, and the picture's name in ImageNet
-    odd = [mask.name for mask, (wnid, _) in zip(masks, names) if wnid not in synsets()]
-    if odd:
-        raise ValueError(f"{len(odd)} masks in {part} do not begin with a WordNet id of ImageNet, first {odd[0]}")
-    ids = [f"{part}/{wnid}/{name}" for wnid, name in names]
-    lost = [name for name in ids if not (pictures / name).is_file()]
-    if lost:
-        raise ValueError(f"{len(lost)} of {len(ids)} pictures are not in {pictures}, first {lost[0]}")
-    labels = [synsets().index(wnid) for wnid, _ in names]
-    if check_counts and len(set(labels)) != GROUP_CARDS["in-hard"].classes:
-        raise ValueError(f"expected {GROUP_CARDS['in-hard'].classes} classes in {part}, found {len(set(labels))}")
-    groups = [class_names()[label].split(",")[0] for label in labels]
-    return MaskedFiles(pictures, "in-hard", ids, [(label,) for label in labels], groups, masks)
+    rows = [(f"{part}/{mask.name.replace('_', '/', 1)}", mask.name.split("_")[0]) for mask in masks]
+    table = pd.DataFrame(rows, columns=["image", "label"])
+    found = csv_set(table, home.parent / "HardImageNet_Images", group=["label"], classes=synsets(), key="in-hard")
+    if check_counts and len(found.classes_present) != classes:
+        raise ValueError(f"expected {classes} classes in {part}, found {len(found.classes_present)}")
+    found.masks = masks
+    return found
 
 # %% ../../nbs/related/00_groups.ipynb #01158c28
 def open_groups(key: str, root: str | Path, split: str = "test", check_counts: bool = True) -> EvalSet:
@@ -327,11 +305,9 @@ def open_groups(key: str, root: str | Path, split: str = "test", check_counts: b
         raise ValueError(f"no set {key!r} with a split {split!r}; expected one of {known}")
     card, home = GROUP_CARDS[key], GROUP_CARDS[key].home(root)
     try:
-        readers = {"waterbirds": _waterbirds, "spawrious": _spawrious, "in-9": _in9, "in-hard": _hard}
-        if key in readers:
-            found = readers[key](home, split, check_counts)
-        else:
-            found = _cifar_c(home) if key == "cifar-10-c" else _cifar(key, home, split)
+        readers = {"waterbirds": _waterbirds, "spawrious": _spawrious, "in-9": _in9, "in-hard": _hard,
+                   "cifar-10-c": lambda home, *_: _cifar_c(home)}
+        found = readers[key](home, split, check_counts) if key in readers else _cifar(key, home, split)
         if check_counts and len(found) != (GROUP_SPLITS[key][split] or len(found)):
             raise ValueError(f"expected {GROUP_SPLITS[key][split]:,} pictures in {split}, found {len(found):,} "
                              "(check_counts=False takes what is there)")
@@ -359,7 +335,6 @@ def backdrop_set(world: str | Path, sets: Sequence[str] = ("val", "adversarial")
 # %% ../../nbs/related/00_groups.ipynb #8b4c519b
 def as_folder(source: EvalSet, classes: Sequence[str], out: str | Path | None = None) -> Folder:
     """The pictures of a set as a folder to train on, in the set's order; the first accepted class is the label.
-    Object masks come along.
 
     classes: names in the order of labels. out: where the pictures are written as <class>/<name>.png; what is there is
     not written again. Raises ValueError for a set that has no files without `out`, and for labels without a name.
@@ -378,9 +353,8 @@ def as_folder(source: EvalSet, classes: Sequence[str], out: str | Path | None = 
             if not (root / name).is_file():
                 with written(root / name) as file:
                     source[index][0].save(file, format="png")
-    masks = source.masks if isinstance(source, MaskedFiles) else [None] * len(names)
-    samples = [Sample(root / name, label, object=mask) for name, label, mask in zip(names, labels, masks)]
-    return Folder(root, tuple(classes), tuple(samples))
+    parts = zip(names, labels, isinstance(source, PictureFiles) and source.masks or [None] * len(names))
+    return Folder(root, tuple(classes), tuple(Sample(root / name, label, None, mask) for name, label, mask in parts))
 
 # %% ../../nbs/related/00_groups.ipynb #bf9683fe
 def answer_table(source: EvalSet, logits: Tensor) -> pd.DataFrame:
@@ -432,7 +406,6 @@ def severity_table(pictures: pd.DataFrame, space: str = "full") -> pd.DataFrame:
     wide.loc["mean"] = wide.mean(axis=0)
     return wide
 
-# %% ../../nbs/related/00_groups.ipynb #86fab447
 def backgrounds_gap(pictures: pd.DataFrame, space: str = "full") -> float:
     """Accuracy on mixed_same minus accuracy on mixed_rand, in points. Raises ValueError without one of the groups."""
     each = group_table(pictures, space)["top1"]

@@ -25,8 +25,8 @@ from cft.related.groups import (
     CORRUPTIONS,
     GROUP_CARDS,
     GROUP_SPLITS,
+    IN9_VARIANTS,
     SUPERCLASSES,
-    VARIANTS,
     answer_table,
     as_folder,
     backdrop_set,
@@ -318,7 +318,7 @@ def test_imagenet_9_folder_by_folder(minis):
                 assert found[place][1] == (label,) and np.array_equal(found[place][0], Image.open(file))
                 place += 1
     assert place == len(found) == 8 * 9 * 3
-    with pytest.raises(ValueError, match="^in-9: expected 4,050 pictures in original, found 27.*MadryLab"):
+    with pytest.raises(ValueError, match="^in-9: expected 32,400 pictures in test, found 216.*MadryLab"):
         open_groups("in-9", minis)
 
 
@@ -336,7 +336,7 @@ def test_superclasses_and_the_gap_by_looking_up_every_answer(minis):
         seen[group] += 1
         right[group] += table[str(answer)] == label
     pictures = answer_table(thousand, logits)
-    each = {group: 100 * right[group] / seen[group] for group in VARIANTS}
+    each = {group: 100 * right[group] / seen[group] for group in IN9_VARIANTS}
     assert group_table(pictures)["top1"].to_dict() == pytest.approx(each) and len(set(each.values())) > 2
     gap = backgrounds_gap(pictures)
     assert gap == pytest.approx(each["mixed_same"] - each["mixed_rand"]) and gap != 0
@@ -348,12 +348,12 @@ def test_superclasses_and_the_gap_by_looking_up_every_answer(minis):
     {"0": 9}, {"0": "1"}, {"0": True}, {"1000": 1}, {"0": None}, {str(k): -1 for k in range(4, 1000, 10)}])
 def test_a_mapping_of_another_form(minis, tmp_path, change):
     found, file = loose("in-9", minis), tmp_path / "in_to_in9.json"
-    with pytest.raises(ValueError, match="in_to_in9.json is missing; get it from https://github.com/Madry"):
+    with pytest.raises(ValueError, match="in_to_in9.json is missing or wrong; .*as in in_to_in9.json of https://github.com/Madry"):
         imagenet_answers(found, file)
     write_json(file, {str(k): k % 10 - 1 for k in range(1000)})
     assert imagenet_answers(found, file).targets[0] == tuple(range(1, 1000, 10))
     write_json(file, read_json(file) | change)
-    with pytest.raises(ValueError, match="in_to_in9.json must have the keys 0 … 999 and the values −1 … 8"):
+    with pytest.raises(ValueError, match="in_to_in9.json is missing or wrong; expected keys 0 … 999, values −1 … 8"):
         imagenet_answers(found, file)
 
 
@@ -367,12 +367,12 @@ def test_imagenet_9_without_a_folder(copy):
 @pytest.mark.parametrize("split, part", [("train", "train"), ("test", "val")])
 def test_hard_imagenet_mask_by_mask(minis, split, part):
     found = loose("in-hard", minis, split)
-    assert len(found) == 6 and set(found.groups) == {"dogsled", "ski"}
+    assert len(found) == 6 and set(found.groups) == {"n03218198", "n04228054"}
     folder = as_folder(found, class_names())
     for index, mask in enumerate(sorted((minis / "hardImageNet" / part).iterdir())):
         wnid, name = mask.name[:9], mask.name[10:]
         assert found.ids[index] == f"{part}/{wnid}/{name}" and found.masks[index] == mask
-        assert synsets()[found.targets[index][0]] == wnid
+        assert synsets()[found.targets[index][0]] == wnid == found.groups[index]
         assert np.array_equal(found[index][0], Image.open(minis / "HardImageNet_Images" / part / wnid / name))
         drawn = np.zeros((32, 40), bool)
         drawn[5:21, 6:27] = True
@@ -386,8 +386,8 @@ def test_hard_imagenet_mask_by_mask(minis, split, part):
 
 @pytest.mark.parametrize("spoil, word", [
     (lambda h: (h / "val").rename(h / "test"), "no mask in val"),
-    (lambda h: (h / "val/n00000000_x.JPEG").touch(), "1 masks in val do not begin with a Word.* first n00000000_x"),
-    (lambda h: (h / "val/n04228054_x.JPEG").touch(), "1 of 7 pictures are not in .*HardImageNet_Images, first val/n0"),
+    (lambda h: (h / "val/n00000000_x.JPEG").touch(), "1 of 7 pictures are missing or .*, first val/n00000000/x.JPEG"),
+    (lambda h: (h / "val/n04228054_x.JPEG").touch(), "1 of 7 pictures are missing or .*, first val/n04228054/x.JPEG"),
     (lambda h: None, "expected 15 classes in val, found 2")])
 def test_hard_imagenet_that_is_spoilt(copy, minis, spoil, word):
     home = copy("in-hard")
