@@ -1,5 +1,6 @@
 """Publishing: how a page is executed, what it leaves, what is copied, and what the README says of it."""
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from cft.reproduce import publish as module
 from cft.reproduce.paper import ARTEFACTS, INCONSISTENCIES
 from cft.reproduce.publish import (
     end_page,
+    main_table,
     make_page,
     markdown,
     notebook_of,
@@ -148,13 +150,13 @@ def test_the_scoreboard_has_every_artefact(small):
     (small / "artefacts/table1/table.csv").touch()
     board = scoreboard(open_results(small)).set_index("artefact")
     assert len(board) == len(ARTEFACTS) and (board["status"] == "not run").sum() == len(ARTEFACTS) - 1
-    line = board.loc["[Table 1: accuracy under shift](nbs/paper/table1.ipynb)"]
+    line = board.loc["[Table 1: accuracy under shift](../nbs/paper/table1.ipynb)"]
     assert line["command"] == "`cft reproduce --profile demo --only table1`" and line["profile"] == "DEMO"
     assert line["run time"] == "75 s"  # of five methods, five seeds each
     counts = [[int(word.split()[-2]) for word in part.split(",")] for part in line["claims"].split(";")]
     assert line["claims"].startswith("paper's form: ") and "; our form: " in line["claims"]
     assert [sum(part) for part in counts] == [10, 10]
-    assert board.loc["[The demo: does it work, and what does it cost?](nbs/24_demo.ipynb)", "claims"] == ""
+    assert board.loc["[The demo: does it work, and what does it cost?](../nbs/24_demo.ipynb)", "claims"] == ""
 
 
 def test_markdown():
@@ -164,14 +166,28 @@ def test_markdown():
 
 @pytest.mark.slow
 def test_the_readme_shows_the_published_results(tmp_path):
-    copy = Path(shutil.copy(ROOT / "README.md", tmp_path))
-    write_readme(copy, ROOT / "figures/demo")
-    text = copy.read_text(encoding="utf-8")
-    assert text == (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "| CFT+ |" in text and "**Holds**" in text
-    copy.write_text("<!-- scoreboard --><!-- /scoreboard -->")
+    (tmp_path / "figures").mkdir()
+    pages = [Path(shutil.copy(ROOT / name, tmp_path / name)) for name in ("README.md", "figures/README.md")]
+    write_readme(pages[0], ROOT / "figures/demo")
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert text == (ROOT / page.relative_to(tmp_path)).read_text(encoding="utf-8") and "| CFT+ |" in text
+        for link in re.findall(r"\]\(([^):#]+)[)#]", text):
+            assert ((ROOT / page.relative_to(tmp_path)).parent / link).exists(), link
+    assert "**Holds**" in text and len(pages[0].read_text(encoding="utf-8").splitlines()) <= 160
+    pages[1].write_text("<!-- scoreboard --><!-- /scoreboard -->")
     with pytest.raises(ValueError, match="results"):
-        write_readme(copy, ROOT / "figures/demo")
+        write_readme(pages[0], ROOT / "figures/demo")
+
+
+def test_the_main_table_stands_side_by_side():
+    of = lambda **columns: pd.DataFrame(columns, index=["Original", "CFT+"])
+    demo = of(**{"OOD-7": ["1", "2"]})
+    closed = of(**{"val": ["3", "4"], "OOD-7": ["5", "6"], "adversarial, other": ["7", "8"]})
+    photographs = pd.DataFrame({"home": ["9"], "away": ["10"]}, index=["Original"])
+    table = main_table(demo, closed, photographs)
+    assert table.loc["Original"].tolist() == ["1", "3", "5", "7", "9", "10"]
+    assert table.loc["CFT+"].tolist() == ["2", "4", "6", "8", "", ""] and not table.loc["CFT"].any()
 
 
 def test_a_page_in_a_folder_with_braces_by_this_python(tmp_path, monkeypatch):
