@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from concept_erasure import LeaceFitter
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -128,6 +129,21 @@ def test_after_leace_a_concept_has_no_covariance_and_no_probe_finds_it():
     plain = torch.eye(8, dtype=torch.float64) - q[:, :2] @ q[:, :2].T
     moved = lambda m: torch.einsum("ij,jk,lk,il->", m - torch.eye(8), own.covariance, m - torch.eye(8), inverse)
     assert (plain @ other).abs().max() < 1e-8 and moved(P) < moved(plain)
+
+
+def test_leace_is_that_of_its_authors():
+    """concept-erasure, without the shrinkage and the bound on the trace that the paper's theorem does not have."""
+    rng = torch.Generator().manual_seed(5)
+    z = torch.nn.functional.one_hot(torch.randint(4, (300, ), generator=rng)).double()
+    x = torch.randn(300, 12, generator=rng, dtype=torch.float64) @ torch.randn(12, 12, generator=rng).double()
+    x = x + 2 * z @ torch.randn(4, 12, generator=rng).double()
+    theirs = LeaceFitter.fit(x, z, shrinkage=False, constrain_cov_trace=False, svd_tol=1e-6).eraser
+    pair, own = Moments(), Moments()
+    pair.add(x, z)
+    own.add(x)
+    P = leace(own.covariance, pair.covariance, 1e-12)
+    assert torch.allclose(P, theirs.P, atol=1e-7)
+    assert torch.allclose((x - own.mean) @ P.T + own.mean, theirs(x), atol=1e-6)
 
 
 def test_moments_do_not_depend_on_batches(rows):
