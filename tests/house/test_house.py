@@ -189,3 +189,33 @@ def test_settings_pins_and_versions_agree():
     assert wanted <= pins
     assert wanted >= {"jupyterlab", "nbdev", "torch", "timm", "segment-anything", "groundingdino-py", "openai",
                       "ipywidgets", "seaborn", "papermill"}
+
+
+def text_of(page):
+    """What a page says, without its code."""
+    if page.suffix == ".md":
+        return page.read_text(encoding="utf-8")
+    return "\n".join(source(cell) for cell in cells(page) if cell["cell_type"] == "markdown")
+
+
+def test_every_link_leads_somewhere():
+    pages = [*ROOT.glob("*.md"), ROOT / "figures/README.md", *NOTEBOOKS]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s:#]+)[)#]", text_of(page))]
+    assert len(links) > 150 and [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_page_shows_the_ways():
+    """Back, index, on: in the order of the index, at the end of each page."""
+    index = ROOT / "nbs/index.ipynb"
+    named = {link: name for name, link in re.findall(r"\[([^]]+)\]\(([\w/.-]+\.ipynb)\)", text_of(index))[::-1]}
+    order = list(dict.fromkeys(re.findall(r"\]\(([\w/.-]+\.ipynb)\)", text_of(index))))
+    assert {ROOT / "nbs" / link for link in order} == {*NOTEBOOKS} - {index}
+    for k, link in enumerate(order):
+        page, up = ROOT / "nbs" / link, "../" * link.count("/")
+        ways = [f"[index]({up}index.ipynb)"]
+        if k:
+            ways.insert(0, f"[← {named[order[k - 1]]}]({up}{order[k - 1]})")
+        if k + 1 < len(order):
+            ways.append(f"[{named[order[k + 1]]} →]({up}{order[k + 1]})")
+        last = cells(page)[-1]
+        assert last["cell_type"] == "markdown" and source(last).splitlines()[-1] == " · ".join(ways), page
