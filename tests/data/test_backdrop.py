@@ -110,6 +110,16 @@ def test_no_background_has_changed(kind):
     assert digest_of(np.floor(scenes * 255 + 0.5).astype(np.uint8)) == SCENES[kind]
 
 
+def test_the_card_of_a_folder_has_not_changed(tmp_path):
+    """A folder that was written before is recognised by its recipe."""
+    card = (write(tmp_path / "b", {"train": 1, "val": 1}, seed=5) / "README.md").read_text(encoding="utf-8")
+    view = ('{"background": "home", "hidden": 0.12, "jitter": 0.03, "rotation": 0.25, "scale": [22, 31], "shear": 0.1, '
+            '"shift": 9, "style": "photo", "usual_paint": 0.9}')
+    assert ('recipe: `{"correlation": 0.97, "per_class": {"train": 1, "val": 1}, "seed": 5, "views": '
+            f'{{"train": {view}, "val": {view}}}}}`') in card
+    assert "sha256:2595402df6241aa1ea404c34f1e10d03e8c1cc72945902e6b1da49a43d25afe2" in card
+
+
 def test_the_order_of_names_is_a_part_of_the_seeds():
     assert list(SETS) == list(DRAWN) and BACKGROUNDS == tuple(SCENES) and len(CLASSES) == 12 and backdrop.CHUNK == 8
     total = hashlib.sha256()

@@ -1,4 +1,5 @@
 """Loading, saving, the shipped bases and the two-stage training."""
+import hashlib
 import json
 
 import pytest
@@ -101,6 +102,13 @@ def test_base_errors(tmp_path):
     (tmp_path / "base_0.safetensors").write_bytes((ASSETS / "base_0.safetensors").read_bytes())
     with pytest.raises(ValueError, match="SHA-256"):
         base_model(0, tmp_path)
+
+
+def test_the_bank_that_bases_are_trained_on_has_not_changed():
+    layers, total = Layers(0, objects=25, scenes=3), hashlib.sha256()
+    for of in (layers.objects, layers.scenes):
+        total.update(of.numpy().tobytes())
+    assert total.hexdigest() == "1cbe031a7d869e577e893cce2575cdaf72575e0a9e08f1de8548512570ee7fca"
 
 
 def test_layers_compose_what_they_say():
