@@ -476,18 +476,19 @@ def _recolour(x: Tensor, rng: torch.Generator) -> Tensor:
 
 # %% ../../nbs/02_models.ipynb #1574bddb
 def train_stage(model: VisionTransformer, layers: Layers, stage: Stage, seed: int, progress: bool = True) -> None:
-    """Train `model` in place for one stage; the randomness is a function of `seed`."""
-    rng = torch.Generator().manual_seed(seed)
+    """Train `model` in place, where it is, for one stage; the randomness is a function of `seed`."""
+    rng, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        scene_head = nn.Linear(model.embed_dim, len(backdrop.BACKGROUNDS))
+        scene_head = nn.Linear(model.embed_dim, len(backdrop.BACKGROUNDS)).to(device)
     parameters = [*model.parameters(), *scene_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, stage.rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, stage.rate, total_steps=stage.steps, pct_start=0.15)
     model.train()
     for _ in tqdm(range(stage.steps), desc="training a base", disable=not progress, leave=False):
         x, labels, scenes = layers.batch(stage.batch, stage.correlation, rng)
-        features = model.forward_head(model.forward_features((_recolour(x, rng) - 0.5) / 0.25), pre_logits=True)
+        x, labels, scenes = _recolour(x, rng).to(device), labels.to(device), scenes.to(device)
+        features = model.forward_head(model.forward_features((x - 0.5) / 0.25), pre_logits=True)
         loss = F.cross_entropy(model.head(features), labels)
         if stage.scene:
             loss = loss + stage.scene * F.cross_entropy(scene_head(features), scenes)

@@ -42,7 +42,8 @@ def test_stem_is_three_strided_convolutions():
 
 def test_patches_of_four_pixels(tmp_path):
     model = timm.create_model(FINE)
-    assert model.patch_embed(torch.randn(2, 3, 64, 64)).shape == (2, 256, 96) and model.patch_embed.grid_size == (16, 16)
+    stem = model.patch_embed
+    assert stem(torch.randn(2, 3, 64, 64)).shape == (2, 256, 96) and stem.grid_size == (16, 16)
     loaded, _ = load_model(FINE, save_model(tmp_path / "m.safetensors", model, backdrop.CLASSES))
     assert weights_digest(loaded) == weights_digest(model)
     for bad in (6, 1):

@@ -10,8 +10,8 @@ import torch
 from cft.train.losses import (
     LossWeights,
     alignment_loss,
-    between_loss,
     background_loss,
+    between_loss,
     cft_loss,
     classification_loss,
     concept_loss,
