@@ -157,7 +157,8 @@ def choose_cue(trials: pd.DataFrame, allowed: float) -> pd.DataFrame:
     means = trials.groupby(["method", "rate", "share", "set", "split"], sort=False)["value"].mean().reset_index()
     start, rows = means[means["method"] == "original"], []
     for method, of in means[means["method"] != "original"].groupby("method", sort=False):
-        tried = {(float(rate), float(share)): part for (rate, share), part in of.groupby(["rate", "share"], sort=False)}
+        tried = {(float(rate), float(share)): of[(of["rate"] == rate) & (of["share"] == share)]
+                 for rate, share in of[["rate", "share"]].drop_duplicates().to_numpy()}
         rows.append((method, *(choose_trial(tried, start, allowed) or (0.0, 0.0))))
     return pd.DataFrame(rows, columns=["method", "rate", "share"])
 
@@ -245,7 +246,7 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
         if method == "original":
             found = base_rows(at)
         else:
-            chosen = pd.read_csv(root / home / patch / f"{cue}.csv").set_index("method").loc[method]
+            chosen: Any = pd.read_csv(root / home / patch / f"{cue}.csv").set_index("method").loc[method]
             rate, share = float(chosen["rate"]), float(chosen["share"])
             found = cue_rows(at, at.part(at.run(method, rate), share) if rate else at.model)
             found = pd.concat([found, _told(set_name(cue, "choice", int(patch)), {"rate": rate, "share": share}, 1)])
