@@ -20,7 +20,6 @@ import pandas as pd
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d
 
 from ..concepts.masks import CONTROLS, write_controls
 from ..data import backdrop
@@ -267,7 +266,7 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
         two = made("cue-base", (patch, cue, seed), weights(patch, cue, seed), base, depends=trained, job=job,
                    needs=(one,), gpu=steps.gpu)
         drawn = made("cue-world", (cue, seed), f"{home}/worlds/{cue}/{seed}/README.md", world, depends=shown,
-                     folder=f"{home}/worlds/{cue}/{seed}/images", job=f"cue-world-{cue}-{seed}")
+                     folder=f"{home}/worlds/{cue}/{seed}", job=f"cue-world-{cue}-{seed}")
         return two, drawn
 
     def each(kind: str, patch: int, cue: str, seed: int, make: Any, more: Mapping[str, Any], *needs:
