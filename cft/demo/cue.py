@@ -211,7 +211,9 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     trained = s.model_dump(mode="json", include={"broad", "spurious", "objects"})
     shown = {"per_class": s.per_class, "pixels": first}
     how = s.model_dump(mode="json", include={"tested", "epochs", "rates", "strengths"})
-    methods = ("original", *s.methods)
+    groups = [(8, cue, ("original", *s.methods)) for cue in s.cues]
+    groups += [(4, cue, ("original", *s.fine_methods)) for cue in s.fine]
+    methods_of = {(str(patch), cue): methods for patch, cue, methods in groups}
     weights = lambda patch, what, seed: f"{home}/{patch}/bases/{what}-{seed}.safetensors"
     rows = lambda patch, cue, seed, method: f"{home}/{patch}/{cue}/{seed}/{method}.csv"
 
@@ -236,7 +238,7 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
         write_csv(root / rows(patch, cue, seed, method), found, digits=4)
 
     def choice(patch: str, cue: str) -> None:
-        files = [root / rows(patch, cue, seed, method) for seed in s.tuning for method in methods]
+        files = [root / rows(patch, cue, seed, method) for seed in s.tuning for method in methods_of[patch, cue]]
         found = choose_cue(pd.concat(map(pd.read_csv, files), ignore_index=True), s.allowed_loss)
         write_csv(root / home / patch / f"{cue}.csv", found)
 
@@ -252,7 +254,7 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
         write_csv(root / rows(patch, cue, seed, method), found.assign(method=method)[["method", *COLUMNS]], digits=4)
 
     def together(seed: str) -> None:
-        files = [root / rows(patch, cue, seed, method) for patch in s.patches for cue in s.cues for method in methods]
+        files = [root / rows(patch, cue, seed, method) for patch, cue, methods in groups for method in methods]
         found = pd.concat(map(pd.read_csv, files), ignore_index=True).assign(seed=int(seed))
         write_csv(root / f"related/cue/{seed}.csv", found[["method", "seed", *COLUMNS]], digits=4)
 
@@ -274,16 +276,15 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
         return tuple(
             made(kind, (patch, cue, seed, method), rows(patch, cue, seed, method), make, depends=dict(more), needs=(
                 *start_of(patch, cue, seed), *needs), job=f"{kind}-{patch}-{cue}-{seed}", part=method, gpu=steps.gpu)
-            for method in methods)
+            for method in methods_of[str(patch), cue])
 
     of_seed: dict[int, list[Step]] = {seed: [] for seed in seeds}
-    for patch in s.patches:
-        for cue in s.cues:
-            tried = [step for seed in s.tuning for step in each("cue-trials", patch, cue, seed, trial, how)]
-            chosen = made("cue-choice", (patch, cue), f"{home}/{patch}/{cue}.csv", choice, needs=tuple(tried),
-                          depends={"methods": list(methods), "allowed_loss": s.allowed_loss}, job="cue-choices")
-            for seed in seeds:
-                of_seed[seed] += each("cue-rows", patch, cue, seed, test, how, chosen)
+    for patch, cue, methods in groups:
+        tried = [step for seed in s.tuning for step in each("cue-trials", patch, cue, seed, trial, how)]
+        chosen = made("cue-choice", (patch, cue), f"{home}/{patch}/{cue}.csv", choice, needs=tuple(tried),
+                      depends={"methods": list(methods), "allowed_loss": s.allowed_loss}, job="cue-choices")
+        for seed in seeds:
+            of_seed[seed] += each("cue-rows", patch, cue, seed, test, how, chosen)
     return [
         made("cue", (seed,), f"related/cue/{seed}.csv", together, needs=tuple(needs), job="cue-together")
         for seed, needs in of_seed.items()]

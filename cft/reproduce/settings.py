@@ -53,7 +53,9 @@ class Cues(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     cues: tuple[str, ...] = tuple(CUES)
-    patches: tuple[Literal[4, 8], ...] = (8, 4)  # pixels of a patch, each with bases of its own
+    fine: tuple[str, ...] = ()  # of these also with patches of 4 pixels, on bases of their own …
+    fine_methods: tuple[str, ...] = ("cft.object", "cft", "cft.random", "three-regions", "relevance-head", "region-head"
+                                     )  # … and these methods
     per_class: int = Field(20, ge=2)  # pictures of a class to fine-tune on
     tested: int = Field(40, ge=1)  # pictures of a class in each test set
     broad: int = Field(900, ge=1)  # steps of a base's first stage, which all cues share …
@@ -69,13 +71,14 @@ class Cues(BaseModel):
                                 "three-regions.random", "relevance-head", "region-head", "region-head.kept",
                                 "region-head.down", "region-head.random")
 
-    @field_validator("cues")
+    @field_validator("cues", "fine", mode="before")
     @classmethod
-    def _known(cls, given: tuple[str, ...]) -> tuple[str, ...]:
-        """Worlds that are drawn."""
-        if not given or set(given) - set(CUES):
-            raise ValueError(f"expected some of {', '.join(CUES)}")
-        return given
+    def _known(cls, given: Any) -> Any:
+        """Worlds that are drawn; a text names them with spaces between."""
+        named = given.split() if isinstance(given, str) else given
+        if strange := {*named} - {*CUES}:
+            raise ValueError(f"expected some of {', '.join(CUES)}; got {', '.join(sorted(map(str, strange)))}")
+        return named
 
 class Settings(BaseModel):
     """All that a reproduction can be told. Unknown names are refused; defaults are the paper's values.

@@ -37,7 +37,7 @@ from cft.reproduce.worlds import tuned_classes
 from cft.train.closed import Head
 from cft.train.objectives import ThreeRegions
 
-SMALL = Cues(cues=("paint",), patches=(8,), per_class=2, tested=2, broad=1, spurious=1, objects=25, epochs=1,
+SMALL = Cues(cues=("paint",), per_class=2, tested=2, broad=1, spurious=1, objects=25, epochs=1,
              rates=(1e-4,), strengths=(0.1,), tuning=(100,), allowed_loss=100,
              methods=("three-regions.random", "region-head.kept", "repaint+"))
 
@@ -103,6 +103,13 @@ def test_no_picture_of_a_test_is_chosen_by(made):
     assert needed == {f"cue-trials 8 paint 100 {method}" for method in ("original", *SMALL.methods)}
     choice = next(step for step in in_order(last) if step.kind == "cue-choice")
     assert {step.item[2] for step in choice.needs} == {"100"}
+    more = PaperSteps(Work(steps.settings.model_copy(update={"cue": SMALL.model_copy(update={"fine": ("both",)})}),
+                           ("cue",)), steps.root)
+    names, old = ({step.name for step in in_order(cue_steps(of, [0]))} for of in (more, steps))
+    new = {name for name in names - old if name.startswith("cue-rows")}
+    assert new == {f"cue-rows 4 both 0 {method}" for method in ("original", *SMALL.fine_methods)}
+    assert all(Notes(steps.root).is_done(step) for step in in_order(cue_steps(more, [0])) if step.name in old
+               and step.kind != "cue"), "what is done stays done"
     with pytest.raises(ValueError, match=r"seeds \[100\] are both tuned and tested on"):
         cue_steps(steps, [0, 100])
 
@@ -128,6 +135,10 @@ def test_recipes_have_equal_steps_and_trials():
     assert len(s.rates) == len(s.strengths) and s.epochs * -(-6 * s.per_class // 8) == 240
     assert {*s.methods} <= LABELS.keys() and {m for c in claims("cue") for m in (c.method, c.against)} <= {
         "original", *s.methods}
+    assert {*s.fine_methods} <= {*s.methods} and s.fine == ("paint", "both")
+    fine = [c for c in claims("cue") if "(4 px)" in c.columns[0]]
+    assert {c.columns[0].split("/")[0] for c in fine} == {*s.fine}
+    assert {m for c in fine for m in (c.method, c.against)} <= {*s.fine_methods}
     for method in s.methods:
         recipe, guide = cue_recipe(method, s, 3, 0.01)
         assert (recipe.rate, recipe.epochs, recipe.batch, recipe.average, recipe.seed) == (0.01, 16, 8, 1.0, 7003)
@@ -135,7 +146,7 @@ def test_recipes_have_equal_steps_and_trials():
     kept = cue_recipe("three-regions.kept", s, 0, 1.0)[0].objective
     assert isinstance(kept, ThreeRegions) and kept.rest == "kept"
     assert isinstance(varied("region-head.down")[0].objective, Head)
-    columns = {set_name(cue, name, patch) for cue in CUES for name in CUES[cue] for patch in s.patches}
+    columns = {set_name(cue, name, patch) for cue in CUES for name in CUES[cue] for patch in (8, 4)}
     assert {column for c in claims("cue") for column in c.columns} <= columns
     assert {c.sign for c in claims("cue") if c.against != "original"} == {1}
 
@@ -219,7 +230,9 @@ def test_shares_of_relevance_as_a_table(made):
 
 
 def test_settings():
-    with pytest.raises(ValueError, match="expected some of background, paint, both, part, badge"):
+    with pytest.raises(ValueError, match="expected some of background, paint, both, part, badge; got smell"):
         Cues(cues=("smell",))
+    later, some = (read_settings("cue", **{"cue.fine": text}).cue.fine for text in ("", "both part"))
+    assert tuple(later) == () and tuple(some) == ("both", "part")
     assert {patch: name for patch, name in STEMS.items()} == {8: TINY, 4: f"{TINY}_patch4"}
     assert read_settings("cue").seeds == 20 and read_settings("cue").drawn
