@@ -91,8 +91,8 @@ def test_the_original_by_hand_and_where_its_relevance_lies(made):
                      for i in range(8) for j in range(8))
         shares += [inside / float(values.sum())] if values.sum() > 0 else []
     assert rows.loc[("paint/away", "all", "on concepts"), "value"] == pytest.approx(100 * np.mean(shares), abs=0.01)
-    whole = rows.loc["paint/away", "all"]["value"][["on concepts", "on the rest", "on background"]].sum()
-    assert whole == pytest.approx(100, abs=0.01)
+    three = [("paint/away", "all", f"on {where}") for where in ("concepts", "the rest", "background")]
+    assert sum(rows.loc[key, "value"] for key in three) == pytest.approx(100, abs=0.01)
     assert rows.loc[("paint/val", "all", "window"), "value"] == 15
     assert 5 < rows.loc[("paint/val", "all", "body beside concepts"), "value"] < 95
 
