@@ -96,7 +96,7 @@ CHOICES = {
                "context-head", "leace", "dfr", "dfr-cv"),
     "sets": ("in-v", "in-v2", "in-a", "in-r", "in-sketch", "objectnet", "si-location", "si-rotation", "si-size",
              "in-segmentation"), "grounder": ("groundingdino-swint+sam-vit-h", "toy"), "to": ("timm", "onnx", "torch"),
-    "profile": ("demo", "smoke", "paper", "closed", "photographs")}
+    "profile": ("demo", "smoke", "paper", "closed", "photographs", "cue")}
 
 CORES, MANY = os.cpu_count() or 1, 10**9
 CHECKS = {  # by a parameter's name, or that of its command: the range of a number and words that stand for one,

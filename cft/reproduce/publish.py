@@ -67,7 +67,8 @@ def end_page(found: Found, key: str, figures: Mapping[str, "Figure"] | None = No
 # %% ../../nbs/appendix/08_publish.ipynb #761f0b19
 _PAGES = {a.key: f"paper/{a.key}.ipynb" for a in ARTEFACTS} | {
     "demo": "24_demo.ipynb", "segmil": "related/*_segmil.ipynb", "deal": "related/*_deal_metrics.ipynb",
-    "comparison": "related/*_comparison.ipynb", "photographs": "related/*_photographs.ipynb"}
+    "comparison": "related/*_comparison.ipynb", "photographs": "related/*_photographs.ipynb",
+    "cue": "related/*_cue.ipynb"}
 
 def notebook_of(key: str) -> Path:
     """The notebook of an artefact: in the installed package, or in the checkout. Raises ValueError if there is none."""

@@ -33,7 +33,7 @@ from ..data.folders import MaskedImages, Preprocess
 from ..data.testsets import CARDS, folder_set
 from ..evaluate.passes import Loop, checkpoint, reading_of, run_pass
 from ..files import ASSETS, choose_device, locked, read_json, sha256, wait, write_csv, write_json
-from ..demo import photographs
+from ..demo import cue, photographs
 from ..related import comparison, deal_metrics, segmil
 from .publish import make_page, notebook_of
 from .settings import (RELATED, Settings, Work, hours, measured_costs, page_file, read_settings,
@@ -45,7 +45,7 @@ from ..train.objectives import RECIPES
 # %% ../../nbs/appendix/13_runner.ipynb #67007b36
 OF_RELATED = {
     "segmil": segmil.segmil_steps, "deal": deal_metrics.deal_steps, "comparison": comparison.comparison_steps,
-    "photographs": photographs.photograph_steps}
+    "photographs": photographs.photograph_steps, "cue": cue.cue_steps}
 
 def page_steps(work: Work, root: Path) -> list[Step]:
     """The steps of the pages of some work; what they need hangs on them."""

@@ -425,7 +425,7 @@ def test_fewer_seeds(tmp_path):
     ({"only": ("table10",)}, ValueError, "unknown artefacts: table10; expected some of"),
     ({"methods": ("SGD",)}, ValueError, "unknown methods: SGD"),
     ({"models": ("ViT-L",)}, ValueError, "unknown models: ViT-L"), ({"epochs": 0}, ValueError, "smoke.yaml: epochs: "),
-    ({"profile": "quick"}, ValueError, "profile must be one of closed, demo, paper, photographs, smoke"),
+    ({"profile": "quick"}, ValueError, "profile must be one of closed, cue, demo, paper, photographs, smoke"),
     ({"executor": "abacus"}, ImportError, "pip install snakemake-executor-plugin-abacus")])
 def test_bad_input(tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):

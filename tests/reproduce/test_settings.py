@@ -60,7 +60,7 @@ def test_bad_settings(tmp_path, text, message):
 def test_no_settings(tmp_path):
     with pytest.raises(ValueError, match="no settings at"):
         read_settings(tmp_path / "none.yaml")
-    with pytest.raises(ValueError, match="closed, demo, paper, photographs, smoke"):
+    with pytest.raises(ValueError, match="closed, cue, demo, paper, photographs, smoke"):
         read_settings("quick")
 
 
