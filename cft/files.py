@@ -325,8 +325,7 @@ def check_parameters() -> None:
     from IPython import get_ipython
 
     named = lambda cell: {
-        target.id
-        for node in ast.parse(cell).body if isinstance(node, ast.Assign) for target in node.targets
+        target.id for node in ast.parse(cell).body if isinstance(node, ast.Assign) for target in node.targets
         if isinstance(target, ast.Name)}
     ran = (get_ipython().user_ns if get_ipython() else {}).get("In", [])
     for defaults, given in zip(ran, ran[1:]):

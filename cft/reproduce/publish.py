@@ -82,8 +82,9 @@ def open_page(key: str, root: str | Path = "", models: Sequence[str] = (), metho
     if root:
         raise ValueError("the parameters root and profile exclude each other; with a profile the folder is out")
     place = Path(out or f"runs/{Path(profile).stem}")
-    told = {"profile": profile, "only": key, "out": place, "models": ",".join(models), "methods": ",".join(methods),
-            "seeds": seeds or "", "device": device}
+    told = {
+        "profile": profile, "only": key, "out": place, "models": ",".join(models), "methods": ",".join(methods),
+        "seeds": seeds or "", "device": device}
     words = [f"--{name}={value}" for name, value in told.items() if value]
     command = [sys.executable, "-c", "from cft.apps.cli import main; main()", "reproduce", *words]
     said = ""
