@@ -91,7 +91,8 @@ class Standing:
         lines = [f"{self.root}: {counts}"]
         lines += [f"running  {', '.join(self.running) or 'no job has begun'}"] if self.works else ["nobody works on it"]
         if self.rate and self.works:
-            left = f"; about {self.left / 3600:.1f} hours left" if self.left is not None else ""
+            left = "" if self.left is None else f"; about {self.left / 60:.0f} minutes left" if self.left < 7200 else (
+                f"; about {self.left / 3600:.0f} hours left")
             lines.append(f"rate     {self.rate:.0f} steps an hour{left}")
         for note in self.failed[-1:]:
             lines += [failure_line(note), *(f"         | {line}" for line in note["traceback"][-4:])]

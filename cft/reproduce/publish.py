@@ -8,6 +8,7 @@ __all__ = ['save_page', 'end_page', 'open_page', 'notebook_of', 'run_page', 'mak
 
 # %% ../../nbs/appendix/08_publish.ipynb #b049b57b
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -89,9 +90,13 @@ def open_page(key: str, root: str | Path = "", models: Sequence[str] = (), metho
     command = [sys.executable, "-c", "from cft.apps.cli import main; main()", "reproduce", *words]
     said = ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0) as engine:
-        for piece in iter(lambda: engine.stdout.read(4096) if engine.stdout else b"", b""):
-            print(text := piece.decode(errors="replace"), end="", flush=True)
-            said = (said + text)[-2000:]
+        try:
+            for piece in iter(lambda: engine.stdout.read(4096) if engine.stdout else b"", b""):
+                print(text := piece.decode(errors="replace"), end="", flush=True)
+                said = (said + text)[-2000:]
+        except KeyboardInterrupt:
+            engine.send_signal(signal.SIGINT)
+            raise
     if engine.returncode:
         raise RuntimeError(f"not all that {key} shows could be made: {said.strip().splitlines()[-1]}")
     return open_results(place, key, models, methods, seeds)

@@ -165,7 +165,8 @@ def _note_error(root: Path, record: logging.LogRecord) -> bool:
         logs = sorted((log for log in logs if log.is_file()), key=lambda log: log.stat().st_mtime_ns)
         last = [line for line in logs[-1].read_text(errors="replace").splitlines() if line.strip()] if logs else []
         log = logs[-1].relative_to(root).as_posix() if logs else ""
-        note = {"step": f"job {name}", "error": more["rule_msg"] or DIED, "cell": None, "traceback": last[-12:], "log": log}
+        said = {"error": more["rule_msg"] or DIED, "traceback": last[-12:], "log": log}
+        note = {"step": f"job {name}", "cell": None, **said}
     elif record.levelno < logging.ERROR or text.startswith(("RuleException", "Exiting", "WorkflowError:\nAt least")):
         return True  # what a job does to the whole
     else:
@@ -188,15 +189,17 @@ def _ends_at_once() -> Iterator[None]:
             signal.default_int_handler(*given)
 
     told, here = list[bool](), threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, end) if here else None
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # Snakemake takes the other
+    if here:
+        signal.signal(signal.SIGINT, end)
     try:
         yield
     except KeyboardInterrupt:
         if not told:
             end()
     finally:
-        if here:
-            signal.signal(signal.SIGINT, before)
+        for number in before if here else ():
+            signal.signal(number, before[number])
     if told:  # Snakemake takes it for an end
         raise KeyboardInterrupt
 
@@ -436,16 +439,19 @@ SIZES = {key: card.pictures for key, card in CARDS.items()}
 
 def _seconds_of(root: Path, work: Work, steps: Sequence[Step]) -> dict[str, float]:
     """What steps will take by what was measured; nothing if that is not known of all of them."""
-    costs, s = {} if work.settings.drawn else known_costs(root, work.settings), work.settings
-    found = {}
-    for step in steps:
-        cost = costs.get(step.item[0]) or next(iter(costs.values()), None)
-        if cost is None or step.kind == "ground" and not cost.masks:
+    s, found = work.settings, dict[str, float]()
+    costs = {} if s.drawn else known_costs(root, s)
+    for step in steps if costs else ():
+        cost = costs.get("".join(step.item[:1])) or next(iter(costs.values()))
+        if step.kind == "fine-tune":
+            each = cost.steps.get(step.item[1].partition(".")[0], cost.step)
+            found[step.name] = each * -(-s.classes * s.per_class // s.batch) * s.epochs
+        elif step.kind == "ground" and not cost.masks:
             return {}
-        found[step.name] = {
-            "fine-tune": cost.steps.get(step.item[1].partition(".")[0], cost.step) * s.epochs * s.classes *
-            s.per_class / s.batch, "evaluate": cost.picture * SIZES.get(step.item[-1], 0), "ground": cost.masks * 1000 *
-            s.pool / s.shards}.get(step.kind, 60.0) if len(step.item) > 1 else 60.0
+        else:
+            known = {"evaluate": cost.picture * SIZES.get(step.item[-1] if step.item else "", 0),
+                     "ground": cost.masks * 1000 * s.pool / s.shards}
+            found[step.name] = known.get(step.kind, 60.0)
     return found
 
 def _measured(settings: Settings, root: Path, model: str, steps: int = 2) -> list[dict[str, Any]]:

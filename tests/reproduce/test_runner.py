@@ -20,24 +20,33 @@ import pytest
 from filelock import FileLock
 
 from cft.apps.cli import main
+from cft.data.testsets import CARDS
 from cft.files import read_json, write_json
 from cft.reproduce import runner
 from cft.reproduce.paper import PAPER
 from cft.reproduce.runner import (
     OF_RELATED,
+    calibrate,
     device_slot,
-    empty_places,
     jobs_of,
     open_work,
     page_problem,
     page_steps,
     plan_text,
-    progress_of,
     report,
     reproduce,
     run_job,
 )
-from cft.reproduce.settings import RELATED, Work, model_file, read_settings, rows_file, write_settings
+from cft.reproduce.settings import (
+    RELATED,
+    Work,
+    calibration,
+    measured_costs,
+    model_file,
+    read_settings,
+    rows_file,
+    write_settings,
+)
 from cft.reproduce.steps import Notes, Step, in_order, undone
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -350,31 +359,6 @@ def test_one_folder_one_reproduction(tmp_path):
     assert [path.name for path in root.iterdir()] == ["lock"]
 
 
-def test_progress_counts_steps_as_soon_as_their_files_are_new(tmp_path, capsys):
-    steps = [Step("cook", (str(k),), (f"{k}.txt", f"{k}.csv"), print) for k in range(3)]
-    for name in ("0.txt", "0.csv", "1.txt", "1.csv"):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (1, 1))
-    with progress_of(tmp_path, steps, True):
-        for name in ("0.txt", "0.csv", "1.txt", "2.txt", "2.csv"):  # of step 1 one file is old
-            (tmp_path / name).write_text("new")
-    assert "2/3" in (said := capsys.readouterr().err) and "3/3" not in said
-    with progress_of(tmp_path / "none", steps, False):
-        pass
-    assert not capsys.readouterr().err
-
-
-def test_progress_moves_while_the_work_goes_on(tmp_path, capsys):
-    steps = [Step("cook", (str(k),), (f"{k}.txt",), print) for k in range(2)]
-    with progress_of(tmp_path, steps, True):
-        (tmp_path / "0.txt").touch()
-        since, said = time.monotonic(), ""
-        while "1/2" not in said and time.monotonic() - since < 60:
-            time.sleep(0.1)
-            said += capsys.readouterr().err
-    assert "1/2" in said
-
-
 def test_a_page_is_done_by_what_it_holds(tmp_path):
     error = nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])
     code = nbformat.v4.new_code_cell("1 / 0", outputs=[error])
@@ -393,7 +377,8 @@ def test_a_page_is_done_by_what_it_holds(tmp_path):
     assert problem() == ""
 
 
-def test_the_plan_of_the_paper(tmp_path):
+def test_the_plan_of_the_paper(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text, work = plan_text("paper", out=tmp_path / "p"), Work(read_settings("paper"))
     lines = {line.split()[0]: line.split() for line in text.splitlines()}
     counts = work.counts()
@@ -402,16 +387,42 @@ def test_the_plan_of_the_paper(tmp_path):
         assert [int(lines[key][k]) for k in (1, 3)] == [len(work.tuned(key)), len(work.tested(key))]
     assert sum(int(lines[key][2]) for key in work.keys) == counts["fine-tunes"], "new: each is counted once"
     assert sum(int(lines[key][4]) for key in work.keys) == counts["evaluations"]
-    assert "to be filled in: train, answers, grounder_weights, sets.in-v" in text and "hours of fine-tuning" in text
-    assert text.endswith("measure your own device: cft reproduce --rehearse")
-    assert not (tmp_path / "p/settings.yaml").exists(), "a plan changes nothing"
-    costs = "".join(f"{model},a GPU,step,0.36\n{model},a GPU,picture,0.001\n" for model in PAPER.models.values())
-    (tmp_path / "p").mkdir(exist_ok=True)
-    (tmp_path / "p/costs.csv").write_text(f"model,device,what,seconds\n{costs}")
-    text = plan_text("paper", ("table3",), out=tmp_path / "p")
-    assert f"measured on a GPU: {20 * 9400 * 0.36 / 3600:,.0f} hours of fine-tuning" in text and "rehearse" not in text
+    assert "to be filled in: train, answers, grounder_weights, sets.in-v" in text
+    assert "cost: not known" in text and text.endswith("cft reproduce --calibrate"), "nothing was measured"
+    assert not (tmp_path / "p").exists(), "a plan changes nothing"
     assert "cost: minutes on a CPU" in plan_text("demo", ("table3",), out=tmp_path)
-    assert empty_places(read_settings("demo")) == ""
+
+
+def test_a_plan_in_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for device in ("A GPU", "CPU, 1 thread(s)"):
+        more = {"step": 0.36, "picture": 0.001, "masks": 1.2, "memory": 11.5, "weights": 0.35}
+        rows = [f"{m},{device.split(',')[0]},{k},{v}\n" for m in PAPER.models.values() for k, v in more.items()]
+        calibration(device).parent.mkdir(exist_ok=True)
+        calibration(device).write_text("model,device,what,value\n" + "".join(rows))
+    text = plan_text("paper", ("table3",), 4, out=tmp_path / "p")
+    tuned, masks = 20 * 9400 * 0.36 / 3600, 1000 * 30 * 1.2 / 3600
+    tested = 24 * CARDS["in-segmentation"].pictures * 0.001 / 3600
+    assert f"measured on A GPU: {tuned:,.0f} hours of fine-tuning" in text and f"{masks:,.0f} of building masks" in text
+    assert f"{(tuned + masks + tested) / 4:,.0f} hours on 4 such" in text and "takes 11.5 GB" in text
+    assert "measured on CPU" in plan_text("paper", ("table3",), out=tmp_path / "p", device="cpu")
+    root, work = open_work("paper", ("table3",), out=tmp_path / "p")
+    steps = undone(page_steps(work, root), Notes(root))
+    runner._write_plan(root, work, jobs := jobs_of(steps, 1), steps)
+    minutes = read_json(root / "plan.json")["minutes"]
+    one = next(name for name, job in jobs.items() if any(step.startswith("fine-tune") for step in job.steps))
+    assert minutes[one] == 10 + int((9400 * 0.36 + CARDS["in-segmentation"].pictures * 0.001) / 30)
+
+
+def test_calibration(tmp_path, monkeypatch):
+    """A small network of timm stands for the paper's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name = {"names.vit_base_patch16_224": "test_vit", "device": "cpu", "batch": 2}
+    for _ in range(2):  # what is measured again takes the place of what was
+        file = calibrate("paper", models=("ViT-B",), **name)
+    cost = measured_costs(file)["vit_base_patch16_224"]
+    assert file.parent == tmp_path / "cft" and cost.device.startswith("CPU") and cost.memory > 0
+    assert min(cost.step, cost.picture, cost.steps["rrda"]) > 0 and 0 < cost.weights < 0.01 and cost.masks == 0
 
 
 def test_fewer_seeds(tmp_path):
