@@ -353,7 +353,8 @@ def classes_of(source: Path, names: Path | None = None) -> "tuple[ClassName, ...
 EXTRAS = {
     "grounding": ("segment_anything", "groundingdino", "transformers"),
     "llm": ("openai", "open_clip", "sentence_transformers"), "lab": ("jupyterlab", "ipywidgets", "ipykernel"),
-    "batch": ("papermill", "nbclient", "snakemake"), "slurm": ("snakemake_executor_plugin_slurm",), "track": ("tensorboard",),
+    "batch": ("papermill", "nbclient", "snakemake"), "slurm": ("snakemake_executor_plugin_slurm",),
+    "track": ("tensorboard",),
     "export": ("onnx", "onnxruntime", "onnxscript"), "cut": ("rembg",)}
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSW", re.I)  # names of variables whose values are nobody's business
 

@@ -148,6 +148,7 @@ def run_job(names: Sequence[str], root: Path) -> bool:
     jobs = set(names) & set(plan["jobs"])
     for name in jobs:
         write_json(root / "jobs" / f"{name}.json", {"done": fine})
+        failure_file(root, f"job {name}").unlink(missing_ok=True)  # of an earlier try
     return fine or bool(jobs)
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
@@ -189,7 +190,7 @@ def _ends_at_once() -> Iterator[None]:
             signal.default_int_handler(*given)
 
     told, here = list[bool](), threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # Snakemake takes the other
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # Snakemake takes one
     if here:
         signal.signal(signal.SIGINT, end)
     try:
@@ -270,7 +271,7 @@ def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models:
     cores, local = cores or os.cpu_count() or 1, executor == "local"
     arguments = f"--cores {cores} --scheduler greedy".split() + ([] if verbose else ["--quiet", "all"])
     many = [] if {"--jobs", "-j"} & set(options) else ["--jobs", str(gpus if gpus > 1 else 100)]
-    arguments += ["--resources", f"gpu={gpus}"] if local else ["--executor", executor, *many]
+    arguments += ["--resources", f"gpu={gpus}"] if local else ["--executor", executor, "--retries", "2", *many]
     arguments += [*(slurm_options(options) if executor == "slurm" else []), *options]
     os.environ["CFT_GPUS"] = str(gpus if local and work.settings.device.startswith("cuda") else 0)
     os.environ["CFT_RUNNER"] = str(os.getpid()) if local else ""

@@ -92,12 +92,13 @@ class Cluster:
     def lose_node(self):
         """End slurmd and the steps of jobs with all that they have started, as if their machine were gone."""
         kept, place = {self.children[name].pid for name in ("munged", "slurmctld")}, os.environ["SLURM_CONF"]
-        for process in psutil.process_iter(["environ"]):
-            if process.pid not in kept and (process.info["environ"] or {}).get("SLURM_CONF") == place:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    for one in (process, *process.parents()):
-                        if one is process or one.name() == "slurmstepd":
-                            one.kill()
+        mine = [process for process in psutil.process_iter(["environ"])
+                if process.pid not in kept and (process.info["environ"] or {}).get("SLURM_CONF") == place]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            steps = {p for process in mine for p in process.parents() if p.name() == "slurmstepd"}
+        for process in (psutil.Process(self.children["slurmd"].pid), *steps, *mine):  # who could report goes first
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.children["slurmd"].wait()
 
     def stop(self):
