@@ -171,7 +171,7 @@ def _note_error(root: Path, record: logging.LogRecord) -> bool:
     elif record.levelno < logging.ERROR or text.startswith(("RuleException", "Exiting", "WorkflowError:\nAt least")):
         return True  # what a job does to the whole
     else:
-        note = {"step": "Snakemake", "error": text, "cell": None, "traceback": []}
+        note = {"step": "Snakemake", "error": text, "cell": None, "traceback": text.splitlines()[1:]}
     write_json(failure_file(root, note["step"]), note)
     return True
 

@@ -10,13 +10,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
+import torch
 from filelock import FileLock
 
 from cft.apps.cli import main
@@ -24,6 +27,7 @@ from cft.data.testsets import CARDS
 from cft.files import read_json, write_json
 from cft.reproduce import runner
 from cft.reproduce.paper import PAPER
+from cft.reproduce.progress import failures
 from cft.reproduce.runner import (
     OF_RELATED,
     calibrate,
@@ -418,9 +422,13 @@ def test_calibration(tmp_path, monkeypatch):
     """A small network of timm stands for the paper's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     name = {"names.vit_base_patch16_224": "test_vit", "device": "cpu", "batch": 2}
-    for _ in range(2):  # what is measured again takes the place of what was
-        file = calibrate("paper", models=("ViT-B",), **name)
-    cost = measured_costs(file)["vit_base_patch16_224"]
+    mine = calibration(f"CPU, {torch.get_num_threads()} thread(s)")
+    mine.parent.mkdir()
+    before = "".join(f"{m},CPU,{what},9\n" for m in ("vit_base_patch16_224", "other") for what in ("step", "picture"))
+    mine.write_text("model,device,what,value\n" + before)
+    assert (file := calibrate("paper", models=("ViT-B",), **name)) == mine
+    cost = (costs := measured_costs(file))["vit_base_patch16_224"]
+    assert costs["other"].step == 9 != cost.step, "what is measured again takes the place of what was"
     assert file.parent == tmp_path / "cft" and cost.device.startswith("CPU") and cost.memory > 0
     assert min(cost.step, cost.picture, cost.steps["rrda"]) > 0 and 0 < cost.weights < 0.01 and cost.masks == 0
 
@@ -474,6 +482,59 @@ def test_snakemake_runs_what_we_mean(tmp_path, monkeypatch, where):
     assert (root / "jobs/a.json").exists()
     with pytest.raises(ValueError, match="Snakemake takes other options: .*unrecognized arguments: --frobnicate"):
         runner._snakemake(root, [*words, "--frobnicate"], True)
+
+
+def on_jobs(root, command, *names):
+    """A plan of jobs that call a command with their name."""
+    root, work = open_work("smoke", ("table8",), out=root)
+    runner._write_plan(root, work, {name: runner.Job((), (), False) for name in names})
+    write_json(root / "plan.json", read_json(root / "plan.json") | {"command": command})
+    return root
+
+
+def test_what_snakemake_says_of_errors_is_kept(tmp_path):
+    root = on_jobs(tmp_path / "r", "echo out of luck; false", "a")
+    runner._snakemake(root, "--cores 1 --quiet all".split(), True)
+    (note,) = failures(root)
+    assert (note["step"], note["error"], note["log"]) == ("job a", runner.DIED, "logs/a.log")
+    write_json(root / "plan.json", read_json(root / "plan.json") | {"jobs": {"b": {"after": ["c"], "gpu": False}}})
+    (root / "failed/job--a.json").unlink()
+    runner._snakemake(root, "--cores 1 --quiet all".split(), True)
+    (note,) = failures(root)
+    assert note["step"] == "Snakemake" and "KeyError: 'c'" in note["error"], "before its first job"
+    found = report(root, Work(read_settings("smoke"), ("table8",)), [])
+    assert found.failures["step"].tolist() == ["Snakemake"]
+
+
+def test_an_interruption_ends_the_jobs_at_once(tmp_path):
+    root = on_jobs(tmp_path / "r", f"{sys.executable} -c 'import time; time.sleep(300)' cft.reproduce.runner", "a")
+    sleeps = lambda: [p for p in psutil.Process().children(recursive=True) if "time.sleep(300)" in str(p.cmdline())]
+
+    def interrupt():
+        wait_for(lambda: len(sleeps()) > 1)  # the shell and Python
+        os.kill(os.getpid(), signal.SIGINT)
+
+    since, before = time.time(), [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        runner._snakemake(root, "--cores 1 --quiet all".split(), True)
+    assert time.time() - since < 100 and not sleeps()
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_only_what_failed_is_tried_again(tmp_path):
+    alone = [(name, job, "") for name, job in zip("abc", ("one", "two", "three"))]
+    steps = planned(*alone, ("d", "four", "", "a"), ("e", "four", "", "c"))
+    jobs = {name: {"steps": [s.name for s in steps if s.job == name]} for name in ("one", "two", "three", "four")}
+    assert runner._failed(tmp_path, steps) == []
+    write_json(tmp_path / "plan.json", {"jobs": jobs})
+    for name in ("one", "two"):
+        write_json(tmp_path / f"jobs/{name}.json", {"done": name == "two"})
+    write_json(tmp_path / "failed/a.json", {"step": "s a"})
+    assert [s.name for s in runner._failed(tmp_path, steps)] == ["s a", "s d"], "and what rests on it"
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/three.log").touch()  # of a job that died
+    assert [s.name for s in runner._failed(tmp_path, steps)] == ["s a", "s c", "s d", "s e"]
 
 
 def test_damaged_files_of_the_runner_are_named(tmp_path):
