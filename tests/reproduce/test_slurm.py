@@ -148,10 +148,12 @@ def test_jobs_end_without_accounts_and_a_lost_node_brings_them_again(cluster, tm
     def accident():
         wait_for(lambda: (root / "tries").is_file(), 60)
         cluster.lose_node()
+        update = lambda *words: subprocess.run(["scontrol", "update", *words], check=True)
+        update("nodename=ALL", "state=down", "reason=lost")  # what Slurm finds out by itself after some minutes
         cluster.start("slurmd")
         queue = lambda: subprocess.run(["squeue", "-h", "-t", "PD", "-o", "%i"], capture_output=True, text=True).stdout
-        for job in wait_for(queue, 60).split():  # Slurm lets a job rest for two minutes
-            subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=True)
+        for job in wait_for(queue, 60).split():
+            update(f"jobid={job}", "starttime=now")  # it would rest for two minutes
 
     watcher = threading.Thread(target=accident)
     watcher.start()
