@@ -115,6 +115,7 @@ CHECKS = {  # by a parameter's name, or that of its command: the range of a numb
     "masks.weights": None,
     "concepts": "concept set",
     "export.out": None,
+    "status.out": None,
     "export.audit": "report of an audit",
     **dict.fromkeys(("masks", "validation_masks"), "masks"),
     "classes": "class list",
@@ -352,7 +353,8 @@ def classes_of(source: Path, names: Path | None = None) -> "tuple[ClassName, ...
 EXTRAS = {
     "grounding": ("segment_anything", "groundingdino", "transformers"),
     "llm": ("openai", "open_clip", "sentence_transformers"), "lab": ("jupyterlab", "ipywidgets", "ipykernel"),
-    "batch": ("papermill", "nbclient", "snakemake"), "track": ("tensorboard",),
+    "batch": ("papermill", "nbclient", "snakemake"), "slurm": ("snakemake_executor_plugin_slurm",),
+    "track": ("tensorboard",),
     "export": ("onnx", "onnxruntime", "onnxscript"), "cut": ("rembg",)}
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSW", re.I)  # names of variables whose values are nobody's business
 

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['OURS', 'ONE_FORM', 'WITH_MAPS', 'RELATED', 'Tuned', 'Tested', 'Photographs', 'Cues', 'Settings', 'profile_file',
-           'read_settings', 'write_settings', 'Work', 'model_file', 'rows_file', 'maps_file', 'page_file', 'Cost',
-           'measured_costs', 'hours']
+           'read_settings', 'write_settings', 'Work', 'model_file', 'rows_file', 'maps_file', 'page_file', 'open_work',
+           'Cost', 'measured_costs', 'calibration', 'known_costs', 'hours']
 
 # %% ../../nbs/appendix/02_settings.ipynb #bb5d445e
 import csv
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -300,43 +302,76 @@ def page_file(key: str) -> str:
     """The executed page of an artefact."""
     return f"pages/{key}.ipynb"
 
+# %% ../../nbs/appendix/02_settings.ipynb #9a49ef46
+def open_work(profile: str | Path, only: Sequence[str] = (), models: Sequence[str] = (), methods: Sequence[str] = (),
+              seeds: int | None = None, out: str | Path | None = None, **changes: Any) -> tuple[Path, Work]:
+    """The folder of a reproduction, and its work; nothing is written. Raises ValueError for unknown names."""
+    settings = read_settings(profile, **changes)
+    if seeds is not None:
+        fewer = {name: min(seeds, getattr(settings, name)) for name in ("seeds", "ablation_seeds")}
+        settings = read_settings(profile, **changes, **fewer)
+    work = Work(settings, models=tuple(models), methods=tuple(methods))
+    work = replace(work, keys=tuple(only)) if only else work
+    root = (Path(out) if out else Path("runs") / Path(profile).stem).resolve()
+    return root, work
+
 # %% ../../nbs/appendix/02_settings.ipynb #16af978b
 @dataclass(frozen=True)
 class Cost:
-    """Measured seconds on one device: of a training step by method (`step` for others) and of a test picture."""
+    """Measured on one device: seconds of a training step by method (`step` for others) and of a test picture."""
 
     device: str
     step: float
     picture: float
     steps: Mapping[str, float]
+    masks: float = 0.0  # seconds of a picture whose concepts are looked for; 0: not measured, as the others
+    memory: float = 0.0  # GB that a step of CFT takes
+    weights: float = 0.0  # GB of a checkpoint
 
 def measured_costs(file: str | Path | None = None) -> dict[str, Cost]:
     """Costs by network, from the file that a rehearsal wrote or from those that the package carries.
 
-    Columns: model, device, what (step, picture, or a method's name for its step), seconds. Raises ValueError without.
+    Columns: model, device, what (a field of `Cost`, or a method's name for its step), value. Raises ValueError without.
     """
     path = Path(file) if file else profile_file("paper").with_name("costs.csv")
     found: dict[str, dict[str, float]] = {}
     devices: dict[str, str] = {}
     with path.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
-    if not rows or set(rows[0]) != {"model", "device", "what", "seconds"}:
-        raise ValueError(f"{path} must have the columns model, device, what and seconds; "
+    if not rows or set(rows[0]) != {"model", "device", "what", "value"}:
+        raise ValueError(f"{path} must have the columns model, device, what and value; "
                          f"got {list(rows[0]) if rows else 'no rows'}")
     for row in rows:
-        found.setdefault(row["model"], {})[row["what"]] = float(row["seconds"])
+        found.setdefault(row["model"], {})[row["what"]] = float(row["value"])
         devices[row["model"]] = row["device"]
-    return {model: Cost(devices[model], of.pop("step"), of.pop("picture"), of) for model, of in found.items()}
+    more = {model: {name: of.pop(name, 0.0) for name in ("masks", "memory", "weights")} for model, of in found.items()}
+    return {
+        model: Cost(devices[model], of.pop("step"), of.pop("picture"), of, **more[model])
+        for model, of in found.items()}
+
+def calibration(device: str) -> Path:
+    """The file for what was measured on a device; all reproductions of a user read it."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "cft" / f"costs-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
+
+def known_costs(root: Path, settings: Settings) -> dict[str, Cost]:
+    """What was measured, in the folder of a reproduction or last on a device of its kind; nothing if it was not."""
+    every, cpu = calibration("x").parent.glob("costs-*.csv"), settings.device.startswith("cpu")
+    files = sorted((f for f in every if f.stem.startswith("costs-cpu") == cpu), key=lambda f: f.stat().st_mtime_ns)
+    files += [root / "costs.csv"] * (root / "costs.csv").is_file()
+    return measured_costs(files[-1]) if files else {}
 
 def hours(work: Work, sizes: Mapping[str, int], costs: Mapping[str, Cost]) -> dict[str, float]:
     """Hours of fine-tuning and of evaluation by the measured costs, for the networks that were measured.
 
-    sizes: pictures of each test set, in our names. Keys: fine-tuning, evaluation, unmeasured (fine-tunes without cost).
+    sizes: pictures of each test set, in our names. Keys: fine-tuning, evaluation, masks (0: not measured), unmeasured
+    (fine-tunes without cost).
     """
     s = work.settings
     steps = -(-s.classes * s.per_class // s.batch) * s.epochs
     tuned = [costs[m].steps.get(method.partition(".")[0], costs[m].step) for m, method, _ in work.tuned() if m in costs]
     tested = [costs[m].picture * sizes[name] for m, _, _, name in work.tested() if m in costs]
     return {
-        "fine-tuning": sum(tuned) * steps / 3600, "evaluation": sum(tested) / 3600,
+        "fine-tuning": sum(tuned) * steps / 3600, "evaluation": sum(tested) / 3600, "masks": max(
+            (c.masks for c in costs.values()), default=0) * 1000 * s.pool / 3600 if tuned else 0.0,
         "unmeasured": sum(m not in costs for m, _, _ in work.tuned())}

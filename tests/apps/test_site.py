@@ -53,7 +53,7 @@ def test_pages_have_pictures_formulas_and_docstrings(site):
 def test_in_a_browser(address, browser, scheme, width):
     page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
     said, asked = [], []
-    page.on("console", lambda message: said.append((message.text, message.location)) if message.type == "error" else None)
+    page.on("console", lambda told: said.append((told.text, told.location)) if told.type == "error" else None)
     page.route("**/favicon.ico", lambda route: route.fulfill(status=204))  # a browser asks every server for one
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))

@@ -20,6 +20,7 @@ from cft.reproduce.publish import (
     make_page,
     markdown,
     notebook_of,
+    open_page,
     publish,
     run_page,
     save_page,
@@ -88,7 +89,7 @@ def test_every_artefact_has_a_page_that_states_what_it_must():
         assert f'key = \\"{a.key}\\"' in text and a.question.split(",")[0][:20] in text
         assert f"{'save' if a.key == 'demo' else 'end'}_page(found, key" in text
         assert set(a.inconsistencies) <= {i.number for i in INCONSISTENCIES}
-        for parameter in ("root", "models", "methods", "seeds"):
+        for parameter in ("root", "models", "methods", "seeds", "profile", "out", "device"):
             assert f'"{parameter} = ' in text
     assert {notebook_of(key).parent.name for key in RELATED} == {"related"}
     with pytest.raises(ValueError, match="no page for 'table10'; expected table10.ipynb"):
@@ -102,6 +103,27 @@ def made_page(path, *cells, first="x = 1"):
     nb.cells = [parameters, *map(nbformat.v4.new_code_cell, cells)]
     nbformat.write(nb, path)
     return path
+
+
+def test_what_a_page_shows(small, tmp_path, monkeypatch, capfd):
+    """Saved results, or what the engine makes first; a program that tells its words stands for Python here."""
+    assert open_page("table1", small).root == small and open_page("closed").root.name == "closed"
+    with pytest.raises(ValueError, match="out and device go with profile"):
+        open_page("table1", device="cpu")
+    with pytest.raises(ValueError, match="root and profile exclude each other"):
+        open_page("table1", small, profile="smoke")
+    engine = tmp_path / "python"
+    engine.write_text('#!/bin/sh\nshift 2; echo "$@"; echo "cft: told" >&2; exit $CODE\n')
+    engine.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(engine))
+    monkeypatch.setenv("CODE", "0")
+    found = open_page("table1", "", ["ViT-B"], ["CFT", "RRR"], 2, "smoke", str(small), "cuda")
+    assert found.root == small and found.work.methods == ("CFT", "RRR")
+    words = f"--profile=smoke --only=table1 --out={small} --models=ViT-B --methods=CFT,RRR --seeds=2 --device=cuda"
+    assert capfd.readouterr().out == f"reproduce {words}\ncft: told\n", "what it says is shown"
+    monkeypatch.setenv("CODE", "1")
+    with pytest.raises(RuntimeError, match="not all that table1 shows could be made: cft: told"):
+        open_page("table1", profile="smoke", out=str(small))
 
 
 @pytest.mark.slow
