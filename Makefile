@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: help demo reproduce related smoke publish test quick fast export format lint lab bench torture clean
+.PHONY: help demo reproduce related smoke publish test quick fast export format lint lab site bench torture clean
 help:
 	@echo "make demo       repair a spurious classifier; some minutes on two cores"
 	@echo "make reproduce  every table and figure of the paper, on the demo; some twenty minutes on two cores"
@@ -18,6 +18,7 @@ help:
 	@echo "make format     yapf over the notebooks"
 	@echo "make lint       ruff over notebooks, tests and benchmarks; basedpyright over cft/ and benchmarks/"
 	@echo "make lab        read the book in JupyterLab"
+	@echo "make site       the book as static pages in build/site; some minutes"
 	@echo "make bench      measure speed into figures/bench.csv"
 	@echo "make torture    kills, bad inputs, full disks: good answers are counted in figures/reliability.csv"
 
@@ -65,6 +66,9 @@ lint: .venv/.ready
 
 lab: .venv/.ready
 	.venv/bin/jupyter lab nbs/index.ipynb
+
+site: .venv/.ready
+	$(PY) -m sphinx -q -W --keep-going -b html -c nbs/site . build/site
 
 bench: .venv/.ready
 	$(PY) benchmarks/run.py --out figures/bench.csv

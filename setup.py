@@ -10,7 +10,7 @@ parser = configparser.ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
-kinds = ("grounding", "llm", "lab", "batch", "track", "export")
+kinds = ("grounding", "llm", "lab", "batch", "slurm", "track", "export", "site")
 extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in (*kinds, "cut")}
 extras["dev"] = sum((extras[name] for name in kinds), shlex.split(cfg["dev_requirements"]))
 extras["all"] = sorted({need for needs in extras.values() for need in needs})

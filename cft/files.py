@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['VERSION', 'PACKAGE', 'ASSETS', 'reason', 'legible', 'wait', 'written', 'written_folder', 'write_text', 'write_json',
            'read_json', 'read_yaml', 'read_rows', 'write_csv', 'sha256', 'append_bytes', 'check_writable', 'locked',
-           'replace_part', 'need', 'choose_device', 'html_template']
+           'replace_part', 'need', 'choose_device', 'html_template', 'check_parameters']
 
 # %% ../nbs/appendix/00_files.ipynb #4987389d
+import ast
 import csv
 import errno
 import hashlib
@@ -317,3 +318,17 @@ def html_template(name: str) -> "Template":
     places = FileSystemLoader([ASSETS / "report", ASSETS / "explorer", ASSETS / "shown"])
     return Environment(loader=places, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                        lstrip_blocks=True).get_template(name)
+
+# %% ../nbs/appendix/00_files.ipynb #298a93ae
+def check_parameters() -> None:
+    """Raise ValueError if papermill gave this notebook a parameter that its cell of parameters does not have."""
+    from IPython import get_ipython
+
+    named = lambda cell: {
+        target.id for node in ast.parse(cell).body if isinstance(node, ast.Assign) for target in node.targets
+        if isinstance(target, ast.Name)}
+    ran = (get_ipython().user_ns if get_ipython() else {}).get("In", [])
+    for defaults, given in zip(ran, ran[1:]):
+        if given.startswith("# Parameters\n") and (strange := named(given) - named(defaults)):
+            has = ", ".join(sorted(named(defaults)))
+            raise ValueError(f"this notebook has no parameter {', '.join(sorted(strange))}; it has {has}")

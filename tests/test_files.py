@@ -11,6 +11,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from cft import files
 from cft.files import (
     append_bytes,
+    check_parameters,
     check_writable,
     legible,
     locked,
@@ -461,3 +463,15 @@ def test_whether_a_file_can_be_written_is_tried_without_a_trace(tmp_path):
     for bad in ("/proc/x", "/dev/null"):
         with pytest.raises(ValueError, match="cannot be written"):
             check_writable(bad, "--out")
+
+
+def test_a_parameter_that_a_notebook_does_not_have_is_an_error(monkeypatch):
+    import IPython
+
+    check_parameters()
+    ran = ["", "import this", "seeds = 5\nout = ''", "# Parameters\nseeds = 2\n", "check_parameters()"]
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(user_ns={"In": ran}))
+    check_parameters()
+    ran[3] += "sedes = 3\n"
+    with pytest.raises(ValueError, match="this notebook has no parameter sedes; it has out, seeds"):
+        check_parameters()

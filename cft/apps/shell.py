@@ -96,7 +96,7 @@ CHOICES = {
                "context-head", "leace", "dfr", "dfr-cv"),
     "sets": ("in-v", "in-v2", "in-a", "in-r", "in-sketch", "objectnet", "si-location", "si-rotation", "si-size",
              "in-segmentation"), "grounder": ("groundingdino-swint+sam-vit-h", "toy"), "to": ("timm", "onnx", "torch"),
-    "profile": ("demo", "smoke", "paper", "closed", "photographs")}
+    "profile": ("demo", "smoke", "paper", "closed", "photographs", "cue")}
 
 CORES, MANY = os.cpu_count() or 1, 10**9
 CHECKS = {  # by a parameter's name, or that of its command: the range of a number and words that stand for one,
@@ -115,6 +115,7 @@ CHECKS = {  # by a parameter's name, or that of its command: the range of a numb
     "masks.weights": None,
     "concepts": "concept set",
     "export.out": None,
+    "status.out": None,
     "export.audit": "report of an audit",
     **dict.fromkeys(("masks", "validation_masks"), "masks"),
     "classes": "class list",
@@ -352,7 +353,8 @@ def classes_of(source: Path, names: Path | None = None) -> "tuple[ClassName, ...
 EXTRAS = {
     "grounding": ("segment_anything", "groundingdino", "transformers"),
     "llm": ("openai", "open_clip", "sentence_transformers"), "lab": ("jupyterlab", "ipywidgets", "ipykernel"),
-    "batch": ("papermill", "nbclient", "snakemake"), "track": ("tensorboard",),
+    "batch": ("papermill", "nbclient", "snakemake"), "slurm": ("snakemake_executor_plugin_slurm",),
+    "track": ("tensorboard",),
     "export": ("onnx", "onnxruntime", "onnxscript"), "cut": ("rembg",)}
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSW", re.I)  # names of variables whose values are nobody's business
 

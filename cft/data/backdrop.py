@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Array', 'SIZE', 'Jitter', 'Shape', 'CLASSES', 'BACKGROUNDS', 'HOMES', 'HOME_INDEX', 'PAIRS', 'Y', 'X', 'TEXTURES',
-           'SETS', 'SHIFTED', 'CORRELATION', 'CHUNK', 'FOLDERS', 'ellipse', 'capsule', 'polygon', 'Part',
-           'smooth_noise', 'render_background', 'View', 'render_object', 'Pictures', 'render', 'montage', 'write']
+           'SETS', 'SHIFTED', 'CORRELATION', 'ROLES', 'BADGE', 'CUES', 'VIEWS', 'CHUNK', 'FOLDERS', 'ellipse',
+           'capsule', 'polygon', 'Part', 'smooth_noise', 'render_background', 'View', 'PaintedView', 'stream_of',
+           'render_object', 'Pictures', 'render', 'montage', 'write']
 
 # %% ../../nbs/00_backdrop.ipynb #da4b9237
 import functools
@@ -22,7 +23,7 @@ import numpy as np
 import pandas as pd
 import yaml
 from PIL import Image
-from scipy.ndimage import maximum_filter
+from scipy.ndimage import distance_transform_edt, maximum_filter
 
 from ..files import ASSETS, write_csv, write_text, written_folder
 
@@ -107,6 +108,7 @@ def _part(name: str, paint: str, *shapes: dict[str, list]) -> Part:
 CLASSES: dict[str, tuple[Part, ...]] = {
     name: tuple(_part(part, *drawn) for part, drawn in about["parts"].items())
     for name, about in _WORLD["classes"].items()}
+_BODY = np.array([1 + [part.concept for part in parts].index(False) for parts in CLASSES.values()])  # of parts
 
 # %% ../../nbs/00_backdrop.ipynb #17ba0791
 BACKGROUNDS = ("sky", "water", "grass", "sand", "forest", "snow", "brick", "night")
@@ -209,6 +211,36 @@ SETS: dict[str, View] = {
 SHIFTED = ("adversarial", "object", "rendition", "sketch", "si_location", "si_size", "si_rotation")
 CORRELATION = 0.97  # how often a class is at home in the "home" sets
 
+# %% ../../nbs/00_backdrop.ipynb #d4f0e11f
+ROLES = ("body", "first", "second", "third", "badge")  # what is painted
+BADGE = 4.5  # radius of the disc, in pixels
+
+@dataclass(frozen=True)
+class PaintedView(View):
+    """A view of a world whose cue is a paint: the class's usual one, on one of the ROLES; all others are random."""
+
+    usual_paint: float = CORRELATION
+    role: str = "body"  # first: a concept of every class; badge: a disc on the body
+    never: bool = False  # the usual paint never lies there
+
+def _world(usual: View) -> dict[str, View]:
+    """The sets of a world, by name, from its ordinary view."""
+    habits = {"background_away": {"background": "away"}} if usual.background == "home" else {}
+    habits |= {"paint_away": {"never": True}} if isinstance(usual, PaintedView) else {}
+    broken = {"away": {key: value for habit in habits.values() for key, value in habit.items()}}
+    broken |= habits if len(habits) > 1 else {}
+    away = {name: replace(usual, **changes) for name, changes in broken.items()}
+    return {"train": usual, "val": usual, **away, "context": replace(usual, hidden=0.7)}
+
+CUES: dict[str,
+           dict[str,
+                View]] = {cue: _world(PaintedView(**view) if view else View()) for cue, view in _WORLD["cues"].items()}
+VIEWS: dict[str, View] = SETS | {f"{cue}/{name}": view for cue, sets in CUES.items() for name, view in sets.items()}
+
+def stream_of(name: str) -> str:
+    """The set whose random stream a set is drawn from: its own, or train or val of the ordinary sets for a cue's."""
+    return name if name in SETS else "train" if name.endswith("/train") else "val"
+
 # %% ../../nbs/00_backdrop.ipynb #b3f0c7f6
 def _frame(view: View, n: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
     """Object coordinates u, v (n, SIZE, SIZE) of all pixels under random poses, and the scales (n, 1, 1)."""
@@ -222,14 +254,29 @@ def _frame(view: View, n: int, rng: np.random.Generator) -> tuple[Array, Array, 
     return (u + shear * v) * mirror, v, scale
 
 def _palette(label: int, view: View, n: int, rng: np.random.Generator) -> dict[str, Array]:
-    """The paint of every role, each (3, n)."""
-    paints = np.array([*_PAINTS.values()])[rng.integers(len(_PAINTS), size=(n, 4))]
-    usual = rng.random(n) < view.usual_paint
-    paints[usual, 0] = _PAINTS[_BODY_PAINT[label]]
-    paints = np.clip(paints + 0.16 * (rng.random((n, 4, 3)) - 0.5), 0, 1)
+    """The paint of every role, each (3, n); all that a `PaintedView` asks for comes from a stream of its own."""
+    drawn, usual = rng.integers(len(_PAINTS), size=(n, 4)), rng.random(n) < view.usual_paint
+    noise, own, column = rng.random((n, 4, 3)), [*_PAINTS].index(_BODY_PAINT[label]), 0
+    if isinstance(view, PaintedView):
+        more, column = rng.spawn(1)[0], ROLES.index(view.role)
+        drawn = np.concatenate([drawn, more.integers(len(_PAINTS), size=(n, 1))], 1)
+        noise = np.concatenate([noise, more.random((n, 1, 3))], 1)
+        if view.never:
+            usual[:], drawn[:, column] = False, (own + more.integers(1, len(_PAINTS), n)) % len(_PAINTS)
+    drawn[usual, column] = own
+    paints = np.clip(np.array([*_PAINTS.values()])[drawn] + 0.16 * (noise - 0.5), 0, 1)
     dark, light = (np.tile(_uniform(rng, a, b, n), (3, 1)) for a, b in ((0.05, 0.2), (0.85, 1.0)))
-    roles = zip(("body", "first", "second", "third"), paints.transpose(1, 2, 0), strict=True)
-    return dict(roles, dark=dark, light=light)
+    return dict(zip(ROLES, paints.transpose(1, 2, 0)), dark=dark, light=light)
+
+def _draw_badge(colour: Array, coverage: Array, owner: Array, body: int, paint: Array) -> None:
+    """Draw, in place, a disc with a white rim on the visible body, where there is most room for it."""
+    for i, parts in enumerate(owner):
+        room = distance_transform_edt(np.pad(parts == body, 1))[1:-1, 1:-1]
+        y, x = np.unravel_index(room.argmax(), room.shape)
+        far, here = np.hypot(*(np.mgrid[:SIZE, :SIZE] - np.array([y, x])[:, None, None])), parts == body
+        for radius, filled in ((BADGE + 1, np.full(3, 0.97)), (BADGE, paint[:, i])):
+            disc = here & (far < radius)
+            colour[:, i, disc] = filled[:, None] * coverage[i, disc]
 
 def render_object(label: int, view: View, n: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
     """Draw `n` objects of class `label` without a background.
@@ -241,7 +288,7 @@ def render_object(label: int, view: View, n: int, rng: np.random.Generator) -> t
     palette = _palette(label, view, n, rng)
     shade = 1 - 0.25 * np.clip(v + 0.5 * u * _uniform(rng, -0.6, 0.6, n, 1, 1), -1, 1)
     colour, coverage = np.zeros((3, n, SIZE, SIZE)), np.zeros((n, SIZE, SIZE))
-    owner = np.zeros((n, SIZE, SIZE), np.uint8)
+    owner, painted = np.zeros((n, SIZE, SIZE), np.uint8), isinstance(view, PaintedView)
     for k, part in enumerate(tuple(CLASSES.values())[label], 1):
         jitter = (*(view.jitter * rng.standard_normal((2, n, 1, 1))), _uniform(rng, 0.87, 1.13, n, 1, 1))
         distance = functools.reduce(np.minimum, (shape(u, v, jitter) for shape in part.shapes))
@@ -251,8 +298,11 @@ def render_object(label: int, view: View, n: int, rng: np.random.Generator) -> t
         owner[cover > 0.5] = k
         coverage += cover * (1 - coverage)
         touched = np.nonzero(cover)  # a part covers few pixels: paint only those
-        paint = np.minimum(palette[part.paint][:, touched[0]] * shade[touched], 1)
+        role = "third" if painted and part.paint == "body" and part.concept else part.paint  # a head is no body
+        paint = np.minimum(palette[role][:, touched[0]] * shade[touched], 1)
         colour[:, *touched] += cover[touched] * (paint - colour[:, *touched])
+    if isinstance(view, PaintedView) and view.role == "badge":
+        _draw_badge(colour, coverage, owner, _BODY[label], palette["badge"])
     return colour, coverage, owner
 
 # %% ../../nbs/00_backdrop.ipynb #472b07b9
@@ -280,8 +330,6 @@ def _sketch(owner: Array, coverage: Array, colour: Array, rng: np.random.Generat
     return np.tile((paper - fill) * (1 - 0.8 * edge * some(0.75, 1)), (3, 1, 1, 1))
 
 # %% ../../nbs/00_backdrop.ipynb #d435a6cd
-_BODY = np.array([1 + [part.concept for part in parts].index(False) for parts in CLASSES.values()])  # of parts
-
 @dataclass(frozen=True)
 class Pictures:
     """Pictures of one set with everything that is known about them."""
@@ -312,7 +360,7 @@ class Pictures:
 CHUNK = 8  # pictures drawn from one random stream
 
 def _render_chunk(name: str, label: int, seed: int, chunk: int, correlation: float) -> Pictures:
-    view, rng = SETS[name], np.random.default_rng([seed, list(SETS).index(name), label, chunk])
+    view, rng = VIEWS[name], np.random.default_rng([seed, list(SETS).index(stream_of(name)), label, chunk])
     home, count = HOME_INDEX[label], len(BACKGROUNDS)
     away, anywhere = (home + rng.integers(1, count, CHUNK)) % count, rng.integers(count, size=CHUNK)
     stays = rng.random(CHUNK) < correlation
@@ -339,8 +387,8 @@ def render(name: str, per_class: int, seed: int, classes: Sequence[int] | None =
     correlation outside [0, 1].
     """
     classes = range(len(CLASSES)) if classes is None else classes
-    if name not in SETS:
-        raise ValueError(f"set must be one of {', '.join(SETS)}; got {name!r}")
+    if name not in VIEWS:
+        raise ValueError(f"set must be one of {', '.join(VIEWS)}; got {name!r}")
     if per_class < 1 or not 0 <= correlation <= 1 or not set(classes) <= set(range(len(CLASSES))):
         raise ValueError(f"expected per_class >= 1, correlation in [0, 1], classes in 0..{len(CLASSES) - 1}; "
                          f"got {per_class}, {correlation}, {list(classes)}")
@@ -370,7 +418,7 @@ FOLDERS = ("images", "masks", "objects", "parts")
 
 def _save_set(root: Path, name: str, pictures: Pictures) -> list[dict]:
     """Write one set; returns its metadata rows."""
-    names, rows, as_photo, each = list(CLASSES), [], SETS[name].style == "photo", len(pictures) // len(CLASSES)
+    names, rows, as_photo, each = list(CLASSES), [], VIEWS[name].style == "photo", len(pictures) // len(CLASSES)
     layers = pictures.images, pictures.concepts * np.uint8(255), pictures.objects * np.uint8(255), pictures.parts
     for i, label in enumerate(pictures.labels):
         cls = names[label]
@@ -391,7 +439,7 @@ def write(root: str | Path, per_class: Mapping[str, int], seed: int, correlation
     A complete folder with the same recipe is kept as it is. Raises FileExistsError if `root` holds anything else.
     """
     root = Path(root)
-    views = {name: asdict(SETS[name]) for name in per_class if name in SETS}
+    views = {name: asdict(VIEWS[name]) for name in per_class if name in VIEWS}
     about = {"per_class": dict(per_class), "seed": seed, "correlation": correlation, "views": views}
     recipe, card = json.dumps(about, sort_keys=True), root / "README.md"
     if root.exists():

@@ -92,13 +92,15 @@ class DatasetCard:
     source: str
     folders: Sequence[str]  # names under which it is looked for below the root
     layout: str
+    licence: str = ""  # as far as its source states one
     notes: str = ""
     splits: Mapping[str, int] = field(default_factory=dict)  # pictures of each, where there are several
     tiny: Mapping[str, Any] = field(default_factory=dict)  # folders, picture and texts of a miniature
 
     def problem(self, at: Path, why: str) -> ValueError:
         """The error for a copy that lies there: what is wrong, what was expected, where to get it, how large it is."""
-        wanted = f"Expected at {at}: {self.layout}. Get it from {self.source} ({self.size})"
+        about = ", ".join(filter(None, (self.size, self.licence)))
+        wanted = f"Expected at {at}: {self.layout}. Get it from {self.source} ({about})"
         return ValueError(f"{self.key}: {why}. {wanted}")
 
     def home(self, root: str | Path) -> Path:
@@ -238,7 +240,8 @@ class EvalSet(Dataset):
         return f"<b>{self.key}</b>: {len(self):,} pictures, {len(self.classes_present)} classes"
 
 class PictureFiles(EvalSet):
-    """A set whose pictures are files: ids are paths below `root`, with slashes."""
+    """A set whose pictures are files: ids are paths below `root`, with slashes. masks: a file for each, if any."""
+    masks: Sequence[Path] = ()
     def __init__(self, root: str | Path, key: str, ids: Sequence[str], targets: Targets, groups: Sequence[str],
                  upright: bool = False, border: int = 0):
         super().__init__(key, ids, targets, groups, upright, border)

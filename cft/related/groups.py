@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['GROUP_CARDS', 'GROUP_SPLITS', 'BIRDS', 'PLACES', 'BIRD_SPLITS', 'BIRD_COUNTS', 'BREEDS', 'TOTAL', 'TIED', 'FILLER',
-           'LOCATIONS', 'CORRUPTIONS', 'SEVERITIES', 'csv_set', 'spawrious_parts', 'plain_pickle', 'ArraySet',
-           'cifar_names', 'open_groups', 'backdrop_set', 'as_folder', 'answer_table', 'group_table', 'group_scores',
-           'severity_table']
+           'LOCATIONS', 'CORRUPTIONS', 'SEVERITIES', 'IN9_VARIANTS', 'SUPERCLASSES', 'csv_set', 'spawrious_parts',
+           'plain_pickle', 'ArraySet', 'cifar_names', 'imagenet_answers', 'open_groups', 'backdrop_set', 'as_folder',
+           'answer_table', 'group_table', 'group_scores', 'severity_table', 'backgrounds_gap']
 
 # %% ../../nbs/related/00_groups.ipynb #81201f25
 import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -21,14 +22,14 @@ from torch import Tensor
 
 from ..data.backdrop import CLASSES
 from ..data.folders import Folder, Sample, find_pictures
-from ..data.testsets import EvalSet, PictureFiles, Targets, read_cards, targets_of
+from ..data.testsets import EvalSet, PictureFiles, Targets, read_cards, synsets, targets_of
 from ..evaluate.metrics import accuracy_table
 from ..evaluate.passes import answers, answer_columns
-from ..files import ASSETS, written
+from ..files import ASSETS, read_json, written
 
 # %% ../../nbs/related/00_groups.ipynb #8d3ff726
 GROUP_CARDS = read_cards(ASSETS / "testsets/groups.yaml")
-GROUP_SPLITS = {key: card.splits for key, card in GROUP_CARDS.items()}  # set → split → pictures
+GROUP_SPLITS = {key: card.splits for key, card in GROUP_CARDS.items()}  # set → split → pictures, 0: not known
 
 # %% ../../nbs/related/00_groups.ipynb #c81ce954
 def _rows(table: pd.DataFrame, columns: Sequence[str], where: Mapping[str, Sequence[str]], key: str) -> pd.DataFrame:
@@ -251,23 +252,63 @@ def _cifar_c(home: Path) -> ArraySet:
     targets, _ = targets_of(labels.tolist(), "0123456789", "cifar-10-c")
     return ArraySet(files, "cifar-10-c", ids, [*targets] * len(files), groups)
 
+# %% ../../nbs/related/00_groups.ipynb #09889d31
+IN9_VARIANTS = ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "only_bg_b", "only_bg_t", "no_fg")
+SUPERCLASSES = "dog,bird,wheeled vehicle,reptile,carnivore,insect,musical instrument,primate,fish".split(",")
+
+def _in9(home: Path, _split: str, _check_counts: bool) -> PictureFiles:
+    rows = []
+    for variant, (label, name) in product(IN9_VARIANTS, enumerate(SUPERCLASSES)):
+        folder = f"{variant}/val/{label:02d}_{name}"
+        found = find_pictures(home / folder, deep=False)[0]
+        if not found:
+            raise ValueError(f"no picture in {folder}")
+        rows += [(f"{folder}/{path.name}", name, variant) for path in found]
+    return csv_set(pd.DataFrame(rows, columns=["image", "label", "group"]), home, classes=SUPERCLASSES, key="in-9")
+
+def imagenet_answers(source: PictureFiles, mapping: str | Path) -> PictureFiles:
+    """ImageNet-9 for a classifier of ImageNet's 1000 classes: all classes of a picture's superclass count as right.
+
+    mapping: in_to_in9.json, class number as text → 0 … 8, or −1. Raises ValueError if it is missing or another form.
+    """
+    table = read_json(mapping, dict) if Path(mapping).is_file() else {}
+    whole = {*table} == {*map(str, range(1000))} and all(type(value) is int for value in table.values())
+    if not whole or {*table.values()} - {-1} != {*range(len(SUPERCLASSES))}:
+        raise ValueError(f"{mapping} is missing or wrong; expected keys 0 … 999, values −1 … 8, all nine among them, "
+                         "as in in_to_in9.json of https://github.com/MadryLab/backgrounds_challenge")
+    targets = [tuple(k for k in range(1000) if table[str(k)] == label) for label in range(len(SUPERCLASSES))]
+    return PictureFiles(source.root, source.key, source.ids, [targets[k] for k, in source.targets], source.groups, True)
+
+# %% ../../nbs/related/00_groups.ipynb #418b03d8
+def _hard(home: Path, split: str, check_counts: bool) -> PictureFiles:
+    part, classes = "val" if split == "test" else split, GROUP_CARDS["in-hard"].classes
+    masks = find_pictures(home / part, deep=False)[0]
+    if not masks:
+        raise ValueError(f"no mask in {part}")
+    rows = [(f"{part}/{mask.name.replace('_', '/', 1)}", mask.name.split("_")[0]) for mask in masks]
+    table = pd.DataFrame(rows, columns=["image", "label"])
+    found = csv_set(table, home.parent / "HardImageNet_Images", group=["label"], classes=synsets(), key="in-hard")
+    if check_counts and len(found.classes_present) != classes:
+        raise ValueError(f"expected {classes} classes in {part}, found {len(found.classes_present)}")
+    found.masks = masks
+    return found
+
 # %% ../../nbs/related/00_groups.ipynb #01158c28
 def open_groups(key: str, root: str | Path, split: str = "test", check_counts: bool = True) -> EvalSet:
     """A split of one of the sets in `GROUP_CARDS`, from its folder or the folder above it.
 
-    check_counts: insist on the numbers of the complete set. Raises ValueError that says what is missing or wrong, what
-    was expected, and where to get it.
+    check_counts: insist on the numbers of the complete set, where they are known. Raises ValueError that says what is
+    missing or wrong, what was expected, and where to get it.
     """
     if key not in GROUP_CARDS or split not in GROUP_SPLITS[key]:
         known = "; ".join(f"{name}: {', '.join(splits)}" for name, splits in GROUP_SPLITS.items())
         raise ValueError(f"no set {key!r} with a split {split!r}; expected one of {known}")
     card, home = GROUP_CARDS[key], GROUP_CARDS[key].home(root)
     try:
-        if key in ("waterbirds", "spawrious"):
-            found = (_waterbirds if key == "waterbirds" else _spawrious)(home, split, check_counts)
-        else:
-            found = _cifar_c(home) if key == "cifar-10-c" else _cifar(key, home, split)
-        if check_counts and len(found) != GROUP_SPLITS[key][split]:
+        readers = {"waterbirds": _waterbirds, "spawrious": _spawrious, "in-9": _in9, "in-hard": _hard,
+                   "cifar-10-c": lambda home, *_: _cifar_c(home)}
+        found = readers[key](home, split, check_counts) if key in readers else _cifar(key, home, split)
+        if check_counts and len(found) != (GROUP_SPLITS[key][split] or len(found)):
             raise ValueError(f"expected {GROUP_SPLITS[key][split]:,} pictures in {split}, found {len(found):,} "
                              "(check_counts=False takes what is there)")
     except (ValueError, OSError) as error:
@@ -312,7 +353,8 @@ def as_folder(source: EvalSet, classes: Sequence[str], out: str | Path | None = 
             if not (root / name).is_file():
                 with written(root / name) as file:
                     source[index][0].save(file, format="png")
-    return Folder(root, tuple(classes), tuple(Sample(root / name, label) for name, label in zip(names, labels)))
+    parts = zip(names, labels, isinstance(source, PictureFiles) and source.masks or [None] * len(names))
+    return Folder(root, tuple(classes), tuple(Sample(root / name, label, None, mask) for name, label, mask in parts))
 
 # %% ../../nbs/related/00_groups.ipynb #bf9683fe
 def answer_table(source: EvalSet, logits: Tensor) -> pd.DataFrame:
@@ -363,3 +405,10 @@ def severity_table(pictures: pd.DataFrame, space: str = "full") -> pd.DataFrame:
     wide["mean"] = wide.mean(axis=1)
     wide.loc["mean"] = wide.mean(axis=0)
     return wide
+
+def backgrounds_gap(pictures: pd.DataFrame, space: str = "full") -> float:
+    """Accuracy on mixed_same minus accuracy on mixed_rand, in points. Raises ValueError without one of the groups."""
+    each = group_table(pictures, space)["top1"]
+    if missing := [name for name in ("mixed_same", "mixed_rand") if name not in each.index]:
+        raise ValueError(f"no group {missing[0]} among {', '.join(each.index)}; expected those of ImageNet-9")
+    return float(each["mixed_same"] - each["mixed_rand"])

@@ -26,7 +26,7 @@ from torch import nn
 
 from ..concepts.filters import ConceptSet
 from ..concepts.language import ANSWERS
-from ..concepts.masks import training_pictures
+from ..concepts.masks import CONTROLS, training_pictures, write_controls
 from ..concepts.store import MaskStore, write_pngs
 from ..concepts.validation import iou
 from ..data.folders import MaskedImages, Preprocess
@@ -317,7 +317,8 @@ class PaperSteps:
         sets = [
             self.concept_set(self.world.store(seed), name) for name in dict.fromkeys(("kept", guide)) if name in GUIDES]
         how, folder = self.settings.values("per_class", "classes"), f"guides/{seed}/{guide}"
-        return self._step("guide", (seed, guide), (f"{folder}.json",), self._guide, needs=tuple(sets), depends=how,
+        made = [self.guide(seed, name) for name in ("kept", "class")] if guide in CONTROLS else []
+        return self._step("guide", (seed, guide), (f"{folder}.json",), self._guide, needs=(*sets, *made), depends=how,
                           folder="" if guide == "annotated" else folder, job=self._masks_job(seed, f"guides-{seed}"))
 
     def fine_tune(self, model: str, method: str, seed: int) -> Step:
@@ -406,9 +407,12 @@ class PaperSteps:
         note: dict[str, Any] = {"pictures": list(pictures), "store": store.digest()}
         if guide != "annotated":
             concepts = ConceptSet.load(self.root / "kept" / name / f"{guide}.json") if guide in GUIDES else None
-            write_pngs(store, concepts, out, pictures)
+            if guide in CONTROLS:
+                write_controls(guide, out.with_name("kept"), out.with_name("class"), out, pictures, int(seed))
+            else:
+                write_pngs(store, concepts, out, pictures)
             note["concepts"] = concepts.counts() if concepts else {}
-            if isinstance(self.world, Drawn):
+            if isinstance(self.world, Drawn) and guide not in CONTROLS:
                 truth = self.world.annotated(int(seed)) if concepts else self.world.objects(int(seed), pictures)
                 note["agreement"] = _agreement(out, truth, pictures)
         write_json(out.with_suffix(".json"), note)

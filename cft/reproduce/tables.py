@@ -251,6 +251,12 @@ LABELS = {
     "swap-consistent": "swap-consistent head", "swap-steady": "swap-steady head", "context-head": "context head",
     "relevance-swap": "relevance kept, swaps erased", "plain-swap": "plain features kept, swaps erased",
     "leace": "LEACE of the scene", "dfr": "DFR, to the end", "dfr-cv": "DFR, cross-validated",
+    "cft.random": "CFT, a random part of the object", "cft.body": "CFT, the object without concepts",
+    "cft.shuffled": "CFT, other pictures' concepts", "cft.ellipse": "CFT, an ellipse in the middle",
+    "three-regions": "three regions, the rest free", "three-regions.kept": "three regions, the rest kept",
+    "three-regions.random": "three regions, a random part", "region-head": "region head, the rest free",
+    "region-head.kept": "region head, the rest kept", "region-head.down": "region head, the rest erased",
+    "region-head.random": "region head, a random part", "repaint": "repainting", "repaint+": "repainting and swaps",
     "cft+.after-head": "relevance head, then CFT+",
     "cft+.no-align-after-head": "relevance head, then CFT+ without alignment"}
 DEMO_COLUMNS = ("val", "v2", "adversarial", "object", "OOD-7", "adversarial, fine-tuned", "adversarial, other", "PA",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..concepts.filters import ConceptSet, merge
+from ..concepts.masks import CONTROLS
 from ..concepts.store import MaskStore
 from ..concepts.validation import validate
 from ..explain.maps import Method
@@ -41,6 +42,9 @@ VARIANTS: dict[str, Variant] = {
     "object": Variant(objective={"guide": "object"}),
     "class": Variant(guide="class"),
     "annotated": Variant(guide="annotated"),
+    **{name: Variant(guide=name) for name in CONTROLS},
+    "down": Variant(objective={"rest": "down"}),
+    "kept": Variant(objective={"rest": "kept"}),  # the rest of the object, where there are three regions
     "gradcam": Variant(objective={"method": "gradcam"}),
     "gradient-rollout": Variant(objective={"method": "gradient_rollout"}),
     "iia": Variant(objective={"method": Method("iia", steps=2)}),  # 10 in the paper: 132 passes a picture
@@ -107,7 +111,8 @@ def recipe_of(method: str, model: str, settings: Settings, seed: int) -> tuple[R
 # %% ../../nbs/appendix/03_variants.ipynb #3dc76c00
 GUIDES = ("kept", "strict", "loose", "unvalidated", "superclasses", "context")  # concept sets that validation makes
 THRESHOLDS = {"strict": (0.40, 0.40), "loose": (0.05, 0.10)}
-OWN_SWAPS = ("cft+", *FORMS)  # methods that have to find the objects by themselves
+OWN_SWAPS = ("cft+", "three-regions", "region-head", "repaint", "repaint+", *FORMS
+             )  # methods that have to find the objects by themselves
 
 def given_by(concepts: ConceptSet, kinds: tuple[str, ...]) -> ConceptSet:
     """The concepts that one of these questions gave, all of them as concepts of the mask."""
@@ -127,7 +132,8 @@ def guide_concepts(store: MaskStore, concepts: ConceptSet, guide: str, kinds: tu
 
 @dataclass(frozen=True)
 class Shown:
-    """The masks that a method is shown: its guide's; whole objects, "annotated", "class" (found by name) or none."""
+    """The masks that a method is shown: its guide's (a concept set's, annotated ones, or one of the CONTROLS of the
+    concepts); whole objects, "annotated", "class" (found by name) or none."""
 
     guide: str  # empty: no concept masks
     objects: str

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PURE', 'BANK', 'Reads', 'SHADES', 'FORMS', 'penultimate', 'relevance_features', 'Moments', 'LayerInput', 'Look',
-           'erased', 'consistent', 'leace', 'HeadForm', 'Head', 'last_layer', 'as_layer', 'with_head']
+           'erased', 'consistent', 'leace', 'HeadForm', 'Head', 'RegionHead', 'last_layer', 'as_layer', 'with_head']
 
 # %% ../../nbs/15_closed.ipynb #abf44e3d
 import copy
@@ -22,7 +22,7 @@ from ..data.models import logistic
 from ..explain.anatomy import check_model, split
 from ..explain.maps import run
 from ..explain.rules import Tape, full_precision
-from .losses import patch_mask
+from .losses import Between, patch_mask
 
 # %% ../../nbs/15_closed.ipynb #e1421d60
 @torch.no_grad()
@@ -157,9 +157,8 @@ class Look:
                 seen["context"].add(context)
                 seen["rest"].add(own - context)
             if "relevance" in wanted:
-                inside, outside = self._relevance(model, items)
-                seen["inside"].add(inside)
-                seen["outside"].add(outside)
+                for name, found in self._relevance(model, items).items():
+                    seen[name].add(found)
         return seen
 
     def _swapped(self, model: nn.Module, items: Mapping[str, Tensor], bank: Any,
@@ -180,12 +179,17 @@ class Look:
                 seen["steady and swapped"].add(steady, one)
                 seen["swapped and scene"].add(one, (source[:, None] == torch.tensor(labels)).double())
 
-    def _relevance(self, model: nn.Module, items: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _relevance(self, model: nn.Module, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Features by region; where two masks are looked at, what lies between them is a third."""
         device = next(model.parameters()).device
         some = lambda name, grid: patch_mask(items[name], grid) >= PURE
-        regions = lambda grid: [some(self.inside, grid).double(), (~some(self.outside, grid)).double()]
-        inside, outside = relevance_features(model, items["image"].to(device), regions, self.rule)[1]
-        return inside, outside
+        names = ("inside", "outside", "between")[:2 + (self.inside != self.outside)]
+
+        def regions(grid: tuple[int, int]) -> list[Tensor]:
+            inside, outside = some(self.inside, grid), ~some(self.outside, grid)
+            return [part.double() for part in (inside, outside, ~inside & ~outside)[:len(names)]]
+
+        return dict(zip(names, relevance_features(model, items["image"].to(device), regions, self.rule)[1]))
 
 # %% ../../nbs/15_closed.ipynb #996c7358
 def erased(kept: Tensor, change: Tensor, erase: float, ridge: float = 0.01) -> Tensor:
@@ -324,6 +328,29 @@ class Head:
     def solve(self, model: nn.Module, images: MaskedImages, strength: float) -> nn.Module:
         """A copy of a model with the head that pictures give."""
         return with_head(model, *self.weights(model, self.look(model, images, self.reads), strength))
+
+@dataclass(frozen=True)
+class RegionHead(Head):
+    """The relevance head in three regions: what is owed to concepts is kept, what is owed to the background is erased,
+    and what is owed to the rest of the object is free, erased (down) or kept, by itself."""
+
+    look: Look = Look(inside="mask")
+    rest: Between = "free"
+
+    def __post_init__(self) -> None:
+        """Refuse what has no three regions."""
+        super().__post_init__()
+        if self.form != "relevance-head" or self.look.inside == self.look.outside or self.rest not in get_args(Between):
+            raise ValueError("three regions are those of a relevance-head that looks at concepts inside and objects "
+                             f"outside, with a rest of {get_args(Between)}; got {self.form!r} and {self.rest!r}")
+
+    def weights(self, model: nn.Module, seen: LayerInput, strength: float) -> _Solved:
+        """As `Head.weights`."""
+        weight, bias = last_layer(model)
+        kept, gone = _towards(seen["inside"], seen["own"].mean), seen["outside"].covariance
+        between = seen["between"].covariance
+        kept, gone = kept + between * (self.rest == "kept"), gone + between * (self.rest == "down")
+        return weight @ erased(kept, gone, strength), bias
 
 def _shades(images: MaskedImages) -> list[Tensor]:
     """Black, grey and white as the model takes them, (1, channels, 1, 1)."""

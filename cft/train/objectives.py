@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RATES', 'CFT', 'RECIPES', 'Batch', 'Objective', 'CrossEntropy', 'SelfCrossEntropy', 'SwappedCrossEntropy',
-           'input_gradient', 'GradMask', 'RightReasons', 'Align', 'Recipe']
+           'repainted', 'RepaintedCrossEntropy', 'input_gradient', 'GradMask', 'RightReasons', 'Align', 'ThreeRegions',
+           'Recipe']
 
 # %% ../../nbs/15_objectives.ipynb #da4b9237
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal, NamedTuple, Protocol, get_args, get_origin, get_type_hints
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.folders import swap_background
-from .closed import FORMS, Head
-from .losses import LossWeights, Norm, cft_loss, classification_loss, distillation_loss, patch_mask
-from ..explain.maps import Method, relevance
+from .closed import FORMS, Head, RegionHead
+from .losses import (Between, LossWeights, Norm, between_loss, cft_loss, classification_loss,
+                              distillation_loss, patch_mask)
+from ..explain.maps import Method, Relevance, relevance
 
 # %% ../../nbs/15_objectives.ipynb #ac3478d6
 class Batch(NamedTuple):
@@ -98,6 +100,37 @@ class SwappedCrossEntropy:
         loss = classification_loss(model(torch.cat([batch.images, batch.swapped()])), batch.labels.repeat(2))
         return loss, {"classify": loss.detach()}
 
+def repainted(images: Tensor, region: Tensor, colours: Tensor) -> Tensor:
+    """Normalised images (batch, channels, height, width) with a region, bool, in other colours; shades stay.
+
+    colours: (batch, channels), normalised: what the mean of the region becomes.
+    """
+    inside = region[:, None].to(images)
+    mean = (images * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    moved = images + (colours - mean)[:, :, None, None]
+    return torch.where(region[:, None], torch.minimum(torch.maximum(moved, low), high), images)
+
+@dataclass(frozen=True)
+class RepaintedCrossEntropy:
+    """Cross-entropy on each picture, and on it with the rest of the object, beside the concepts, in a random colour:
+    the cheap rival where a paint tells the class."""
+
+    swap: bool = False  # also before another background
+    reach: float = 2.0  # normalised colours lie in [-reach, reach]
+
+    needs = frozenset({"mask", "object"})
+
+    def __call__(self, model: nn.Module, original: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy over pictures and repainted pictures."""
+        body = batch.given("objects") & ~batch.given("masks")
+        coins = batch.given("coins")[:, None] * torch.tensor([1.0, 97.0, 9409.0]).to(batch.images)  # three from one
+        shown = repainted(batch.images, body, self.reach * (2 * coins.frac() - 1))
+        if self.swap:
+            shown = swap_background(shown, batch.given("objects"), batch.given("contexts"))
+        loss = classification_loss(model(torch.cat([batch.images, shown])), batch.labels.repeat(2))
+        return loss, {"classify": loss.detach()}
+
 # %% ../../nbs/15_objectives.ipynb #17ba0791
 def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, of: Literal["logit", "log_probabilities"],
                    second_order: bool) -> tuple[Tensor, Tensor]:
@@ -164,7 +197,7 @@ class Align:
 
     def __post_init__(self):
         """Refuse choices that do not exist."""
-        for name, options in get_type_hints(Align).items():
+        for name, options in get_type_hints(type(self)).items():
             if get_origin(options) is Literal and getattr(self, name) not in get_args(options):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(options))}; got {getattr(self, name)!r}")
         if not 0 <= self.swap <= 1:
@@ -193,12 +226,55 @@ class Align:
             return self.weights.classify * loss, {"classify": loss.detach()}
         explained = batch.labels if self.explain == "label" else None
         result = relevance(model, images, explained, self.method, differentiable=True, checkpointed=self.checkpointed)
+        return self._aligned(result, original, images, batch, kept)
+
+    def _aligned(self, result: Relevance, original: nn.Module, images: Tensor, batch: Batch,
+                 kept: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         guide = batch.given("masks" if self.guide == "mask" else "objects")
-        if self.grid == "patch":
-            phi, guide = result.map(self.normalize, epsilon=self.epsilon), patch_mask(guide, result.grid)
-        else:
-            phi = result.map(self.normalize, (guide.shape[1], guide.shape[2]), self.epsilon)
-        return cft_loss(phi, guide, result.logits, weights=self.weights, norm=self.norm, **kept)
+        phi, region = self._map(result, guide), self._region(result, guide)
+        return cft_loss(phi, region, result.logits, weights=self.weights, norm=self.norm, **kept)
+
+    def _map(self, result: Relevance, like: Tensor) -> Tensor:
+        """The map in (0, 1), on patches or on the pixels of a mask."""
+        size = None if self.grid == "patch" else (like.shape[1], like.shape[2])
+        return result.map(self.normalize, size, self.epsilon)
+
+    def _region(self, result: Relevance, mask: Tensor) -> Tensor:
+        return patch_mask(mask, result.grid) if self.grid == "patch" else mask
+
+@dataclass(frozen=True)
+class ThreeRegions(Align):
+    """The same in three regions: concepts up, background down, the rest of the object free, down or kept."""
+
+    rest: Between = "free"
+    rest_weight: float = 1.2  # beside `weights.background`
+
+    def __post_init__(self):
+        """Refuse choices that do not exist."""
+        super().__post_init__()
+        if not self.rest_weight >= 0 or self.guide != "mask":
+            raise ValueError(
+                "three regions are those of concepts and objects: expected guide mask and rest_weight >= 0; "
+                f"got {self.guide!r} and {self.rest_weight}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Masks of both."""
+        return frozenset({"mask", "object"})
+
+    def _aligned(self, result: Relevance, original: nn.Module, images: Tensor, batch: Batch,
+                 kept: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        concepts, before = batch.given("masks"), None
+        phi, region = self._map(result, concepts), self._region(result, concepts)
+        between = self._region(result, batch.given("objects") & ~concepts)
+        if self.rest == "kept":
+            then = relevance(original, images, result.target, self.method, differentiable=False)
+            before = self._map(then, concepts)
+        loss, parts = cft_loss(phi, region, result.logits, weights=self.weights, norm=self.norm, between=between,
+                               **kept)
+        term = between_loss(phi, between, self.rest, before, self.norm)
+        loss = loss + self.weights.align * self.rest_weight * term
+        return loss, parts | {"between": term.detach(), "total": loss.detach()}
 
 # %% ../../nbs/15_objectives.ipynb #0716d970
 @dataclass(frozen=True)
@@ -260,4 +336,7 @@ RECIPES: dict[str, Recipe] = {
     "dfr-like": Recipe(SwappedCrossEntropy(), trainable="head"), "cft-paper": Recipe(Align()),
     "cft-official": Recipe(Align(norm="image", method="gae"), rate=3e-6,
                            best=True), "cft": Recipe(CFT), "cft+": Recipe(_PLUS, average=0.7),
+    "three-regions": Recipe(ThreeRegions(**{f.name: getattr(CFT, f.name)
+                                            for f in fields(CFT)})), "repaint": Recipe(RepaintedCrossEntropy()),
+    "repaint+": Recipe(RepaintedCrossEntropy(swap=True)), "region-head": Recipe(RegionHead("relevance-head"), rate=0.1),
     **{name: Recipe(Head(name), rate=form.strengths[len(form.strengths) // 3]) for name, form in FORMS.items()}}

@@ -674,7 +674,8 @@ def test_the_demo_of_one_seed(tmp_path, capsys, monkeypatch):
 
 
 def test_the_commands_of_the_readme_parse():
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    root = Path(__file__).parents[2]
+    text = "".join((root / name).read_text(encoding="utf-8") for name in ("README.md", "figures/README.md"))
     start = re.search(r'MODEL="(.*)"', text)[1].split()
     lines = [line.split("#")[0].split()[1:] for line in text.splitlines() if line.startswith("cft ")]
     told = re.findall("`cft ([^`…]+)`", text)

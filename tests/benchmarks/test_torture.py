@@ -108,7 +108,7 @@ def test_a_sample_is_answered_well(tmp_path):
 
 def test_the_readme_says_what_was_counted():
     table = pd.read_csv(torture.ROOT / "figures/reliability.csv").set_index("kind").drop(index="all")
-    told = " ".join((torture.ROOT / "README.md").read_text(encoding="utf-8").split())
+    told = " ".join((torture.ROOT / "figures/README.md").read_text(encoding="utf-8").split())
     kills, pairs = table[table.index.str.startswith("kills")], table.loc["two at once"]
     rest = table.drop(index=[*kills.index, "disks", "two at once"])
     assert f"{kills['good'].sum()} kills lost nothing" in told and (kills["tried"] == kills["good"]).all()

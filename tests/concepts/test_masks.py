@@ -24,10 +24,48 @@ from cft.concepts import masks
 from cft.concepts.grounding import PAPER_GROUNDING, small_grounded_sam
 from cft.concepts.masks import Search, build_masks, ground_pictures, plan_masks, training_pictures, work_list
 from cft.concepts.store import MaskStore
+from cft.data import backdrop
 from cft.data import folders as data
 from cft.data.folders import list_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
+
+
+def test_controls_have_the_area_of_the_concepts_and_lie_where_they_say(tmp_path):
+    root = backdrop.write(tmp_path / "w", {"train": 2}, seed=3)
+    names = list_folder(root / "images/train").names
+    read = lambda place, name: np.asarray(Image.open((place / name).with_suffix(".png"))) > 0
+    found = {}
+    for kind in masks.CONTROLS:
+        masks.write_controls(kind, root / "masks/train", root / "objects/train", tmp_path / kind, names, seed=1)
+        masks.write_controls(kind, root / "masks/train", root / "objects/train", tmp_path / "again", names, seed=1)
+        found[kind] = [read(tmp_path / kind, name) for name in names]
+        assert all((a == read(tmp_path / "again", name)).all() for a, name in zip(found[kind], names))
+    y, x = np.mgrid[:64, :64] - 31.5
+    far = x**2 + y**2
+    for i, name in enumerate(names):
+        concepts, objects = read(root / "masks/train", name), read(root / "objects/train", name)
+        sizes = {kind: found[kind][i].sum() for kind in masks.CONTROLS}
+        assert {sizes[kind] for kind in ("random", "shuffled", "ellipse")} == {concepts.sum()}
+        assert (found["body"][i] == (objects & ~concepts)).all() and not (found["random"][i] & ~objects).any()
+        disc = found["ellipse"][i]
+        assert far[disc].max() <= far[~disc].min()
+    overlap = lambda kind: np.mean([masks_iou(m, read(root / "masks/train", n)) for m, n in zip(found[kind], names)])
+    assert max(map(overlap, ("random", "shuffled", "ellipse"))) < 0.6 and overlap("body") == 0
+    with pytest.raises(ValueError, match="expected one of random, body, shuffled, ellipse and two masks of one size"):
+        masks.control_mask("halo", concepts, objects, concepts, np.random.default_rng(0))
+
+
+def masks_iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def test_a_wide_picture_has_a_wide_ellipse():
+    concepts = np.zeros((20, 60), bool)
+    concepts[:10, :20] = True
+    shape = masks.control_mask("ellipse", concepts, concepts, concepts, np.random.default_rng(0))
+    height, width = shape.any(1).sum(), shape.any(0).sum()
+    assert shape.sum() == 200 and 2.4 < width / height < 3.6
 
 
 def in_child(work):

@@ -1,16 +1,19 @@
 """The procedural benchmark: shapes against slow definitions, exact masks, equal pixels everywhere."""
 import hashlib
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from scipy.ndimage import maximum_filter, minimum_filter
 
 from cft.data import backdrop
 from cft.data.backdrop import (
     BACKGROUNDS,
     CLASSES,
+    CUES,
     SETS,
     SIZE,
     capsule,
@@ -110,6 +113,16 @@ def test_no_background_has_changed(kind):
     assert digest_of(np.floor(scenes * 255 + 0.5).astype(np.uint8)) == SCENES[kind]
 
 
+def test_the_card_of_a_folder_has_not_changed(tmp_path):
+    """A folder that was written before is recognised by its recipe."""
+    card = (write(tmp_path / "b", {"train": 1, "val": 1}, seed=5) / "README.md").read_text(encoding="utf-8")
+    view = ('{"background": "home", "hidden": 0.12, "jitter": 0.03, "rotation": 0.25, "scale": [22, 31], "shear": 0.1, '
+            '"shift": 9, "style": "photo", "usual_paint": 0.9}')
+    assert ('recipe: `{"correlation": 0.97, "per_class": {"train": 1, "val": 1}, "seed": 5, "views": '
+            f'{{"train": {view}, "val": {view}}}}}`') in card
+    assert "sha256:2595402df6241aa1ea404c34f1e10d03e8c1cc72945902e6b1da49a43d25afe2" in card
+
+
 def test_the_order_of_names_is_a_part_of_the_seeds():
     assert list(SETS) == list(DRAWN) and BACKGROUNDS == tuple(SCENES) and len(CLASSES) == 12 and backdrop.CHUNK == 8
     total = hashlib.sha256()
@@ -182,3 +195,54 @@ def test_half_written_folder_is_not_taken_for_whole(tmp_path, monkeypatch):
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match="got"):
         render(*arguments)
+
+
+@pytest.mark.parametrize("cue", CUES)
+def test_sets_of_a_cue_differ_where_the_cue_lies_and_nowhere_else(cue):
+    usual = render(f"{cue}/val", 8, 3)
+    assert np.array_equal(usual.parts, render("val", 8, 3).parts), "the poses of val"
+    body = usual.objects & ~usual.concepts
+    edge = maximum_filter(usual.parts, (1, 7, 7)) != minimum_filter(usual.parts, (1, 7, 7))  # colours mix there
+    for name in CUES[cue].keys() - {"train", "val", "context"}:
+        away = render(f"{cue}/{name}", 8, 3)
+        assert np.array_equal(away.parts, usual.parts) and np.array_equal(away.labels, usual.labels)
+        changed = (away.images != usual.images).any(-1) & ~edge
+        allowed = {"background": ~usual.objects, "paint": body, "both": body | ~usual.objects,
+                   "part": usual.concepts, "badge": body}[cue]
+        if name == "background_away":
+            allowed = ~usual.objects
+        elif name == "paint_away":
+            allowed = body
+        assert (changed & ~allowed).sum() < 1e-3 * (changed & allowed).sum(), name  # shapes have soft outlines
+        if CUES[cue][name].background == "away":
+            assert not away.at_home.any() and usual.at_home.mean() > 0.9
+    context = render(f"{cue}/context", 8, 3)
+    assert context.concepts.sum() < 0.6 * usual.concepts.sum() and not (context.objects & ~usual.objects).any()
+
+
+def test_the_world_of_the_background_is_the_ordinary_one():
+    for name in ("train", "val"):
+        assert np.array_equal(render(f"background/{name}", 3, 7).images, render(name, 3, 7).images)
+
+
+def test_a_paint_goes_with_its_class_and_away_it_never_does():
+    own = np.array([backdrop._PAINTS[paint] for paint in backdrop._BODY_PAINT])
+    for role in ("body", "first", "badge"):
+        for never, share in ((False, 0.97), (True, 0.0)):
+            view, met = replace(CUES["paint"]["val"], role=role, never=never), []
+            for label in range(len(CLASSES)):
+                palette = backdrop._palette(label, view, 400, np.random.default_rng(label))
+                near = {r: (abs(palette[r].T - own[label]).max(1) <= 0.08 + 1e-9).mean() for r in backdrop.ROLES}
+                met.append(near.pop(role))
+                assert max(near.values()) < 0.3, "other paints are random"
+            assert abs(np.mean(met) - share) < 0.03, (role, never, np.mean(met))
+
+
+def test_a_badge_lies_on_the_body_and_is_seen():
+    plain, badge = (replace(CUES["badge"]["val"], role=role) for role in ("third", "badge"))
+    for label in range(len(CLASSES)):
+        (a, _, parts), (b, _, same) = (
+            backdrop.render_object(label, view, 8, np.random.default_rng(4)) for view in (plain, badge))
+        body = 1 + [part.name for part in tuple(CLASSES.values())[label]].index("body")
+        assert np.array_equal(parts, same) and b.max() <= 1
+        assert ((abs(a - b).max(0) > 0.2) & (parts == body)).sum((1, 2)).min() >= 8

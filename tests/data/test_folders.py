@@ -2,6 +2,7 @@
 import io
 import itertools
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from cft.data.folders import (
     UnreadableImage,
     class_folders,
     coco_masks,
+    cutouts,
     find_pictures,
     list_folder,
     open_image,
@@ -328,6 +330,70 @@ def test_without_object_against_a_slow_search():
                 a, b = next((a, b) for a, b in steps if ((y - 2 * a) % 16, (x - 2 * b) % 16) not in grown)
                 value = image[0, :, (y - 2 * a) % 16, (x - 2 * b) % 16]
             assert torch.equal(fast[:, y, x], value)
+
+
+def some_objects(height=24, width=30):
+    """Pictures as a model gets them, with an object in the middle, one in a corner and one of two parts."""
+    images = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 0.5
+    objects = torch.zeros(3, height, width, dtype=torch.bool)
+    objects[0, 9:14, 10:20] = objects[1, :7, :9] = objects[2, 3:5, 3:5] = objects[2, 18:, 27:] = True
+    return images, objects
+
+
+def grown_slowly(objects, grow):
+    near = lambda o, y, x: o[max(y - grow, 0):y + grow + 1, max(x - grow, 0):x + grow + 1].any()
+    return torch.tensor([[[bool(near(o, y, x)) for x in range(o.shape[1])] for y in range(len(o))] for o in objects])
+
+
+@pytest.mark.parametrize("fill", ["shift", "inpaint"])
+@pytest.mark.parametrize("grow", [0, 1, 2, 5])
+def test_the_grown_object_is_filled_and_nothing_else(grow, fill):
+    images, objects = some_objects()
+    hole = grown_slowly(objects, grow)[:, None].expand_as(images)
+    filled = without_object(images, objects, grow=grow, fill=fill)
+    assert torch.equal(filled[~hole], images[~hole]) and (filled[hole] != images[hole]).float().mean() > 0.99
+    other = without_object(torch.where(hole, torch.full_like(images, 40), images), objects, grow=grow, fill=fill)
+    assert torch.equal(filled, other), "of the object nothing is seen"
+    if grow == 1 and fill == "shift":
+        assert torch.equal(filled, without_object(images, objects))
+    whole = {"image": images, "object": objects, "label": torch.arange(3)}
+    batches = [{key: values[part] for key, values in whole.items()} for part in (slice(2), slice(2, 3))]
+    assert torch.equal(cutouts(batches, grow, fill).scenes, filled)
+    assert torch.equal(cutouts(batches).scenes, without_object(images, objects))
+
+
+def test_inpainting_continues_the_surroundings():
+    """A flat picture stays, a flat channel moves by a few of 255 steps, a ramp goes on; noise stays in its range."""
+    images, objects = some_objects()
+    ramp = torch.linspace(-2, 3, images.shape[-1]).expand_as(images).clone()
+    ramp[:, 1] = 0.7
+    filled = without_object(ramp, objects, fill="inpaint")
+    assert (filled[:, 0] - ramp[:, 0]).abs().max() < 1.5 and (filled[:, 1] - 0.7).abs().max() < 4 * 5 / 255
+    middle = without_object(ramp, objects[:1].expand(3, -1, -1), fill="inpaint") - ramp
+    assert middle[:, 0].abs().max() < 0.6 < without_object(ramp, objects[:1].expand(3, -1, -1)).sub(ramp).abs().max()
+    flat = torch.full_like(ramp, -1.25)
+    assert torch.equal(without_object(flat, objects, fill="inpaint"), flat)
+    noise = without_object(images, objects, fill="inpaint", grow=2)
+    for picture, hole, done in zip(images, grown_slowly(objects, 2), noise):
+        assert picture[:, ~hole].min() - 1e-4 <= done.min() and done.max() <= picture[:, ~hole].max() + 1e-4
+
+
+def test_filling_refuses(monkeypatch):
+    images, objects = some_objects()
+    whole, none = torch.ones_like(objects), torch.zeros_like(objects)
+    for fill in ("shift", "inpaint"):
+        assert torch.equal(without_object(images, whole, fill=fill), torch.zeros_like(images))  # no background at all
+        assert torch.equal(without_object(images, none, fill=fill), images)
+        assert without_object(images[:0], objects[:0], fill=fill).shape == (0, 3, 24, 30)
+    half = without_object(images.bfloat16(), objects, fill="inpaint")
+    assert half.dtype == torch.bfloat16 and half.isfinite().all()
+    for wrong in ({"grow": -1}, {"fill": "telea"}):
+        with pytest.raises(ValueError, match="expected grow from 0 and fill shift or inpaint, got (-1|1) and '"):
+            without_object(images, objects, **wrong)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ImportError, match=r"fill='inpaint' needs opencv-python; .*pip install 'cft\[grounding\]'"):
+        without_object(images, objects, fill="inpaint")
+    without_object(images, objects)
 
 
 def test_without_object_falls_back_to_the_mean():

@@ -1,4 +1,5 @@
 """Loading, saving, the shipped bases and the two-stage training."""
+import hashlib
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from cft.data import backdrop
 from cft.data.models import (
+    FINE,
     SEEDS,
     TINY,
     Layers,
@@ -20,7 +22,9 @@ from cft.data.models import (
     make_base,
     make_bases,
     read_weights,
+    receptive_field,
     save_model,
+    weights_digest,
     write_safetensors,
 )
 from cft.files import ASSETS, read_json, sha256
@@ -34,6 +38,36 @@ def test_stem_is_three_strided_convolutions():
     far = x.clone()
     far[..., 32:] = 0  # pixels far right do not reach the leftmost tokens
     assert torch.allclose(model.patch_embed.net[0](x)[..., :10], model.patch_embed.net[0](far)[..., :10])
+
+
+def test_patches_of_four_pixels(tmp_path):
+    model = timm.create_model(FINE)
+    stem = model.patch_embed
+    assert stem(torch.randn(2, 3, 64, 64)).shape == (2, 256, 96) and stem.grid_size == (16, 16)
+    loaded, _ = load_model(FINE, save_model(tmp_path / "m.safetensors", model, backdrop.CLASSES))
+    assert weights_digest(loaded) == weights_digest(model)
+    for bad in (6, 1):
+        with pytest.raises(ValueError, match="a power of 2, got"):
+            timm.create_model(TINY, patch_size=bad)
+
+
+@pytest.mark.parametrize(("name", "patch", "window"), [(TINY, 8, 15), (FINE, 4, 7)])
+def test_what_a_token_sees_by_its_whole_jacobian(name, patch, window):
+    torch.manual_seed(0)
+    stem, images = timm.create_model(name).patch_embed, torch.randn(1, 3, 64, 64)
+    side = 64 // patch
+    middle = side // 2 * side + side // 2
+    whole = torch.autograd.functional.jacobian(lambda x: stem(x)[0, middle], images)[:, 0]  # features, 3, 64, 64
+    energy, low = whole.square().sum((0, 1)), 64 // 2
+    own = energy[low:low + patch, low:low + patch].sum() / energy.sum()
+    window_at = slice(low + patch - window, low + patch)  # convolutions of stride 2 lean up and left
+    inner = energy[window_at, window_at].sum() / energy.sum()
+    model = torch.nn.Module()
+    model.patch_embed = stem
+    found = receptive_field(model, images, 400)
+    assert (found.patch, found.window) == (patch, window)
+    assert found.own == pytest.approx(own.item(), rel=0.1)
+    assert found.beyond == pytest.approx(1 - inner.item(), rel=0.2) and found.beyond > 1e-5
 
 
 def test_round_trip_and_timm(tmp_path):
@@ -101,6 +135,13 @@ def test_base_errors(tmp_path):
     (tmp_path / "base_0.safetensors").write_bytes((ASSETS / "base_0.safetensors").read_bytes())
     with pytest.raises(ValueError, match="SHA-256"):
         base_model(0, tmp_path)
+
+
+def test_the_bank_that_bases_are_trained_on_has_not_changed():
+    layers, total = Layers(0, objects=25, scenes=3), hashlib.sha256()
+    for of in (layers.objects, layers.scenes):
+        total.update(of.numpy().tobytes())
+    assert total.hexdigest() == "1cbe031a7d869e577e893cce2575cdaf72575e0a9e08f1de8548512570ee7fca"
 
 
 def test_layers_compose_what_they_say():

@@ -5,38 +5,45 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
+from cft.concepts.cuts import SelfCut
 from cft.data import backdrop
-from cft.data.models import TINY, base_model, write_safetensors
+from cft.data.folders import MaskedImages, Preprocess, list_folder
+from cft.data.models import TINY, base_model, load_model, write_safetensors
 from cft.demo.photographs import (
     NATURAL_COLUMNS,
     PHOTO_COLUMNS,
-    SCENE_KINDS,
     accuracy_parts,
     choose_trial,
     curve_figure,
-    deal_pools,
-    draw_photographs,
-    make_masks,
-    otsu,
     photograph_curves,
     photograph_recipe,
     photograph_scores,
     photograph_steps,
     photograph_table,
+    shown_figure,
+)
+from cft.demo.scenes import (
+    CUT_SIDE,
+    SCENE_KINDS,
+    deal_pools,
+    draw_photographs,
+    make_masks,
+    otsu,
     salient,
     scene_crop,
     scene_kinds,
-    shown_figure,
 )
+from cft.explain.maps import relevance
 from cft.files import read_json
 from cft.reproduce.settings import Photographs, Work, read_settings
 from cft.reproduce.steps import Notes, PaperSteps, in_order, make_steps
 from cft.train.closed import FORMS
 
 SMALL = dict(network=TINY, side=64, head=4, repair=3, held=3, tested=3, tuned=2, scenes=1, blocks=1, epochs=1,
-             rates=(1e-4, 1e-3), methods=("cft+", "cft+.no-align"))
+             rates=(1e-4, 1e-3), methods=("cft+", "cft+.no-align"), natural=("plain",))
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +57,12 @@ def home(tmp_path_factory):
                 target = root / "home" / to / split / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (drawn / kind / split / name).rename(target)
+    halves = np.zeros((64, 64), bool)
+    halves[:, :32] = True
+    for file in (root / "home/val" / list(backdrop.CLASSES)[0]).iterdir():  # as if people had drawn them
+        people = root / "home/people/val" / file.parent.name / file.name
+        people.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(halves).save(people)
     for number, kind in enumerate(("coast", "field", "hall", "hut")):
         place = root / "home/scenes" / kind
         place.mkdir(parents=True)
@@ -139,7 +152,7 @@ def test_a_world_is_what_it_says(made, settings, home):
     for kind in ("images", "objects"):
         seen.update((kind, p.parent.parent.name) for p in (place / kind).rglob("*.png"))
     expected = {"head": 12, "repair": 9, "held": 9, "home": 9, "away": 9, "natural": 9, "natural-head": 12,
-                "natural-repair": 9, "natural-held": 9}
+                "natural-repair": 9, "natural-held": 9, "people": 3}
     assert seen == {(kind, name): n for kind in ("images", "objects") for name, n in expected.items()}
     grey = {kind: 40 + 50 * k for k, kind in enumerate(("coast", "field", "hall", "hut"))}
     for name, test in (("repair", False), ("home", True), ("away", True)):
@@ -173,7 +186,7 @@ def test_every_trial_and_choice_is_there_and_nothing_is_made_twice(made):
     names = rows.groupby(["kind", "method"]).size().index
     stepped = [("spurious", f"cft+.no-align@{rate:g}@{way:g}") for rate in (1e-4, 1e-3) for way in (1.0, 0.5)]
     assert {*stepped, ("spurious", "cft+.no-align"), ("natural", "original")} <= {*names}
-    assert {m for k, m in names if k == "natural" and "@" not in m} == {"original", *FORMS}
+    assert {m for k, m in names if k == "natural" and "@" not in m} == {"original", "plain", *FORMS}
     trials = rows[rows["method"].str.startswith("leace@") & (rows["kind"] == "spurious")]
     assert trials["method"].nunique() == 8
     notes = Notes(steps.root)
@@ -192,6 +205,35 @@ def test_every_trial_and_choice_is_there_and_nothing_is_made_twice(made):
                 whole = part(name).set_index(key)["value"]
                 for of_trial, value in mine[best].set_index(key)["value"].items():
                     assert whole[of_trial] == pytest.approx(value)
+
+
+def test_relevance_inside_what_people_drew(made, settings):
+    rows = pd.read_csv(made[0].root / "related/photographs/0.csv")
+    place, shares = made[0].root / "photographs/0", []
+    model = load_model(TINY, place / "spurious.safetensors")[0]
+    for item in MaskedImages(list_folder(place / "images/people", list(backdrop.CLASSES)[:3]), Preprocess.of(model)):
+        found = relevance(model, item["image"][None], torch.tensor([item["label"]]), differentiable=False).patches[0]
+        shares.append(100 * (found[:, :4].clamp(min=0).sum() / found.clamp(min=0).sum()).item())  # 8 columns of patches
+    told = rows[(rows["metric"] == "inside people's") & (rows["kind"] == "spurious")].set_index("method")["value"]
+    assert told["original"] == pytest.approx(np.mean(shares), abs=1e-3) and "leace" in told.index
+    alone = photograph_table(rows[rows["metric"] != "inside people's"])
+    assert [c for c in PHOTO_COLUMNS if c not in alone.columns] == ["inside people's masks"]
+
+
+def test_without_masks_the_backbone_cuts(home, settings, tmp_path):
+    for name in ("train", "val"):
+        (tmp_path / "bare" / name).mkdir(parents=True)
+        for of in sorted((home / "home" / name).iterdir()):
+            (tmp_path / "bare" / name / of.name).mkdir()
+            file = sorted(of.iterdir())[0]
+            (tmp_path / "bare" / name / of.name / file.name).write_bytes(file.read_bytes())
+    bare = settings.model_copy(update={"folder": tmp_path / "bare"})
+    told = make_masks(bare, tmp_path / "cut")
+    cut = SelfCut(load_model(TINY, settings.weights, new_head=1, img_size=CUT_SIDE)[0])
+    assert told["masks"] == "self-cut" and told["used"] + len(told["set_aside"]) == 6
+    for file in (tmp_path / "cut").rglob("*.png"):
+        picture = Image.open(tmp_path / "bare" / file.relative_to(tmp_path / "cut"))
+        assert np.array_equal(np.asarray(Image.open(file)), cut.mask(picture, cut.keys(picture)))
 
 
 def test_photographs_that_may_be_shown(made):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from cft.evaluate.intervals import over_seeds, paired_difference
+from cft.evaluate.intervals import deviation_bound, over_seeds, paired_difference, pairs_needed, power_of
 from cft.evaluate.metrics import (
     accuracy_table,
     average_precision,
@@ -389,6 +389,30 @@ def test_speed_of_a_demonstration_set():
 
 
 # ---- over seeds ----
+
+
+@pytest.mark.parametrize(("difference", "deviation", "n"), [(2.0, 2.5, 5), (2.0, 2.5, 19), (-1, 1.5, 12), (0, 3.0, 8)])
+def test_power_is_how_often_simulated_seeds_exclude_zero(difference, deviation, n):
+    rng, hits, trials = np.random.default_rng(3), 0, 1500
+    for _ in range(trials):
+        values = pd.Series(rng.normal(difference, deviation, n))
+        found = paired_difference(values, 0 * values)
+        hits += found.low > 0 or found.high < 0
+    assert power_of(difference, deviation, n) == pytest.approx(hits / trials, abs=0.035)
+
+
+def test_the_fewest_pairs():
+    for deviation in (0.5, 2.5, 4.0):
+        n = pairs_needed(2, deviation)
+        assert power_of(2, deviation, n) >= 0.9 and (n == 2 or power_of(2, deviation, n - 1) < 0.9)
+        assert pairs_needed(-2, deviation) == n == pairs_needed(20, 10 * deviation)
+    for bad in (lambda: pairs_needed(0, 1), lambda: pairs_needed(1, 0), lambda: pairs_needed(1, 1, 1.0),
+                lambda: power_of(1, 1, 1)):
+        with pytest.raises(ValueError, match="expected a d"):
+            bad()
+    rng = np.random.default_rng(0)
+    seen = rng.normal(0, 2.0, (4000, 5)).std(1, ddof=1)
+    assert np.mean([deviation_bound(s, 5) > 2.0 for s in seen]) == pytest.approx(0.8, abs=0.02)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 10, 30])

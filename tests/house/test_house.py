@@ -153,6 +153,15 @@ def test_a_notebook_is_a_page(notebook):
     assert run <= 4, "prose between the code"
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
+def test_a_notebook_with_parameters_refuses_others(notebook):
+    content = cells(notebook)
+    for k, cell in enumerate(content):
+        if "parameters" in cell["metadata"].get("tags", ()) and notebook.stem != "06_photographs":
+            after = "".join(source(c) for c in content[k + 1:] if c["cell_type"] == "code")
+            assert "open_page(" in after or "check_parameters()" in after
+
+
 def test_no_machine_is_named():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     private = re.compile(r"/wor" r"k/|/roo" r"t/|/hom" r"e/\w|file:/" r"/|pypi\.or" r"g|\.\./share" r"d")
@@ -189,3 +198,33 @@ def test_settings_pins_and_versions_agree():
     assert wanted <= pins
     assert wanted >= {"jupyterlab", "nbdev", "torch", "timm", "segment-anything", "groundingdino-py", "openai",
                       "ipywidgets", "seaborn", "papermill"}
+
+
+def text_of(page):
+    """What a page says, without its code."""
+    if page.suffix == ".md":
+        return page.read_text(encoding="utf-8")
+    return "\n".join(source(cell) for cell in cells(page) if cell["cell_type"] == "markdown")
+
+
+def test_every_link_leads_somewhere():
+    pages = [*ROOT.glob("*.md"), ROOT / "figures/README.md", *NOTEBOOKS]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s:#]+)[)#]", text_of(page))]
+    assert len(links) > 150 and [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_page_shows_the_ways():
+    """Back, index, on: in the order of the index, at the end of each page."""
+    index = ROOT / "nbs/index.ipynb"
+    named = {link: name for name, link in re.findall(r"\[([^]]+)\]\(([\w/.-]+\.ipynb)\)", text_of(index))[::-1]}
+    order = list(dict.fromkeys(re.findall(r"\]\(([\w/.-]+\.ipynb)\)", text_of(index))))
+    assert {ROOT / "nbs" / link for link in order} == {*NOTEBOOKS} - {index}
+    for k, link in enumerate(order):
+        page, up = ROOT / "nbs" / link, "../" * link.count("/")
+        ways = [f"[index]({up}index.ipynb)"]
+        if k:
+            ways.insert(0, f"[← {named[order[k - 1]]}]({up}{order[k - 1]})")
+        if k + 1 < len(order):
+            ways.append(f"[{named[order[k + 1]]} →]({up}{order[k + 1]})")
+        last = cells(page)[-1]
+        assert last["cell_type"] == "markdown" and source(last).splitlines()[-1] == " · ".join(ways), page

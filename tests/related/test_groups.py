@@ -16,20 +16,26 @@ from torch.utils.data import DataLoader
 
 import cft.related.groups
 from cft.data import backdrop
-from cft.data.folders import scan
+from cft.data.folders import MaskedImages, Preprocess, read_mask, scan
+from cft.data.testsets import class_names, synsets
 from cft.evaluate.passes import accuracy_rows
+from cft.files import read_json, write_json
 from cft.related.groups import (
     BIRD_COUNTS,
     CORRUPTIONS,
     GROUP_CARDS,
     GROUP_SPLITS,
+    IN9_VARIANTS,
+    SUPERCLASSES,
     answer_table,
     as_folder,
     backdrop_set,
+    backgrounds_gap,
     cifar_names,
     csv_set,
     group_scores,
     group_table,
+    imagenet_answers,
     open_groups,
     plain_pickle,
     severity_table,
@@ -37,7 +43,7 @@ from cft.related.groups import (
 )
 
 miniature_groups = from_chapter("related/00_groups.ipynb", cft.related.groups, "_mini_waterbirds", "_mini_cifar",
-                                "miniature_groups")[-1]
+                                "_mini_in9", "_mini_hard", "miniature_groups")[-1]
 
 
 class Python2(pickle._Pickler):
@@ -299,6 +305,96 @@ def test_the_door_says_what_there_is(tmp_path, minis):
     (tmp_path / "waterbird_complete95_forest2water2").mkdir()
     with pytest.raises(ValueError, match="waterbirds: .*metadata.csv.*Get it from"):
         loose("waterbirds", tmp_path)
+
+
+def test_imagenet_9_folder_by_folder(minis):
+    home, found, place = minis / "bg_challenge", loose("in-9", minis), 0
+    nine = sorted(path.name for path in (home / "original/val").iterdir())
+    assert len(nine) == 9 and (nine[0], nine[2], nine[8]) == ("00_dog", "02_wheeled vehicle", "08_fish")
+    for variant in ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "only_bg_b", "only_bg_t", "no_fg"):
+        for label, folder in enumerate(nine):
+            for file in sorted((home / variant / "val" / folder).iterdir()):
+                assert found.ids[place] == file.relative_to(home).as_posix() and found.groups[place] == variant
+                assert found[place][1] == (label,) and np.array_equal(found[place][0], Image.open(file))
+                place += 1
+    assert place == len(found) == 8 * 9 * 3
+    with pytest.raises(ValueError, match="^in-9: expected 32,400 pictures in test, found 216.*MadryLab"):
+        open_groups("in-9", minis)
+
+
+def test_superclasses_and_the_gap_by_looking_up_every_answer(minis):
+    home, found = minis / "bg_challenge", loose("in-9", minis)
+    table = read_json(home / "in_to_in9.json")
+    assert list(table) != sorted(table, key=int), "the file has no order to rely on"
+    thousand = imagenet_answers(found, home / "in_to_in9.json")
+    assert (thousand.ids, thousand.groups) == (found.ids, found.groups)
+    logits = torch.randn(len(found), 1000, generator=torch.Generator().manual_seed(2))
+    for row, (label,) in zip(logits[::2], found.targets[::2]):
+        row[next(int(k) for k, v in table.items() if v == label)] += 9
+    right, seen = Counter(), Counter()
+    for answer, (label,), group in zip(logits.argmax(1).tolist(), found.targets, found.groups):
+        seen[group] += 1
+        right[group] += table[str(answer)] == label
+    pictures = answer_table(thousand, logits)
+    each = {group: 100 * right[group] / seen[group] for group in IN9_VARIANTS}
+    assert group_table(pictures)["top1"].to_dict() == pytest.approx(each) and len(set(each.values())) > 2
+    gap = backgrounds_gap(pictures)
+    assert gap == pytest.approx(each["mixed_same"] - each["mixed_rand"]) and gap != 0
+    with pytest.raises(ValueError, match="no group mixed_rand among "):
+        backgrounds_gap(pictures[pictures["group"] != "mixed_rand"])
+
+
+@pytest.mark.parametrize("change", [
+    {"0": 9}, {"0": "1"}, {"0": True}, {"1000": 1}, {"0": None}, {str(k): -1 for k in range(4, 1000, 10)}])
+def test_a_mapping_of_another_form(minis, tmp_path, change):
+    found, file = loose("in-9", minis), tmp_path / "in_to_in9.json"
+    with pytest.raises(ValueError, match="in_to_in9.json is missing or wrong; .*as in in_to_in9.json of https://github.com/Madry"):
+        imagenet_answers(found, file)
+    write_json(file, {str(k): k % 10 - 1 for k in range(1000)})
+    assert imagenet_answers(found, file).targets[0] == tuple(range(1, 1000, 10))
+    write_json(file, read_json(file) | change)
+    with pytest.raises(ValueError, match="in_to_in9.json is missing or wrong; expected keys 0 … 999, values −1 … 8"):
+        imagenet_answers(found, file)
+
+
+def test_imagenet_9_without_a_folder(copy):
+    home = copy("in-9")
+    shutil.rmtree(home / "mixed_next/val/06_musical instrument")
+    with pytest.raises(ValueError, match="^in-9: no picture in mixed_next/val/06_musical instrument. Expected at"):
+        loose("in-9", home.parent)
+
+
+@pytest.mark.parametrize("split, part", [("train", "train"), ("test", "val")])
+def test_hard_imagenet_mask_by_mask(minis, split, part):
+    found = loose("in-hard", minis, split)
+    assert len(found) == 6 and set(found.groups) == {"n03218198", "n04228054"}
+    folder = as_folder(found, class_names())
+    for index, mask in enumerate(sorted((minis / "hardImageNet" / part).iterdir())):
+        wnid, name = mask.name[:9], mask.name[10:]
+        assert found.ids[index] == f"{part}/{wnid}/{name}" and found.masks[index] == mask
+        assert synsets()[found.targets[index][0]] == wnid == found.groups[index]
+        assert np.array_equal(found[index][0], Image.open(minis / "HardImageNet_Images" / part / wnid / name))
+        drawn = np.zeros((32, 40), bool)
+        drawn[5:21, 6:27] = True
+        assert len(np.unique(np.asarray(Image.open(mask)))) > 2 and np.array_equal(read_mask(mask)[0], drawn)
+        sample = folder.samples[index]
+        assert (sample.object, sample.label) == (mask, found.targets[index][0])
+    item = MaskedImages(folder, Preprocess((32, 40), crop=1.0))[0]
+    assert torch.equal(item["object"], torch.from_numpy(drawn))
+    assert as_folder(loose("in-9", minis), SUPERCLASSES).samples[0].object is None
+
+
+@pytest.mark.parametrize("spoil, word", [
+    (lambda h: (h / "val").rename(h / "test"), "no mask in val"),
+    (lambda h: (h / "val/n00000000_x.JPEG").touch(), "1 of 7 pictures are missing or .*, first val/n00000000/x.JPEG"),
+    (lambda h: (h / "val/n04228054_x.JPEG").touch(), "1 of 7 pictures are missing or .*, first val/n04228054/x.JPEG"),
+    (lambda h: None, "expected 15 classes in val, found 2")])
+def test_hard_imagenet_that_is_spoilt(copy, minis, spoil, word):
+    home = copy("in-hard")
+    shutil.copytree(minis / "HardImageNet_Images", home.parent / "HardImageNet_Images")
+    spoil(home)
+    with pytest.raises(ValueError, match=f"^in-hard: {word}.*mmoayeri"):
+        open_groups("in-hard", home.parent)
 
 
 @pytest.mark.parametrize("column, value", [("y", "2"), ("place", "-1"), ("split", "test"), ("y", "")])

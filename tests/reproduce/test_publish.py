@@ -1,5 +1,6 @@
 """Publishing: how a page is executed, what it leaves, what is copied, and what the README says of it."""
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,9 +16,11 @@ from cft.reproduce import publish as module
 from cft.reproduce.paper import ARTEFACTS, INCONSISTENCIES
 from cft.reproduce.publish import (
     end_page,
+    main_table,
     make_page,
     markdown,
     notebook_of,
+    open_page,
     publish,
     run_page,
     save_page,
@@ -86,7 +89,7 @@ def test_every_artefact_has_a_page_that_states_what_it_must():
         assert f'key = \\"{a.key}\\"' in text and a.question.split(",")[0][:20] in text
         assert f"{'save' if a.key == 'demo' else 'end'}_page(found, key" in text
         assert set(a.inconsistencies) <= {i.number for i in INCONSISTENCIES}
-        for parameter in ("root", "models", "methods", "seeds"):
+        for parameter in ("root", "models", "methods", "seeds", "profile", "out", "device"):
             assert f'"{parameter} = ' in text
     assert {notebook_of(key).parent.name for key in RELATED} == {"related"}
     with pytest.raises(ValueError, match="no page for 'table10'; expected table10.ipynb"):
@@ -100,6 +103,27 @@ def made_page(path, *cells, first="x = 1"):
     nb.cells = [parameters, *map(nbformat.v4.new_code_cell, cells)]
     nbformat.write(nb, path)
     return path
+
+
+def test_what_a_page_shows(small, tmp_path, monkeypatch, capfd):
+    """Saved results, or what the engine makes first; a program that tells its words stands for Python here."""
+    assert open_page("table1", small).root == small and open_page("closed").root.name == "closed"
+    with pytest.raises(ValueError, match="out and device go with profile"):
+        open_page("table1", device="cpu")
+    with pytest.raises(ValueError, match="root and profile exclude each other"):
+        open_page("table1", small, profile="smoke")
+    engine = tmp_path / "python"
+    engine.write_text('#!/bin/sh\nshift 2; echo "$@"; echo "cft: told" >&2; exit $CODE\n')
+    engine.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(engine))
+    monkeypatch.setenv("CODE", "0")
+    found = open_page("table1", "", ["ViT-B"], ["CFT", "RRR"], 2, "smoke", str(small), "cuda")
+    assert found.root == small and found.work.methods == ("CFT", "RRR")
+    words = f"--profile=smoke --only=table1 --out={small} --models=ViT-B --methods=CFT,RRR --seeds=2 --device=cuda"
+    assert capfd.readouterr().out == f"reproduce {words}\ncft: told\n", "what it says is shown"
+    monkeypatch.setenv("CODE", "1")
+    with pytest.raises(RuntimeError, match="not all that table1 shows could be made: cft: told"):
+        open_page("table1", profile="smoke", out=str(small))
 
 
 @pytest.mark.slow
@@ -148,13 +172,13 @@ def test_the_scoreboard_has_every_artefact(small):
     (small / "artefacts/table1/table.csv").touch()
     board = scoreboard(open_results(small)).set_index("artefact")
     assert len(board) == len(ARTEFACTS) and (board["status"] == "not run").sum() == len(ARTEFACTS) - 1
-    line = board.loc["[Table 1: accuracy under shift](nbs/paper/table1.ipynb)"]
+    line = board.loc["[Table 1: accuracy under shift](../nbs/paper/table1.ipynb)"]
     assert line["command"] == "`cft reproduce --profile demo --only table1`" and line["profile"] == "DEMO"
     assert line["run time"] == "75 s"  # of five methods, five seeds each
     counts = [[int(word.split()[-2]) for word in part.split(",")] for part in line["claims"].split(";")]
     assert line["claims"].startswith("paper's form: ") and "; our form: " in line["claims"]
     assert [sum(part) for part in counts] == [10, 10]
-    assert board.loc["[The demo: does it work, and what does it cost?](nbs/24_demo.ipynb)", "claims"] == ""
+    assert board.loc["[The demo: does it work, and what does it cost?](../nbs/24_demo.ipynb)", "claims"] == ""
 
 
 def test_markdown():
@@ -164,14 +188,28 @@ def test_markdown():
 
 @pytest.mark.slow
 def test_the_readme_shows_the_published_results(tmp_path):
-    copy = Path(shutil.copy(ROOT / "README.md", tmp_path))
-    write_readme(copy, ROOT / "figures/demo")
-    text = copy.read_text(encoding="utf-8")
-    assert text == (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "| CFT+ |" in text and "**Holds**" in text
-    copy.write_text("<!-- scoreboard --><!-- /scoreboard -->")
+    (tmp_path / "figures").mkdir()
+    pages = [Path(shutil.copy(ROOT / name, tmp_path / name)) for name in ("README.md", "figures/README.md")]
+    write_readme(pages[0], ROOT / "figures/demo")
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert text == (ROOT / page.relative_to(tmp_path)).read_text(encoding="utf-8") and "| CFT+ |" in text
+        for link in re.findall(r"\]\(([^):#]+)[)#]", text):
+            assert ((ROOT / page.relative_to(tmp_path)).parent / link).exists(), link
+    assert "**Holds**" in text and len(pages[0].read_text(encoding="utf-8").splitlines()) <= 160
+    pages[1].write_text("<!-- scoreboard --><!-- /scoreboard -->")
     with pytest.raises(ValueError, match="results"):
-        write_readme(copy, ROOT / "figures/demo")
+        write_readme(pages[0], ROOT / "figures/demo")
+
+
+def test_the_main_table_stands_side_by_side():
+    of = lambda **columns: pd.DataFrame(columns, index=["Original", "CFT+"])
+    demo = of(**{"OOD-7": ["1", "2"]})
+    closed = of(**{"val": ["3", "4"], "OOD-7": ["5", "6"], "adversarial, other": ["7", "8"]})
+    photographs = pd.DataFrame({"home": ["9"], "away": ["10"]}, index=["Original"])
+    table = main_table(demo, closed, photographs)
+    assert table.loc["Original"].tolist() == ["1", "3", "5", "7", "9", "10"]
+    assert table.loc["CFT+"].tolist() == ["2", "4", "6", "8", "", ""] and not table.loc["CFT"].any()
 
 
 def test_a_page_in_a_folder_with_braces_by_this_python(tmp_path, monkeypatch):

@@ -10,34 +10,47 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
+import torch
 from filelock import FileLock
 
 from cft.apps.cli import main
+from cft.data.testsets import CARDS
 from cft.files import read_json, write_json
 from cft.reproduce import runner
 from cft.reproduce.paper import PAPER
+from cft.reproduce.progress import failures
 from cft.reproduce.runner import (
     OF_RELATED,
+    calibrate,
     device_slot,
-    empty_places,
     jobs_of,
     open_work,
     page_problem,
     page_steps,
     plan_text,
-    progress_of,
     report,
     reproduce,
     run_job,
 )
-from cft.reproduce.settings import RELATED, Work, model_file, read_settings, rows_file, write_settings
+from cft.reproduce.settings import (
+    RELATED,
+    Work,
+    calibration,
+    measured_costs,
+    model_file,
+    read_settings,
+    rows_file,
+    write_settings,
+)
 from cft.reproduce.steps import Notes, Step, in_order, undone
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -350,31 +363,6 @@ def test_one_folder_one_reproduction(tmp_path):
     assert [path.name for path in root.iterdir()] == ["lock"]
 
 
-def test_progress_counts_steps_as_soon_as_their_files_are_new(tmp_path, capsys):
-    steps = [Step("cook", (str(k),), (f"{k}.txt", f"{k}.csv"), print) for k in range(3)]
-    for name in ("0.txt", "0.csv", "1.txt", "1.csv"):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (1, 1))
-    with progress_of(tmp_path, steps, True):
-        for name in ("0.txt", "0.csv", "1.txt", "2.txt", "2.csv"):  # of step 1 one file is old
-            (tmp_path / name).write_text("new")
-    assert "2/3" in (said := capsys.readouterr().err) and "3/3" not in said
-    with progress_of(tmp_path / "none", steps, False):
-        pass
-    assert not capsys.readouterr().err
-
-
-def test_progress_moves_while_the_work_goes_on(tmp_path, capsys):
-    steps = [Step("cook", (str(k),), (f"{k}.txt",), print) for k in range(2)]
-    with progress_of(tmp_path, steps, True):
-        (tmp_path / "0.txt").touch()
-        since, said = time.monotonic(), ""
-        while "1/2" not in said and time.monotonic() - since < 60:
-            time.sleep(0.1)
-            said += capsys.readouterr().err
-    assert "1/2" in said
-
-
 def test_a_page_is_done_by_what_it_holds(tmp_path):
     error = nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])
     code = nbformat.v4.new_code_cell("1 / 0", outputs=[error])
@@ -393,7 +381,8 @@ def test_a_page_is_done_by_what_it_holds(tmp_path):
     assert problem() == ""
 
 
-def test_the_plan_of_the_paper(tmp_path):
+def test_the_plan_of_the_paper(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text, work = plan_text("paper", out=tmp_path / "p"), Work(read_settings("paper"))
     lines = {line.split()[0]: line.split() for line in text.splitlines()}
     counts = work.counts()
@@ -402,16 +391,46 @@ def test_the_plan_of_the_paper(tmp_path):
         assert [int(lines[key][k]) for k in (1, 3)] == [len(work.tuned(key)), len(work.tested(key))]
     assert sum(int(lines[key][2]) for key in work.keys) == counts["fine-tunes"], "new: each is counted once"
     assert sum(int(lines[key][4]) for key in work.keys) == counts["evaluations"]
-    assert "to be filled in: train, answers, grounder_weights, sets.in-v" in text and "hours of fine-tuning" in text
-    assert text.endswith("measure your own device: cft reproduce --rehearse")
-    assert not (tmp_path / "p/settings.yaml").exists(), "a plan changes nothing"
-    costs = "".join(f"{model},a GPU,step,0.36\n{model},a GPU,picture,0.001\n" for model in PAPER.models.values())
-    (tmp_path / "p").mkdir(exist_ok=True)
-    (tmp_path / "p/costs.csv").write_text(f"model,device,what,seconds\n{costs}")
-    text = plan_text("paper", ("table3",), out=tmp_path / "p")
-    assert f"measured on a GPU: {20 * 9400 * 0.36 / 3600:,.0f} hours of fine-tuning" in text and "rehearse" not in text
+    assert "to be filled in: train, answers, grounder_weights, sets.in-v" in text
+    assert "cost: not known" in text and text.endswith("cft reproduce --calibrate"), "nothing was measured"
+    assert not (tmp_path / "p").exists(), "a plan changes nothing"
     assert "cost: minutes on a CPU" in plan_text("demo", ("table3",), out=tmp_path)
-    assert empty_places(read_settings("demo")) == ""
+
+
+def test_a_plan_in_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for device in ("A GPU", "CPU, 1 thread(s)"):
+        more = {"step": 0.36, "picture": 0.001, "masks": 1.2, "memory": 11.5, "weights": 0.35}
+        rows = [f"{m},{device.split(',')[0]},{k},{v}\n" for m in PAPER.models.values() for k, v in more.items()]
+        calibration(device).parent.mkdir(exist_ok=True)
+        calibration(device).write_text("model,device,what,value\n" + "".join(rows))
+    text = plan_text("paper", ("table3",), 4, out=tmp_path / "p")
+    tuned, masks = 20 * 9400 * 0.36 / 3600, 1000 * 30 * 1.2 / 3600
+    tested = 24 * CARDS["in-segmentation"].pictures * 0.001 / 3600
+    assert f"measured on A GPU: {tuned:,.0f} hours of fine-tuning" in text and f"{masks:,.0f} of building masks" in text
+    assert f"{(tuned + masks + tested) / 4:,.0f} hours on 4 such" in text and "takes 11.5 GB" in text
+    assert "measured on CPU" in plan_text("paper", ("table3",), out=tmp_path / "p", device="cpu")
+    root, work = open_work("paper", ("table3",), out=tmp_path / "p")
+    steps = undone(page_steps(work, root), Notes(root))
+    runner._write_plan(root, work, jobs := jobs_of(steps, 1), steps)
+    minutes = read_json(root / "plan.json")["minutes"]
+    one = next(name for name, job in jobs.items() if any(step.startswith("fine-tune") for step in job.steps))
+    assert minutes[one] == 10 + int((9400 * 0.36 + CARDS["in-segmentation"].pictures * 0.001) / 30)
+
+
+def test_calibration(tmp_path, monkeypatch):
+    """A small network of timm stands for the paper's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name = {"names.vit_base_patch16_224": "test_vit", "device": "cpu", "batch": 2}
+    mine = calibration(f"CPU, {torch.get_num_threads()} thread(s)")
+    mine.parent.mkdir()
+    before = "".join(f"{m},CPU,{what},9\n" for m in ("vit_base_patch16_224", "other") for what in ("step", "picture"))
+    mine.write_text("model,device,what,value\n" + before)
+    assert (file := calibrate("paper", models=("ViT-B",), **name)) == mine
+    cost = (costs := measured_costs(file))["vit_base_patch16_224"]
+    assert costs["other"].step == 9 != cost.step, "what is measured again takes the place of what was"
+    assert file.parent == tmp_path / "cft" and cost.device.startswith("CPU") and cost.memory > 0
+    assert min(cost.step, cost.picture, cost.steps["rrda"]) > 0 and 0 < cost.weights < 0.01 and cost.masks == 0
 
 
 def test_fewer_seeds(tmp_path):
@@ -425,7 +444,7 @@ def test_fewer_seeds(tmp_path):
     ({"only": ("table10",)}, ValueError, "unknown artefacts: table10; expected some of"),
     ({"methods": ("SGD",)}, ValueError, "unknown methods: SGD"),
     ({"models": ("ViT-L",)}, ValueError, "unknown models: ViT-L"), ({"epochs": 0}, ValueError, "smoke.yaml: epochs: "),
-    ({"profile": "quick"}, ValueError, "profile must be one of closed, demo, paper, photographs, smoke"),
+    ({"profile": "quick"}, ValueError, "profile must be one of closed, cue, demo, paper, photographs, smoke"),
     ({"executor": "abacus"}, ImportError, "pip install snakemake-executor-plugin-abacus")])
 def test_bad_input(tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
@@ -463,6 +482,59 @@ def test_snakemake_runs_what_we_mean(tmp_path, monkeypatch, where):
     assert (root / "jobs/a.json").exists()
     with pytest.raises(ValueError, match="Snakemake takes other options: .*unrecognized arguments: --frobnicate"):
         runner._snakemake(root, [*words, "--frobnicate"], True)
+
+
+def on_jobs(root, command, *names):
+    """A plan of jobs that call a command with their name."""
+    root, work = open_work("smoke", ("table8",), out=root)
+    runner._write_plan(root, work, {name: runner.Job((), (), False) for name in names})
+    write_json(root / "plan.json", read_json(root / "plan.json") | {"command": command})
+    return root
+
+
+def test_what_snakemake_says_of_errors_is_kept(tmp_path):
+    root = on_jobs(tmp_path / "r", "echo out of luck; false", "a")
+    runner._snakemake(root, "--cores 1 --quiet all".split(), True)
+    (note,) = failures(root)
+    assert (note["step"], note["error"], note["log"]) == ("job a", runner.DIED, "logs/a.log")
+    write_json(root / "plan.json", read_json(root / "plan.json") | {"jobs": {"b": {"after": ["c"], "gpu": False}}})
+    (root / "failed/job--a.json").unlink()
+    runner._snakemake(root, "--cores 1 --quiet all".split(), True)
+    (note,) = failures(root)
+    assert note["step"] == "Snakemake" and "KeyError: 'c'" in note["error"], "before its first job"
+    found = report(root, Work(read_settings("smoke"), ("table8",)), [])
+    assert found.failures["step"].tolist() == ["Snakemake"]
+
+
+def test_an_interruption_ends_the_jobs_at_once(tmp_path):
+    root = on_jobs(tmp_path / "r", f"{sys.executable} -c 'import time; time.sleep(300)' cft.reproduce.runner", "a")
+    sleeps = lambda: [p for p in psutil.Process().children(recursive=True) if "time.sleep(300)" in str(p.cmdline())]
+
+    def interrupt():
+        wait_for(lambda: len(sleeps()) > 1)  # the shell and Python
+        os.kill(os.getpid(), signal.SIGINT)
+
+    since, before = time.time(), [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        runner._snakemake(root, "--cores 1 --quiet all".split(), True)
+    assert time.time() - since < 100 and not sleeps()
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_only_what_failed_is_tried_again(tmp_path):
+    alone = [(name, job, "") for name, job in zip("abc", ("one", "two", "three"))]
+    steps = planned(*alone, ("d", "four", "", "a"), ("e", "four", "", "c"))
+    jobs = {name: {"steps": [s.name for s in steps if s.job == name]} for name in ("one", "two", "three", "four")}
+    assert runner._failed(tmp_path, steps) == []
+    write_json(tmp_path / "plan.json", {"jobs": jobs})
+    for name in ("one", "two"):
+        write_json(tmp_path / f"jobs/{name}.json", {"done": name == "two"})
+    write_json(tmp_path / "failed/a.json", {"step": "s a"})
+    assert [s.name for s in runner._failed(tmp_path, steps)] == ["s a", "s d"], "and what rests on it"
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/three.log").touch()  # of a job that died
+    assert [s.name for s in runner._failed(tmp_path, steps)] == ["s a", "s c", "s d", "s e"]
 
 
 def test_damaged_files_of_the_runner_are_named(tmp_path):

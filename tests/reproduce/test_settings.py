@@ -60,7 +60,7 @@ def test_bad_settings(tmp_path, text, message):
 def test_no_settings(tmp_path):
     with pytest.raises(ValueError, match="no settings at"):
         read_settings(tmp_path / "none.yaml")
-    with pytest.raises(ValueError, match="closed, demo, paper, photographs, smoke"):
+    with pytest.raises(ValueError, match="closed, cue, demo, paper, photographs, smoke"):
         read_settings("quick")
 
 
@@ -142,9 +142,9 @@ def test_hours(tmp_path):
     found = hours(work, {"in-segmentation": 4276}, costs)
     assert found["fine-tuning"] == pytest.approx(5 * 188 * 50 * 0.4 / 3600)
     assert found["evaluation"] == pytest.approx(6 * 4276 * 0.01 / 3600) and found["unmeasured"] == 5
-    (tmp_path / "c.csv").write_text("model,device,what,seconds\nm,d,step,2\nm,d,picture,1\nm,d,rrda,3\n")
+    (tmp_path / "c.csv").write_text("model,device,what,value\nm,d,step,2\nm,d,picture,1\nm,d,rrda,3\n")
     assert measured_costs(tmp_path / "c.csv") == {"m": Cost("d", 2.0, 1.0, {"rrda": 3.0})}
     (tmp_path / "c.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="must have the columns model, device, what and seconds"):
+    with pytest.raises(ValueError, match="must have the columns model, device, what and value"):
         measured_costs(tmp_path / "c.csv")
     assert measured_costs()["vit_base_patch16_224"].step > 0

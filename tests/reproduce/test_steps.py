@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cft.concepts.filters import ConceptSet
+from cft.concepts.masks import CONTROLS
 from cft.concepts.store import MaskStore
 from cft.data.backdrop import CLASSES
 from cft.data.testsets import synsets
@@ -338,6 +339,7 @@ def test_what_the_steps_of_the_paper_need(imagenet, tmp_path):
     assert needs(drawn.fine_tune("demo", "plain", 0)) == {"guide 0 kept"}, "the pictures are those of the kept masks"
     assert needs(drawn.fine_tune("demo", "cft-paper.strict", 0)) == {"guide 0 kept", "guide 0 strict"}
     assert needs(drawn.fine_tune("demo", "cft+", 0)) == {"guide 0 kept", "guide 0 class"}
+    assert needs(drawn.guide(0, "random")) == {"concept-set 0 kept", "guide 0 kept", "guide 0 class"}
     assert needs(drawn.guide(0, "strict")) == {"concept-set 0 kept", "concept-set 0 strict"}
     assert needs(drawn.guide(0, "class")) == needs(drawn.guide(0, "annotated")) == {"concept-set 0 kept"}
     assert needs(drawn.concept_set("0", "kept")) == {"concepts", "ground 0 0"}
@@ -364,7 +366,7 @@ def drawn(tmp_path_factory):
     root = tmp_path_factory.mktemp("drawn")
     settings = read_settings("smoke", pool=6, per_class=2, test_per_class=1, segmentation_per_class=1)
     steps = PaperSteps(Work(settings), root)
-    assert make_steps(in_order(steps.guide(0, guide) for guide in (*GUIDES, "class", "annotated")), root)
+    assert make_steps(in_order(steps.guide(0, guide) for guide in (*GUIDES, *CONTROLS, "class", "annotated")), root)
     return steps
 
 
@@ -404,6 +406,18 @@ def test_all_guides_have_the_same_pictures_and_masks_of_their_own(drawn):
 
 
 @pytest.mark.slow
+def test_controls_are_made_of_the_masks_that_others_are_shown(drawn):
+    pictures = read_json(drawn.root / "guides/0/kept.json")["pictures"]
+    place = lambda guide, picture: (drawn.root / "guides/0" / guide / picture).with_suffix(".png")
+    mask = lambda guide, picture: np.asarray(Image.open(place(guide, picture))) > 0
+    for picture in pictures:
+        concepts, objects = mask("kept", picture), mask("class", picture)
+        assert (mask("body", picture) == (objects & ~concepts)).all()
+        assert mask("ellipse", picture).sum() == mask("shuffled", picture).sum() == concepts.sum()
+        part = mask("random", picture)
+        assert part.sum() == min(concepts.sum(), objects.sum()) and not (part & ~objects).any()
+
+
 def test_a_step_done_twice_gives_equal_bytes(drawn, tmp_path):
     def made(root):
         steps = PaperSteps(drawn.work, root)

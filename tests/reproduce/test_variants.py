@@ -3,6 +3,7 @@ import pytest
 
 from cft.concepts.filters import ConceptSet, merge
 from cft.concepts.language import ClassName
+from cft.concepts.masks import CONTROLS
 from cft.reproduce.paper import ARTEFACTS, DEMO, PAPER, artefact, in_our_form, needed
 from cft.reproduce.settings import OURS, read_settings
 from cft.reproduce.variants import VARIANTS, Shown, given_by, recipe_of, shown_to, varied
@@ -38,10 +39,26 @@ def test_a_variant_differs_in_one_thing(name):
     assert difference(base.as_dict(), recipe.as_dict()) == ([FIELDS[name]] if name in FIELDS else [])
     data = [variant.guide != "kept", not variant.augment]
     assert sum(data) == (name in OF_DATA)  # what is no field of the recipe is one of the data
-    assert set(VARIANTS) == {*FIELDS, *OF_DATA, *OF_HEADS, "constant", "table8"}
+    assert set(VARIANTS) == {*FIELDS, *OF_DATA, *OF_HEADS, *OF_REGIONS, *CONTROLS, "constant", "table8"}
 
 
-OF_HEADS = ("concepts", "after-head", "no-align-after-head")
+OF_HEADS, OF_REGIONS = ("concepts", "after-head", "no-align-after-head"), ("down", "kept")
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls_are_other_masks_and_nothing_else(name):
+    (base, _), (recipe, variant) = (recipe_of(f"cft-paper{end}", "demo", DEMO_SETTINGS, 1) for end in ("", f".{name}"))
+    assert difference(base.as_dict(), recipe.as_dict()) == [] and variant.guide == name
+    assert shown_to(f"cft-paper.{name}") == Shown(name, "")
+
+
+def test_variants_of_three_regions():
+    for base in ("three-regions", "region-head"):
+        assert shown_to(base) == Shown("kept", "class")
+        for rest in OF_REGIONS:
+            assert varied(f"{base}.{rest}")[0].objective.rest == rest
+    with pytest.raises(ValueError, match="cft has no rest that 'kept' could change"):
+        varied("cft.kept")
 
 
 def test_variants_of_heads():

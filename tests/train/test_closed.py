@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from concept_erasure import LeaceFitter
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -17,6 +18,7 @@ from cft.train.closed import (
     LayerInput,
     Look,
     Moments,
+    RegionHead,
     consistent,
     erased,
     last_layer,
@@ -128,6 +130,21 @@ def test_after_leace_a_concept_has_no_covariance_and_no_probe_finds_it():
     plain = torch.eye(8, dtype=torch.float64) - q[:, :2] @ q[:, :2].T
     moved = lambda m: torch.einsum("ij,jk,lk,il->", m - torch.eye(8), own.covariance, m - torch.eye(8), inverse)
     assert (plain @ other).abs().max() < 1e-8 and moved(P) < moved(plain)
+
+
+def test_leace_is_that_of_its_authors():
+    """concept-erasure, without the shrinkage and the bound on the trace that the paper's theorem does not have."""
+    rng = torch.Generator().manual_seed(5)
+    z = torch.nn.functional.one_hot(torch.randint(4, (300, ), generator=rng)).double()
+    x = torch.randn(300, 12, generator=rng, dtype=torch.float64) @ torch.randn(12, 12, generator=rng).double()
+    x = x + 2 * z @ torch.randn(4, 12, generator=rng).double()
+    theirs = LeaceFitter.fit(x, z, shrinkage=False, constrain_cov_trace=False, svd_tol=1e-6).eraser
+    pair, own = Moments(), Moments()
+    pair.add(x, z)
+    own.add(x)
+    P = leace(own.covariance, pair.covariance, 1e-12)
+    assert torch.allclose(P, theirs.P, atol=1e-7)
+    assert torch.allclose((x - own.mean) @ P.T + own.mean, theirs(x), atol=1e-6)
 
 
 def test_moments_do_not_depend_on_batches(rows):
@@ -246,6 +263,41 @@ def test_two_masks_make_three_regions(images):
         sums[inside] = seen["inside"].mean, seen["outside"].mean
         assert Head("relevance-head", look).needs == {inside, "object"}
     assert torch.equal(sums["object"][1], sums["mask"][1]) and not torch.allclose(sums["object"][0], sums["mask"][0])
+
+
+@pytest.mark.parametrize("rest", ["free", "down", "kept"])
+def test_a_head_in_three_regions_is_the_least_squares_solution(images, rest):
+    """Regions patch by patch, from a pullback of its own for each; rows of moments stacked."""
+    model, head = base_model(0), RegionHead("relevance-head", rest=rest)
+    weight, _ = last_layer(model)
+    found, bias = head.weights(model, head.look(model, images, head.reads), 0.1)
+    items = next(iter(DataLoader(MaskedImages(images.folder, images.preprocess), 24)))
+    some = lambda name, grid: torch.tensor([
+        [[bool(m[8 * i:8 * i + 8, 8 * j:8 * j + 8].double().mean() >= 0.02) for j in range(grid[1])]
+         for i in range(grid[0])] for m in items[name]])
+    sets = {"inside": lambda g: some("mask", g), "outside": lambda g: ~some("object", g),
+            "between": lambda g: some("object", g) & ~some("mask", g)}
+    assert (sum(of((8, 8)).int() for of in sets.values()) == 1).all(), "they part the picture"
+    rows = {name: relevance_features(model, items["image"], lambda g, of=of: [of(g).double()])[1][0].double()
+            for name, of in sets.items()}
+    centred = {name: (x - x.mean(0)) / len(x)**0.5 for name, x in rows.items()}
+    kept = [centred["inside"], penultimate(model, items["image"]).mean(0, keepdim=True)]
+    kept += [centred["between"]] if rest == "kept" else []
+    gone = torch.cat([centred["outside"], *([centred["between"]] if rest == "down" else [])])
+    kept = torch.cat(kept)
+    a, c = (kept.T @ kept), (gone.T @ gone)
+    near = (0.01 * a.diagonal().mean())**0.5 * torch.eye(len(a), dtype=a.dtype)
+    none = torch.zeros(len(gone), len(weight), dtype=a.dtype)
+    slow = least_squares([(kept, kept @ weight.T), ((0.1 * a.trace() / c.trace())**0.5 * gone, none),
+                          (near, near @ weight.T)])
+    assert torch.allclose(found, slow, atol=1e-4) and torch.equal(bias, last_layer(model)[1])
+    assert not torch.allclose(found, weight, atol=1e-2) and head.needs == {"mask", "object"}
+
+
+def test_regions_that_cannot_be_are_refused():
+    for bad in (dict(rest="up"), dict(look=Look()), dict(form="leace")):
+        with pytest.raises(ValueError, match="three regions are those of a relevance-head"):
+            RegionHead(**{"form": "relevance-head"} | bad)
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -11,6 +11,7 @@ from cft.train.losses import (
     LossWeights,
     alignment_loss,
     background_loss,
+    between_loss,
     cft_loss,
     classification_loss,
     concept_loss,
@@ -105,6 +106,64 @@ def gradient(function, at):
 
 
 # ---- Eq. 3–5 ----
+
+
+def slow_between(phi, region, before, norm):
+    """The divergence of two maps over a region by loops; before: nested lists, or None for Eq. 4 over the region."""
+    total = 0.0
+    for picture, part, then in zip(phi, region, before or phi):
+        cost, area, pixels = 0.0, 0.0, 0
+        for rows in zip(picture, part, then):
+            for p, inside, q in zip(*rows):
+                each = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)) if before else -math.log(1 - p)
+                cost, area, pixels = cost + inside * each, area + inside, pixels + 1
+        total += cost / pixels if norm == "image" else cost / area if area else 0.0
+    return total / len(phi)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", ["fraction", "binary", "empty and full"])
+def test_a_third_region_equals_loops(kind, norm):
+    phi, region = batch(3, kind=kind)
+    before = batch(4)[0]
+    down, kept = (between_loss(phi, region, how, before, norm).item() for how in ("down", "kept"))
+    assert down == pytest.approx(slow_between(phi.tolist(), region.tolist(), None, norm), rel=1e-12)
+    assert kept == pytest.approx(slow_between(phi.tolist(), region.tolist(), before.tolist(), norm), rel=1e-12)
+    assert between_loss(phi, region, "free", norm=norm) == 0 == between_loss(phi, region, "kept", phi, norm)
+    assert not gradient(lambda at: between_loss(at, region, "free", norm=norm), phi).any()
+    assert gradient(lambda at: between_loss(at, region, "kept", phi, norm), phi).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_three_regions_are_loops_and_two_of_them_the_paper_again(norm):
+    (phi, mask), logits = batch(5), torch.randn(3, 4, dtype=torch.float64)
+    between = 0.4 * (1 - mask)
+    total, parts = cft_loss(phi, mask, logits, norm=norm, between=between)
+    outside = (1 - mask - between).tolist()
+    assert parts["background"].item() == pytest.approx(slow_between(phi.tolist(), outside, None, norm), rel=1e-12)
+    assert parts["concept"].item() == pytest.approx(slow_term(phi.tolist(), mask.tolist(), norm), rel=1e-12)
+    if norm == "image":  # means over all pixels add up
+        whole = cft_loss(phi, mask, logits, norm=norm)[0]
+        assert (total + 0.8 * 1.2 * between_loss(phi, between, "down", norm=norm)).item() == pytest.approx(whole.item())
+    with pytest.raises(ValueError, match="must not overlap; together they cover up to 1.5 of a pixel"):
+        cft_loss(phi, mask * 0 + 1, logits, between=mask * 0 + 0.5)
+
+
+@pytest.mark.parametrize("how", ["down", "kept"])
+def test_gradient_of_a_third_region(how):
+    (phi, region), before = batch(6, (2, 2, 3), "empty and full"), batch(7, (2, 2, 3))[0]
+    term = lambda at: between_loss(at, region, how, before)
+    assert torch.allclose(gradient(term, phi), finite_difference(term, phi), rtol=1e-6, atol=1e-8)
+    assert torch.autograd.gradgradcheck(term, phi.requires_grad_(True))
+
+
+def test_bad_third_regions():
+    phi, region = batch()
+    for words, call in {"how must be one of": lambda: between_loss(phi, region, "up"), "expected the original's map":
+                        lambda: between_loss(phi, region, "kept"), "must lie strictly inside":
+                        lambda: between_loss(phi, region, "kept", phi * 0)}.items():
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
 @pytest.mark.parametrize("kind", ["fraction", "binary", "empty and full"])

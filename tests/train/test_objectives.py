@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from small_models import directional_error
 
 from cft.data import backdrop
 from cft.data.folders import MaskedImages, Preprocess, scan
@@ -14,7 +15,7 @@ from cft.data.models import TINY, base_model
 from cft.explain.maps import Method, relevance
 from cft.train.loop import Sampler
 from cft.train.losses import LossWeights
-from cft.train.objectives import RECIPES, Align, Batch, GradMask, Recipe, RightReasons
+from cft.train.objectives import RECIPES, Align, Batch, GradMask, Recipe, RightReasons, ThreeRegions, repainted
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +205,52 @@ def test_checkpointed_is_the_same(batch):
     losses = [replace(RECIPES["cft"].objective, checkpointed=c)(model, model, batch)[0] for c in (False, True)]
     grads = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
     assert torch.allclose(*losses) and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+
+
+def test_three_regions_with_the_rest_down_are_the_two_of_the_paper(batch):
+    model, other = base_model(0), base_model(1)
+    regions = RECIPES["three-regions"].objective
+    down, two = replace(regions, rest="down"), RECIPES["cft"].objective
+    inner = batch._replace(masks=batch.masks & batch.objects)
+    assert torch.allclose(down(model, other, inner)[0], two(model, other, inner)[0])
+    free = regions(model, other, inner)
+    assert free[1]["between"] == 0 and free[0] < two(model, other, inner)[0]
+    assert replace(regions, rest="kept")(model, model, inner)[1]["between"] < 1e-6
+    assert regions.needs == {"mask", "object"} and isinstance(regions, ThreeRegions)
+    for bad in (dict(rest="up"), dict(rest_weight=-1), dict(guide="object")):
+        with pytest.raises(ValueError, match="must be one of|three regions are those"):
+            replace(regions, **bad)
+
+
+@pytest.mark.parametrize("rest", ["free", "down", "kept"])
+@pytest.mark.parametrize("grid", ["patch", "pixel"])
+def test_gradient_of_three_regions_against_finite_differences(batch, grid, rest):
+    model, other, small = base_model(0).double(), base_model(1).double(), doubled(batch)
+    objective = ThreeRegions(grid=grid, normalize="saturating", norm="image", anchor="labels", rest=rest)
+    loss = lambda: objective(model, other, small)[0]
+    loss().backward()
+    for name in ("blocks.1.attn.qkv.weight", "patch_embed.net.0.weight"):
+        weight = model.get_parameter(name)
+        assert directional_error(loss, [weight], [torch.randn_like(weight)], 1e-6) < 1e-5
+
+
+def test_repainting_by_loops(batch):
+    body = batch.objects & ~batch.masks
+    coins = [[c, c * 97 % 1, c * 9409 % 1] for c in batch.coins.tolist()]
+    colours = torch.tensor([[4 * value - 2 for value in three] for three in coins])
+    fast = repainted(batch.images, body, colours)
+    for image, where, colour, found in zip(batch.images, body, colours, fast):
+        slow = image.clone()
+        for channel in range(3):
+            values = image[channel][where]
+            moved = values - values.mean() + colour[channel]
+            slow[channel][where] = moved.clamp(image.min().item(), image.max().item())
+        assert torch.allclose(found, slow, atol=1e-5)
+    model, front = base_model(0), batch.objects[:, None].float()
+    before = fast * front + batch.contexts * (1 - front)
+    for name, shown in (("repaint", fast), ("repaint+", before)):
+        terms = [F.cross_entropy(model(x), batch.labels).item() for x in (batch.images, shown)]
+        assert loss_of(name, batch)[0].item() == pytest.approx(sum(terms) / 2, abs=2e-3)  # colours in single precision
 
 
 def test_bad_settings():
