@@ -118,7 +118,7 @@ def reproduce(profile: str = "demo", only: str = "", set: str = "", models: str 
     from cft.reproduce.runner import reproduce as run
 
     found = run(profile, split_list(only), cores=cores or None, gpus=gpus, executor=executor,
-                options=shlex.split(snakemake), retry=retry_failed, **more)
+                options=shlex.split(snakemake), retry=retry_failed, checked=True, **more)
     _judge(found)
     if publish is not None:
         say(f"result   {copy(found.root, publish)}")

@@ -92,8 +92,8 @@ _LISTS = {
 PANELS = {name: panel for panel, names in _LISTS.items() for name in names.split()}  # where help shows a parameter
 CHOICES = {
     "method": ("plain", "lcls-only", "gradmask", "rrr", "rrda", "dfr-like", "cft-paper", "cft-official", "cft", "cft+",
-               "relevance-head", "relevance-swap", "plain-swap", "swap-head", "swap-consistent", "swap-steady",
-               "context-head", "leace", "dfr", "dfr-cv"),
+               "three-regions", "repaint", "repaint+", "region-head", "relevance-head", "relevance-swap", "plain-swap",
+               "swap-head", "swap-consistent", "swap-steady", "context-head", "leace", "dfr", "dfr-cv"),
     "sets": ("in-v", "in-v2", "in-a", "in-r", "in-sketch", "objectnet", "si-location", "si-rotation", "si-size",
              "in-segmentation"), "grounder": ("groundingdino-swint+sam-vit-h", "toy"), "to": ("timm", "onnx", "torch"),
     "profile": ("demo", "smoke", "paper", "closed", "photographs", "cue")}
@@ -354,8 +354,8 @@ EXTRAS = {
     "grounding": ("segment_anything", "groundingdino", "transformers"),
     "llm": ("openai", "open_clip", "sentence_transformers"), "lab": ("jupyterlab", "ipywidgets", "ipykernel"),
     "batch": ("papermill", "nbclient", "snakemake"), "slurm": ("snakemake_executor_plugin_slurm",),
-    "track": ("tensorboard",),
-    "export": ("onnx", "onnxruntime", "onnxscript"), "cut": ("rembg",)}
+    "track": ("tensorboard",), "export": ("onnx", "onnxruntime", "onnxscript"), "cut": ("rembg",),
+    "site": ("sphinx", "myst_nb", "furo", "latex2mathml")}
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSW", re.I)  # names of variables whose values are nobody's business
 
 def _text(error: BaseException) -> str:

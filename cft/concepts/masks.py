@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from .filters import ConceptSet
 from .grounding import Grounder, Grounding
 from .store import AREA, FORMAT, SCHEMA, SHARD, Mask, MaskStore, encode_mask, status_of, write_shard
-from ..data.folders import Folder, open_image
+from ..data.folders import Folder, open_image, read_mask
 from ..files import VERSION, locked, read_json, sha256, wait, write_json, written
 
 # %% ../../nbs/08_masks.ipynb #12c6fc06
@@ -450,12 +450,11 @@ def control_mask(kind: str, concepts: Mask, objects: Mask, other: Mask, rng: np.
 def write_controls(kind: str, concepts: Path, objects: Path, out: Path, pictures: Sequence[str], seed: int) -> None:
     """Write a control's masks of some pictures, `out`/<class>/<picture>.png, from folders laid out like it."""
     names = [Path(name).with_suffix(".png") for name in sorted(pictures)]
-    read = lambda folder, name: np.asarray(Image.open(folder / name).convert("L")) > 0
+    read = lambda folder, name: read_mask(folder / name)[0]
     rng = np.random.default_rng([seed, CONTROLS.index(kind)])
     order = rng.permutation(len(names)).tolist()
     following = dict(zip(order, order[1:] + order[:1]))  # the picture whose concepts are taken
     for i, name in enumerate(names):
         mask = control_mask(kind, read(concepts, name), read(objects, name), read(concepts, names[following[i]]), rng)
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
         with written(out / name, flush=False) as png:
             Image.fromarray(mask).save(png, format="png")

@@ -155,6 +155,8 @@ def draw_photographs(s: Photographs, masks: Path, place: Path, seed: int) -> dic
     tuned = sorted(rng.sample(range(len(classes)), s.tuned))
     how = Preprocess((s.side, s.side), (0.0,) * 3, (1.0,) * 3, 1.0)
     used: dict[str, list[str]] = {name: [] for name in Pools._fields}
+    picked = lambda split, stems: splits[split].choose([
+        n for n in splits[split].names if Path(n).with_suffix("").as_posix() in stems])
     for label, name in enumerate(classes):
         there = {
             split: [
@@ -164,8 +166,7 @@ def draw_photographs(s: Photographs, masks: Path, place: Path, seed: int) -> dic
             used[pool] += [f"{name}/{stem}" for stem in stems]
     for pool, chosen in used.items():
         split = "val" if pool == "tested" else "train"
-        folder, wanted = splits[split], set(chosen)
-        folder = folder.choose([n for n in folder.names if Path(n).with_suffix("").as_posix() in wanted])
+        folder = picked(split, set(chosen))
         images = MaskedImages(folder.with_masks(object=masks / split), how)
         for index, of in enumerate(folder.names):
             item, own = images[index], homes[of.split("/")[0]]
@@ -178,7 +179,7 @@ def draw_photographs(s: Photographs, masks: Path, place: Path, seed: int) -> dic
             _write(place, "natural" if pool == "tested" else f"natural-{pool}", of, item["image"], item["object"])
     people = s.folder / "people/val"
     if drawn := {n for n in used["tested"] if (people / f"{n}.png").is_file()}:
-        folder = splits["val"].choose([n for n in splits["val"].names if Path(n).with_suffix("").as_posix() in drawn])
+        folder = picked("val", drawn)
         theirs = MaskedImages(folder.with_masks(object=people), how)
         for index, of in enumerate(folder.names):
             _write(place, "people", of, theirs[index]["image"], theirs[index]["object"])

@@ -114,11 +114,11 @@ def _cuda_devices() -> int:
 
 def disk_of(work: Work, at_once: int = 1) -> float:
     """Bytes that some work leaves, as far as it is fine-tunes and their numbers, and what `at_once` of them keep."""
-    s, size = work.settings, 350e6
+    s = work.settings
     if s.drawn:
         return 3e6 * len(work.tuned()) + 40e6 * len(work.seeds)
     known = [path.stat().st_size for path in s.weights.values() if path.is_file()]
-    size = max(known, default=size)
+    size = max(known, default=350e6)
     return size * (len(work.tuned()) + 3 * at_once) + 5e6 * len(work.tested())
 
 def _machine_faults(root: Path, work: Work, local: bool, gpus: int) -> list[str]:

@@ -42,7 +42,7 @@ from ..files import ASSETS, choose_device, locked, read_json, sha256, wait, writ
 from ..demo import cue, photographs
 from ..related import comparison, deal_metrics, segmil
 from .preflight import disk_of, faults, places, slurm_options, tell_srun
-from .progress import failures, progress_of
+from .progress import failures, log_of, progress_of
 from .publish import make_page, notebook_of
 from .settings import (RELATED, Settings, Work, calibration, hours, known_costs, open_work, page_file,
                                     read_settings, write_settings)
@@ -251,22 +251,25 @@ def _snakemake(root: Path, arguments: Sequence[str], local: bool) -> None:
 def reproduce(profile: str | Path = "demo", only: Sequence[str] = (), *, models: Sequence[str] = (),
               methods: Sequence[str] = (), seeds: int | None = None, out: str | Path | None = None,
               cores: int | None = None, gpus: int = 1, executor: str = "local", options: Sequence[str] = (),
-              verbose: bool = False, progress: bool = True, retry: bool = False, **changes: Any) -> "Reproduction":
+              verbose: bool = False, progress: bool = True, retry: bool = False, checked: bool = False,
+              **changes: Any) -> "Reproduction":
     """Make the artefacts `only` (all of the paper by default) and say what came of it.
 
     profile: demo, smoke, paper or a YAML file; changes: fields of its settings. models, methods: the paper's names, to
     narrow the work. seeds: how many, at most. out: the folder (runs/<profile>). cores: jobs at a time. gpus: how many
     each of which runs one job; on a cluster so many jobs at a time, or 100. executor: a Snakemake executor such as
     slurm, whose plugin has to be installed; options: more of Snakemake's own options, such as those of the plugin.
-    retry: only what failed, and what rests on it. Raises ValueError for unknown names, a folder in use and whatever
-    `faults` finds, ImportError without Snakemake, KeyboardInterrupt if somebody stopped it.
+    retry: only what failed, and what rests on it. checked: somebody has just asked `faults`.
+
+    Raises ValueError for unknown names, a folder in use and whatever `faults` finds, ImportError without Snakemake,
+    KeyboardInterrupt if somebody stopped it.
     """
     if importlib.util.find_spec("snakemake") is None:
         raise ImportError("`cft reproduce` needs Snakemake and papermill: pip install 'cft[batch]'")
     if executor != "local" and not importlib.util.find_spec(f"snakemake_executor_plugin_{executor.replace('-', '_')}"):
         raise ImportError(f"no Snakemake executor {executor!r}: pip install snakemake-executor-plugin-{executor}")
     root, work = open_work(profile, only, models, methods, seeds, out, **changes)
-    if found := faults(root, work, executor, gpus, options):
+    if found := [] if checked else faults(root, work, executor, gpus, options):
         raise ValueError("\n".join(found))
     cores, local = cores or os.cpu_count() or 1, executor == "local"
     arguments = f"--cores {cores} --scheduler greedy".split() + ([] if verbose else ["--quiet", "all"])
@@ -385,10 +388,8 @@ def report(root: Path, work: Work, pages: Sequence[Step], seconds: float = 0.0) 
             failed_steps.append((f"job {name}", DIED, None, [], f"logs/{name}.log", again + name))
     for note in found:
         command = again + shlex.quote(note["step"].removeprefix("job "))
-        log = next((f"logs/{name}.log" for name, job in jobs.items() if note["step"] in job["steps"]),
-                   note.get("log", ""))
-        failed_steps.append(
-            (note["step"], note["error"].splitlines()[0][:300], note["cell"], note["traceback"][-4:], log, command))
+        failed_steps.append((note["step"], note["error"].splitlines()[0][:300], note["cell"], note["traceback"][-4:],
+                             log_of(note, jobs), command))
     return Reproduction(root, pd.DataFrame(rows, columns=["artefact", "status", "seconds", "missing"]),
                         pd.DataFrame(failed_steps, columns=["step", "error", "cell", "tail", "log", "command"]),
                         seconds)
@@ -424,8 +425,8 @@ def _cost_text(root: Path, work: Work, gpus: int) -> str:
     if not (costs := known_costs(root, work.settings)):
         return "cost: not known, for nothing was measured on such a device; measure it there: cft reproduce --calibrate"
     found = hours(work, SIZES, costs)
-    device, total = ", ".join(sorted({cost.device
-                                      for cost in costs.values()})), sum(found.values()) - found["unmeasured"]
+    device = ", ".join(sorted({cost.device for cost in costs.values()}))
+    total = sum(found.values()) - found["unmeasured"]
     masks = f", {found['masks']:,.0f} of building masks" if found["masks"] else ", masks not measured"
     text = (f"cost, measured on {device}: {found['fine-tuning']:,.0f} hours of fine-tuning, "
             f"{found['evaluation']:,.0f} hours of evaluation{masks}, for {', '.join(sorted(costs))}; "
@@ -445,13 +446,13 @@ def _seconds_of(root: Path, work: Work, steps: Sequence[Step]) -> dict[str, floa
     for step in steps if costs else ():
         cost = costs.get("".join(step.item[:1])) or next(iter(costs.values()))
         if step.kind == "fine-tune":
-            each = cost.steps.get(step.item[1].partition(".")[0], cost.step)
-            found[step.name] = each * -(-s.classes * s.per_class // s.batch) * s.epochs
+            found[step.name] = cost.of(step.item[1]) * s.training_steps
         elif step.kind == "ground" and not cost.masks:
             return {}
         else:
-            known = {"evaluate": cost.picture * SIZES.get(step.item[-1] if step.item else "", 0),
-                     "ground": cost.masks * 1000 * s.pool / s.shards}
+            known = {
+                "evaluate": cost.picture * SIZES.get(step.item[-1] if step.item else "", 0),
+                "ground": cost.masks * 1000 * s.pool / s.shards}
             found[step.name] = known.get(step.kind, 60.0)
     return found
 

@@ -159,6 +159,11 @@ class Settings(BaseModel):
         """Whether pictures are drawn and not read."""
         return self.world == "drawn"
 
+    @property
+    def training_steps(self) -> int:
+        """Of one fine-tune."""
+        return -(-self.classes * self.per_class // self.batch) * self.epochs
+
     def values(self, *names: str) -> dict[str, Any]:
         """Some fields as plain values."""
         return self.model_dump(mode="json", include=set(names))
@@ -328,6 +333,10 @@ class Cost:
     memory: float = 0.0  # GB that a step of CFT takes
     weights: float = 0.0  # GB of a checkpoint
 
+    def of(self, method: str) -> float:
+        """Seconds of a training step of a method, or of a variant of it."""
+        return self.steps.get(method.partition(".")[0], self.step)
+
 def measured_costs(file: str | Path | None = None) -> dict[str, Cost]:
     """Costs by network, from the file that a rehearsal wrote or from those that the package carries.
 
@@ -368,10 +377,9 @@ def hours(work: Work, sizes: Mapping[str, int], costs: Mapping[str, Cost]) -> di
     (fine-tunes without cost).
     """
     s = work.settings
-    steps = -(-s.classes * s.per_class // s.batch) * s.epochs
-    tuned = [costs[m].steps.get(method.partition(".")[0], costs[m].step) for m, method, _ in work.tuned() if m in costs]
+    tuned = [costs[m].of(method) for m, method, _ in work.tuned() if m in costs]
     tested = [costs[m].picture * sizes[name] for m, _, _, name in work.tested() if m in costs]
     return {
-        "fine-tuning": sum(tuned) * steps / 3600, "evaluation": sum(tested) / 3600, "masks": max(
+        "fine-tuning": sum(tuned) * s.training_steps / 3600, "evaluation": sum(tested) / 3600, "masks": max(
             (c.masks for c in costs.values()), default=0) * 1000 * s.pool / 3600 if tuned else 0.0,
         "unmeasured": sum(m not in costs for m, _, _ in work.tuned())}

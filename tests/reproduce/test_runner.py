@@ -497,7 +497,8 @@ def test_what_snakemake_says_of_errors_is_kept(tmp_path):
     runner._snakemake(root, "--cores 1 --quiet all".split(), True)
     (note,) = failures(root)
     assert (note["step"], note["error"], note["log"]) == ("job a", runner.DIED, "logs/a.log")
-    write_json(root / "plan.json", read_json(root / "plan.json") | {"jobs": {"b": {"after": ["c"], "gpu": False}}})
+    lost = {"b": {"after": ["c"], "gpu": False, "steps": []}}
+    write_json(root / "plan.json", read_json(root / "plan.json") | {"jobs": lost})
     (root / "failed/job--a.json").unlink()
     runner._snakemake(root, "--cores 1 --quiet all".split(), True)
     (note,) = failures(root)
