@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -39,11 +40,11 @@ AFFINE = frozenset("""
 WEIGHTED = frozenset("linear conv1d conv2d conv3d conv_transpose2d addmm baddbmm addcmul".split())  # one live input
 PRODUCTS = frozenset("mul matmul mm bmm einsum".split())
 FIRST_DEGREE = frozenset("""
-    max_pool1d max_pool2d adaptive_max_pool1d adaptive_max_pool2d max min amax amin maximum minimum topk sort""".split(
-))
+    max_pool1d max_pool2d adaptive_max_pool1d adaptive_max_pool2d max min amax amin maximum minimum topk
+    sort""".split())
 HELD = frozenset("""
-    sigmoid hardsigmoid exp expm1 log log2 log1p logsumexp softplus logsigmoid sqrt rsqrt reciprocal rtruediv rpow cos sin
-    norm var std var_mean std_mean detach data""".split())
+    sigmoid hardsigmoid exp expm1 log log2 log1p logsumexp softplus logsigmoid sqrt rsqrt reciprocal rtruediv rpow
+    cos sin norm var std var_mean std_mean detach data""".split())
 
 def operation_name(func: Callable) -> str:
     """The plain name of an operation: `x.add_(y)`, `x += y` and `torch.add(x, y)` are "add"."""
@@ -76,11 +77,11 @@ def _gelu(h: Tensor, approximate: str = "none") -> Tensor:
 
 THROUGH_ZERO: dict[str, Callable[..., Tensor]] = {
     "relu": lambda h: (h > 0).to(h.dtype), "gelu": _gelu, "silu": torch.sigmoid, "leaky_relu": _leaky, "prelu": _prelu,
-    "hardswish": lambda h: (h + 3).clamp(0, 6) / 6, "relu6": _quotient(F.relu6,
-                                                                       1.0), "tanh": _quotient(torch.tanh, 1.0),
-    "hardtanh": _quotient(F.hardtanh, 1.0), "elu": _quotient(F.elu, 1.0), "selu": _quotient(F.selu, 1.0507009873554805),
-    "mish": _quotient(F.mish, 0.6), "softsign": _quotient(F.softsign, 1.0), "clamp": _quotient(torch.clamp, 1.0),
-    "abs": torch.sign, "square": lambda h: h, "pow": lambda h, exponent: h.pow(exponent - 1)}
+    "hardswish": lambda h: (h + 3).clamp(0, 6) / 6, "abs": torch.sign, "square": lambda h: h,
+    "pow": lambda h, exponent: h.pow(exponent - 1)}
+THROUGH_ZERO |= {f.__name__: _quotient(f, 1.0) for f in (F.relu6, F.hardtanh, F.elu, F.softsign)}
+THROUGH_ZERO |= {"tanh": _quotient(torch.tanh, 1.0), "clamp": _quotient(torch.clamp, 1.0)}
+THROUGH_ZERO |= {"selu": _quotient(F.selu, 1.0507009873554805), "mish": _quotient(F.mish, 0.6)}
 
 def _passes_zero(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether f(0) = 0 with these arguments."""
@@ -127,7 +128,7 @@ class Recorder(TorchFunctionMode):
         self._values: dict[int, Tensor] = {}  # the value that stands behind a handle, by the handle's id
         self._handles: list[Tensor] = []  # kept, so that no id is used twice
         self._starts: list[Tensor] = []
-        self._gates, self._stale = set[int](), set[int]()
+        self._gates, self._stale, self._own = set[int](), set[int](), set[int]()
         self._notes: list[Note] = []
 
     def begin(self, *values: Tensor) -> None:
@@ -144,6 +145,8 @@ class Recorder(TorchFunctionMode):
         """What a live tensor stands for: itself, or what was written into it."""
         if self._stale & {id(x), id(x._base)}:
             raise self.unsupported("to read a value after a write to a part of it")
+        if self._is_opaque(x):
+            raise self.unsupported("a function that has its backward pass in Python")
         return self._values[id(x)]
 
     def pull(self, output: Tensor, g: Tensor) -> Tensor:
@@ -167,6 +170,8 @@ class Recorder(TorchFunctionMode):
         kwargs, inside = kwargs or {}, writes(func) or bool(kwargs and kwargs.get("inplace"))
         flat, form = tree_flatten((args, kwargs | {"inplace": False} if inside and not writes(func) else kwargs))
         at = [i for i, x in enumerate(flat) if self.is_live(x)]
+        if self._starts and any(map(self._is_opaque, flat)):
+            raise self.unsupported("a function that has its backward pass in Python")
         if not at:
             return func(*args, **kwargs)
         handle = flat[0]
@@ -195,6 +200,10 @@ class Recorder(TorchFunctionMode):
         owner = module if isinstance(module, nn.Module) else self.model
         return UnsupportedModule(owner, f"operations with a rule; there is none for {what}")
 
+    def _is_opaque(self, x: Any) -> bool:
+        """Whether x comes from an autograd.Function that is not ours: what it does cannot be written down."""
+        return isinstance(x, Tensor) and isinstance(x.grad_fn, BackwardCFunction) and id(x) not in self._own
+
     def _know(self, handle: Tensor, value: Tensor) -> None:
         self._values[id(handle)] = value
         self._handles.append(handle)
@@ -203,6 +212,8 @@ class Recorder(TorchFunctionMode):
         """Write down that `pull` takes the modified gradients at the outputs (None where none came) to the inputs."""
         for y in outputs:
             self._know(y.requires_grad_(), y)
+            if isinstance(y.grad_fn, BackwardCFunction):
+                self._own.add(id(y))
         self._notes.append((pull, list(inputs), list(outputs)))
 
     def _run(self, name: str, func: Any, flat: list[Any], form: Any, at: list[int]) -> Any:

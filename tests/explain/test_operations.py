@@ -438,3 +438,24 @@ def test_fallback_books_what_it_cannot_explain():
     assert found.ledger["gradient"].abs().min() > 0
     with pytest.raises(ValueError, match="fallback must be refuse or gradient, got 'skip'"):
         r.Method(fallback="skip")
+
+
+class Twice(torch.autograd.Function):
+    """Twice x, by torch, or by numpy, which no recorder sees."""
+
+    @staticmethod
+    def forward(ctx, x, by_numpy):
+        return torch.from_numpy(2 * x.detach().numpy()) if by_numpy else 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g, None
+
+
+def test_functions_with_a_backward_pass_in_python():
+    x = values(4)
+    said = "none for a function that has its backward pass in Python"
+    for by_numpy in (False, True):
+        for function in (lambda x: Twice.apply(x, by_numpy) + x, lambda x: Twice.apply(x + x, by_numpy)):
+            with pytest.raises(UnsupportedModule, match=said):
+                through(function, values(4))  # its share of relevance would be lost
