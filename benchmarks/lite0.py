@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import timm
 import torch
-from timm.data import ImageNetInfo
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 from torchvision.transforms import v2
 

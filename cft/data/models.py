@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TINY', 'FINE', 'BROAD', 'SPURIOUS', 'SEEDS', 'ConvStem', 'cft_vit_tiny64', 'cft_vit_tiny64_patch4', 'ReceptiveField',
-           'receptive_field', 'LinearProbe', 'dinov2_vitb14', 'join_dinov2', 'load_model', 'logistic', 'fit_probe',
-           'weights_digest', 'write_safetensors', 'save_model', 'output_names', 'inputs_of', 'Stage', 'Layers',
-           'train_stage', 'accuracy_on', 'make_base', 'make_bases', 'base_model']
+           'receptive_field', 'LinearProbe', 'dinov2_vitb14', 'join_dinov2', 'load_model', 'logistic', 'classifier',
+           'fit_probe', 'weights_digest', 'write_safetensors', 'save_model', 'output_names', 'inputs_of', 'Stage',
+           'Layers', 'train_stage', 'accuracy_on', 'make_base', 'make_bases', 'base_model']
 
 # %% ../../nbs/02_models.ipynb #da4b9237
 import copy
@@ -290,6 +290,13 @@ def logistic(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, pen
     w = w.detach()
     return w[:, 1:] / scale, w[:, 0] - w[:, 1:] @ (mean / scale)
 
+def classifier(model: nn.Module) -> Any:
+    """The last layer of a model: what timm names so, elsewhere the last linear layer."""
+    known: Any = model
+    if hasattr(known, "get_classifier"):
+        return known.get_classifier()
+    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+
 def fit_probe(name: str, weights: str | Path, folder: Folder, out: str | Path, *, penalty: float = 1e-3,
               batch: int = 32, img_size: int | None = None, progress: bool = False) -> float:
     """Give a backbone a head by logistic regression on its frozen features, and write it with its classes to `out`.
@@ -309,7 +316,7 @@ def fit_probe(name: str, weights: str | Path, folder: Folder, out: str | Path, *
     turn = torch.zeros(len(labels), dtype=torch.long)
     for label in labels.unique():
         turn[labels == label] = torch.arange(int((labels == label).sum())) % 5
-    (weight, bias), head = fitted(turn != 4), model.get_classifier()
+    (weight, bias), head = fitted(turn != 4), classifier(model)
     right = (found @ weight.T + bias).argmax(1)[turn == 4] == labels[turn == 4]
     head.weight.data, head.bias.data = (t.float() for t in fitted(turn >= 0))
     save_model(out, model, folder.classes)

@@ -50,7 +50,7 @@ def operation_name(func: Callable) -> str:
     """The plain name of an operation: `x.add_(y)`, `x += y` and `torch.add(x, y)` are "add"."""
     owner: Any = func
     name = owner.__name__ if owner.__name__ != "__get__" else owner.__self__.__name__  # of a property
-    name = name.strip("_")
+    name = str(name).strip("_")
     return _NAMES.get(name, name)
 
 def writes(func: Callable) -> bool:
@@ -101,7 +101,8 @@ class OnePicture(Tape):
     def absorb(self, kind: str, g: Tensor, amount: Tensor | None) -> None:
         """Book `sum(g * amount)` under `kind`, (1,)."""
         if self.ledger is not None and amount is not None:
-            booked = torch.where(g == 0, 0, full_precision(g) * full_precision(amount)).sum().reshape(1)
+            amount = full_precision(amount).masked_fill(amount.isinf(), 0)
+            booked = (full_precision(g) * amount).sum().reshape(1)
             self.ledger[kind] = self.ledger[kind] + booked if kind in self.ledger else booked
 
 def _function_of(func: Callable, flat: Sequence[Any], form: Any, at: Sequence[int]) -> Callable:
@@ -263,11 +264,11 @@ class Recorder(TorchFunctionMode):
         leaves = tree_flatten(result)[0]
         found = [i for i, y in enumerate(leaves) if isinstance(y, Tensor) and y.requires_grad]
 
-        def pull(gs: list[Tensor | None]) -> list[Tensor | None]:
+        def pull(gs: list[Tensor | None]) -> Sequence[Tensor | None]:
             pairs = [(i, leaves[i], g.to(leaves[i].dtype)) for i, g in zip(found, gs) if g is not None]
             parts = torch.autograd.grad([y for _, y, _ in pairs], aliases, [g for _, _, g in pairs], retain_graph=True,
                                         create_graph=self.keep, allow_unused=True)
-            parts = [part if part is None or share == 1 else part * share for part in parts]
+            parts: Sequence[Tensor | None] = [part if part is None or share == 1 else part * share for part in parts]
             if self.tape.ledger is not None and kind == "gradient":
                 for y, g in [(y, g) for _, y, g in pairs] + [(-x, g) for x, g in zip(inputs, parts) if g is not None]:
                     self.tape.absorb(kind, g, y)
@@ -331,14 +332,14 @@ def dot_product_attention(recorder: Recorder, query: Tensor, key: Tensor, value:
     """Scaled dot-product attention, (…, tokens, head_dim) each."""
     if dropout_p or is_causal or enable_gqa:
         raise recorder.unsupported("attention that is causal, grouped or drops out")
-    scale = query.shape[-1]**-0.5 if scale is None else scale
+    factor = query.shape[-1]**-0.5 if scale is None else scale
     alike = query.ndim == 4 and query.shape[:-2] == key.shape[:-2]
     if attn_mask is None and alike and all(map(recorder.is_live, (query, key, value))):
-        y, pull = mix(query, key, value, scale, recorder.tape)
+        y, pull = mix(query, key, value, factor, recorder.tape)
         recorder.note(lambda gs: pull(gs[0]), [query, key, value], y)
         return y
     with recorder:
-        scores = (query * scale) @ key.transpose(-2, -1)
+        scores = (query * factor) @ key.transpose(-2, -1)
         if attn_mask is not None:
             masked = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -math.inf) if masked else scores + attn_mask

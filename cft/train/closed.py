@@ -9,8 +9,10 @@ __all__ = ['PURE', 'BANK', 'Reads', 'SHADES', 'FORMS', 'penultimate', 'relevance
 # %% ../../nbs/15_closed.ipynb #abf44e3d
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -18,20 +20,32 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from ..data.folders import Cutouts, MaskedImages, cutouts, swap_background, without_object
-from ..data.models import logistic
-from ..explain.anatomy import check_model, split
+from ..data.models import classifier, logistic
+from ..explain.anatomy import Parts, check_model, split
 from ..explain.maps import run
-from ..explain.rules import Tape, full_precision
+from ..explain.operations import OnePicture, Recorder
+from ..explain.places import check_modules, trace
+from ..explain.rules import Pullback, Tape, UnsupportedModule, full_precision
 from .losses import Between, patch_mask
 
 # %% ../../nbs/15_closed.ipynb #e1421d60
 @torch.no_grad()
 def penultimate(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
-    """What the last layer of a model of timm sees of images (images, 3, height, width): float64 (images, features)."""
-    known: Any = model
-    device = next(model.parameters()).device
-    seen = (known.forward_features(part.to(device)) for part in images.split(batch))
-    return torch.cat([known.forward_head(x, pre_logits=True).double().cpu() for x in seen])
+    """What the last layer of a model sees of images (images, 3, height, width): float64 (images, features)."""
+    device, seen = next(model.parameters()).device, list[Tensor]()
+    with _entering(model, lambda x: seen.append(x.double().cpu())):
+        for part in images.split(batch):
+            model(part.to(device))
+    return torch.cat(seen)
+
+@contextmanager
+def _entering(model: nn.Module, see: Callable[[Tensor], Any]) -> Iterator[None]:
+    """While this lasts, `see` is called with what enters the last layer."""
+    hook = classifier(model).register_forward_pre_hook(lambda _, inputs: see(inputs[0]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 def relevance_features(model: nn.Module, images: Tensor, regions: Callable[[tuple[int, int]], list[Tensor]],
                        rule: str = "attnlrp", stage: int = 2, rest: bool = False) -> tuple[Tensor, list[Tensor]]:
@@ -42,21 +56,33 @@ def relevance_features(model: nn.Module, images: Tensor, regions: Callable[[tupl
     absorbed, L, stand at the end of the list, and f is the sum of all if the regions part the picture. Raises
     UnsupportedModule (a ValueError) for a module without a rule.
     """
-    checked, tape = check_model(model), Tape(rule, ledger={} if rest else None)
-    with torch.no_grad():
-        parts = split(checked, images, stage)
-        features, pullbacks = run(parts.steps[:-1], parts.x, tape)
+    tape = Tape(rule, ledger={} if rest else None)
+    parts, features, pull = _to_features(model, images, stage, tape)
     with torch.enable_grad():
         start = torch.zeros_like(features).requires_grad_()
-        g = start
-        for pullback in reversed(pullbacks):
-            g = pullback(g)
+        g = pull(start)
         relevance = (parts.per_token(full_precision(parts.x)) * parts.per_token(full_precision(g))).sum(-1)
         patches, prefix = relevance[:, parts.prefix:].unflatten(1, parts.grid), relevance[:, :parts.prefix]
         sums = [(weights.to(patches) * patches).sum() for weights in regions(parts.grid)]
         if rest:
             sums += [prefix.sum(), sum((booked.sum() for booked in (tape.ledger or {}).values()), 0 * start.sum())]
         return features, [torch.autograd.grad(each, start, retain_graph=True)[0] for each in sums]
+
+def _to_features(model: nn.Module, images: Tensor, stage: int, tape: Tape) -> tuple[Parts, Tensor, Pullback]:
+    """Where relevance ends, the features, and the pullback from these to there."""
+    try:
+        with torch.no_grad():
+            parts = split(check_model(model), images, stage)
+            features, pullbacks = run(parts.steps[:-1], parts.x, tape)
+        return parts, features, lambda g: reduce(lambda g, pullback: pullback(g), reversed(pullbacks), g)
+    except UnsupportedModule:  # not plain: it runs by itself
+        check_modules(model)
+    recorder, seen = Recorder(model, OnePicture(tape.rule, ledger=tape.ledger), keep=True), list[Tensor]()
+    with torch.enable_grad(), _entering(model, seen.append):
+        parts = trace(model, images, stage, False, recorder)
+    if not seen or not recorder.is_live(seen[-1]):
+        raise UnsupportedModule(classifier(model), "a last layer that sees what depends on the picture")
+    return parts, recorder.value(seen[-1]).detach(), lambda g: recorder.pull(seen[-1], g)
 
 # %% ../../nbs/15_closed.ipynb #820fb13b
 class Moments:
@@ -359,9 +385,8 @@ def _shades(images: MaskedImages) -> list[Tensor]:
     return [(shade - mean) / std for shade in SHADES]
 
 def last_layer(model: nn.Module) -> _Solved:
-    """Weight and bias of the last layer of a model of timm, float64. Raises ValueError if it is not linear."""
-    known: Any = model
-    last = known.get_classifier()
+    """Weight and bias of the last layer of a model, float64. Raises ValueError if it is not linear."""
+    last = classifier(model)
     if not isinstance(last, nn.Linear) or last.bias is None:
         raise ValueError(f"a head is solved for a linear last layer with a bias, got {type(last).__name__}")
     return last.weight.detach().double().cpu(), last.bias.detach().double().cpu()
@@ -373,9 +398,9 @@ def as_layer(weight: Tensor, bias: Tensor) -> nn.Module:
     return layer.eval()
 
 def with_head(model: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
-    """A copy of a model of timm with another weight (classes, features) and bias (classes,) in its last layer."""
-    changed: Any = copy.deepcopy(model)
+    """A copy of a model with another weight (classes, features) and bias (classes,) in its last layer."""
+    changed = copy.deepcopy(model)
     with torch.no_grad():
-        changed.get_classifier().weight.copy_(weight)
-        changed.get_classifier().bias.copy_(bias)
+        classifier(changed).weight.copy_(weight)
+        classifier(changed).bias.copy_(bias)
     return changed

@@ -35,7 +35,7 @@ from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 from ..data.folders import Folder, MaskedImages, scan, without_object
-from ..data.models import read_weights, save_model, weights_digest
+from ..data.models import classifier, read_weights, save_model, weights_digest
 from ..files import PACKAGE, VERSION, html_template, legible, need, read_json, write_json, write_text, written
 from .closed import Head
 from .objectives import Batch, Recipe
@@ -279,11 +279,12 @@ def _validate(model: nn.Module, original: nn.Module, images: MaskedImages, recip
 def _trained(model: Any, which: str | int) -> list[nn.Module]:
     """The parts of a model that are trained. Raises ValueError for more blocks than it has."""
     if which in ("all", "head"):
-        return [model if which == "all" else model.get_classifier()]
+        return [model if which == "all" else classifier(model)]
     blocks: Any = getattr(model, "blocks", ())
     if not (isinstance(which, int) and 0 < which <= len(blocks)):
         raise ValueError(f"trainable must be all, head or a number of the {len(blocks)} last blocks; got {which!r}")
-    return [*blocks[-which:], model.norm, model.fc_norm, model.get_classifier()]
+    after = (getattr(model, name, None) for name in ("norm", "fc_norm"))
+    return [*blocks[-which:], *(part for part in after if part is not None), classifier(model)]
 
 def prepare(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
     """A frozen copy of the model, a trainable one, and the optimiser for it.

@@ -6,6 +6,7 @@ import timm
 import torch
 from concept_erasure import LeaceFitter
 from PIL import Image
+from small_families import make_network
 from torch.utils.data import DataLoader
 
 from cft.data import backdrop
@@ -45,11 +46,16 @@ def networks():
     return {name: model.double().eval() for name, model in made.items()}
 
 
-@pytest.mark.parametrize("name", networks())
+BY_OPERATIONS = ("se_resnet", "efficientnet", "swin", "eva02", "siglip", "torchvision_resnet", "hugging_face_vit")
+
+
+@pytest.mark.parametrize("name", [*networks(), *BY_OPERATIONS])
 def test_relevance_features_are_one_pullback_for_each_feature(name):
-    model = networks()[name]
-    size = {"both": 28, "convnext": 64}.get(name, 32)
-    images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    if name in BY_OPERATIONS:
+        model, images = make_network(name)
+    else:
+        model, size = networks()[name], {"both": 28, "convnext": 64}.get(name, 32)
+        images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     random = lambda grid: (torch.rand(2, *grid, generator=torch.Generator().manual_seed(2)) < 0.4).double()
     regions = lambda grid: [random(grid), 1 - random(grid)]
     features, (inside, outside, prefix, absorbed) = relevance_features(model, images, regions, rest=True)
