@@ -11,10 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from cost import Case, Step
-from table import Row, row
+from table import Row, device, place, row
 from timm.layers import Attention  # pyright: ignore[reportPrivateImportUsage]
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -72,4 +74,45 @@ def peer_rows(case: Case, rounds: int = 5) -> list[Row]:
     for name, theirs in peers.items():
         ratio = times_slower(theirs, ours, rounds)
         rows.append(row(f"relevance_vs_{name}_speed", ratio, "their time / ours", ">= 1", name, note))
+    return rows
+
+
+def zennit_relevance(model: nn.Module, layer: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    """Relevance at the output of a layer of torchvision's ResNet, by zennit: the ε-rule, sums and means by shares."""
+    from zennit.composites import LayerMapComposite
+    from zennit.layer import Sum
+    from zennit.rules import Epsilon, Norm, Pass
+    from zennit.torchvision import ResNetCanonizer
+
+    rule, share, inner = Epsilon(1e-6), Norm(stabilizer=1e-6), list[Tensor]()
+    rules = [(nn.Linear, rule), (nn.Conv2d, rule), (nn.ReLU, Pass()), (nn.BatchNorm2d, Pass()), (Sum, share),
+             (nn.AdaptiveAvgPool2d, share)]
+    hook = layer.register_forward_hook(lambda _, x, y: inner.append(y))
+    with hook, LayerMapComposite(rules, [ResNetCanonizer()]).context(model) as changed:
+        logits = changed(images.clone().requires_grad_())
+        chosen = F.one_hot(target, logits.shape[1]) * logits.detach()
+        return torch.autograd.grad(logits, inner[0], chosen)[0].sum(1)
+
+
+def family_rows(batch: int = 2, rounds: int = 5) -> list[Row]:
+    """The same for a ResNet-50, by zennit, and for three families by captum, input × gradient at the same layer."""
+    images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    target, rows = torch.arange(batch), []
+    resnet: Any = torchvision.models.resnet50().eval()
+    swin: Any = timm.create_model("swin_tiny_patch4_window7_224").eval()
+    eva: Any = timm.create_model("eva02_tiny_patch14_224", num_classes=1000).eval()
+    peers: list[tuple[str, str, nn.Module, Step]] = []
+    if importlib.util.find_spec("zennit"):
+        peers.append(("zennit", "resnet50", resnet, lambda: zennit_relevance(resnet, resnet.layer3, images, target)))
+    if importlib.util.find_spec("captum"):
+        from captum.attr import LayerGradientXActivation
+
+        for name, model, layer in (("resnet50", resnet, resnet.layer3), ("swin_t", swin, swin.layers[2]),
+                                   ("eva02_t", eva, eva.blocks[0])):
+            theirs = partial(LayerGradientXActivation(model, layer).attribute, images, target)
+            peers.append(("captum", name, model, theirs))
+    for peer, name, model, theirs in peers:
+        ratio = times_slower(theirs, partial(relevance, model, images, target, differentiable=False), rounds)
+        note = f"inference, median of {rounds} alternating pairs; {name}, batch {batch}, float32, {place(device())}"
+        rows.append(row(f"relevance_vs_{peer}_speed_{name}", ratio, "their time / ours", ">= 1", peer, note))
     return rows

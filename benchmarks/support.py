@@ -4,31 +4,32 @@
     python benchmarks/support.py resnet18   # some networks, printed
 """
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
-import timm
-import torch
-from cost import peak_bytes
+from cost import LiveBytes
 from tqdm.auto import tqdm
 
 from cft.evaluate.support import by_family, cost_of, flops, survey, tags_of_timm
 from cft.files import ASSETS
 
 
-def size(name: str) -> int:
-    """Number of weights of a network of timm."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in timm.create_model(name).parameters())
+def arithmetic_and_memory(step: Callable[[], None]) -> np.ndarray:
+    """Operations, and most bytes alive at a time, of one call."""
+    with LiveBytes() as memory:
+        return np.array([flops(step), memory.peak])
 
 
-def with_costs(found: pd.DataFrame) -> pd.DataFrame:
-    """The table with what a step costs in flops and memory, for the smallest supported network of every family."""
+def with_costs(found: pd.DataFrame, table: Path) -> pd.DataFrame:
+    """The table with what a step costs, for the supported network of every family that has the most tags."""
     for _, part in tqdm(found[found["refused"] == ""].groupby("family")):
-        if "flops" in part and part["flops"].ne("").any():
-            continue
-        name = min(part["model"], key=size)
-        for column, measure in (("flops", flops), ("memory", peak_bytes)):
-            found.loc[found["model"] == name, column] = f"{cost_of(name, measure):.2f}"
+        if "flops" not in part or part["flops"].eq("").all():
+            name = part.sort_values("tags", ascending=False, kind="stable")["model"].iloc[0]
+            costs = [f"{cost:.2f}" for cost in cost_of(name, arithmetic_and_memory)]
+            found.loc[found["model"] == name, ["flops", "memory"]] = costs
+            found.fillna("").to_csv(table, index=False)
     return found.fillna("")
 
 
@@ -43,8 +44,7 @@ def main() -> None:
             if name not in set(known["model"]):
                 rows = pd.concat([known, survey([name], progress=False)]).fillna("")
                 rows.sort_values(["family", "model"]).to_csv(table, index=False)
-        found = with_costs(pd.read_csv(table, keep_default_na=False))
-        found.to_csv(table, index=False)
+        found = with_costs(pd.read_csv(table, keep_default_na=False), table)
     print(by_family(found).to_string())
 
 

@@ -584,3 +584,6 @@ app.add_typer(batch_app)
 def main(arguments: list[str] | None = None) -> None:
     """What the command `cft` calls."""
     run_app(app, arguments)
+
+if __name__ == "__main__" and "__file__" in globals():  # python -m cft.apps.cli, not in a notebook
+    main()

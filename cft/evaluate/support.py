@@ -9,6 +9,7 @@ __all__ = ['on_meta', 'refusal', 'steps_of', 'cost_of', 'flops', 'tags_of_timm',
 # %% ../../nbs/20_support.ipynb #e60e8e6e
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pandas as pd
 import timm
@@ -16,6 +17,7 @@ import torch
 from timm.data import resolve_data_config  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from timm.layers.drop import DropPath
 from tqdm.auto import tqdm
 
 from ..explain.operations import OnePicture, Recorder
@@ -46,6 +48,10 @@ def refusal(name: str) -> str:
 def steps_of(name: str) -> tuple[Callable[[], None], Callable[[], None]]:
     """Forward and backward of a plain step of a network, and of one that trains through its relevance."""
     model, images = on_meta(name)
+    model.train()  # some keep parts of the graph in evaluation mode
+    for module in model.modules():
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, DropPath)):
+            module.eval()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
 
@@ -60,8 +66,8 @@ def steps_of(name: str) -> tuple[Callable[[], None], Callable[[], None]]:
 
     return plain, aligning
 
-def cost_of(name: str, measure: Callable[[Callable[[], None]], float]) -> float:
-    """What a step through relevance takes by some measure, in plain steps."""
+def cost_of(name: str, measure: Callable[[Callable[[], None]], Any]) -> Any:
+    """What a step through relevance takes by some measure, or by several in an array, in plain steps."""
     plain, aligning = map(measure, steps_of(name))
     return aligning / plain
 
@@ -94,7 +100,7 @@ def support(path: str | None = None) -> pd.DataFrame:
 def by_family(found: pd.DataFrame) -> pd.DataFrame:
     """Columns tags, supported (tags), refused, flops, memory: one row for each family, the largest first.
 
-    `refused` is one sentence; a step of the smallest network that is supported costs `flops` and `memory` plain ones.
+    `refused` is one sentence; a step of the network with the most tags costs `flops` and `memory` plain ones.
     """
     rows = {}
     for family, part in found.groupby("family"):

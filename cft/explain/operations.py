@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AFFINE', 'WEIGHTED', 'PRODUCTS', 'FIRST_DEGREE', 'HELD', 'THROUGH_ZERO', 'Note', 'COMPOSED', 'operation_name',
-           'writes', 'OnePicture', 'Recorder', 'softmax', 'dot_product_attention', 'multi_head_attention', 'layer_norm',
-           'rms_norm', 'group_norm', 'unit_length', 'batch_norm']
+           'writes', 'OnePicture', 'ByRule', 'Recorder', 'softmax', 'dot_product_attention', 'multi_head_attention',
+           'layer_norm', 'rms_norm', 'group_norm', 'unit_length', 'batch_norm']
 
 # %% ../../nbs/11_operations.ipynb #0321998f
 import math
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .rules import GATES, Tape, UnsupportedModule, full_precision, gamma_rule, mix, recomputed
 
@@ -118,10 +118,24 @@ def _function_of(func: Callable, flat: Sequence[Any], form: Any, at: Sequence[in
 
 Note = tuple[Callable[[list[Tensor | None]], Sequence[Tensor | None]], list[Tensor], list[Tensor]]
 
+class ByRule(torch.autograd.Function):
+    """y, and going back what a pullback makes of g; for graphs that are gone through once."""
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, pull: Callable, *inputs: Tensor) -> Tensor:
+        """y as it is."""
+        ctx.pull = pull
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Any) -> Any:
+        """The pullback of g."""
+        return None, None, *ctx.pull(gs)
+
 class Recorder(TorchFunctionMode):
     """While entered, runs operations and writes down how relevance goes back through those on live values.
 
-    keep: pullbacks are differentiable. fallback: "refuse" or "gradient", for operations without a rule.
+    keep: pullbacks are differentiable. fallback: "refuse" or "gradient", for operations without a rule. Where neither
+    derivatives nor a ledger are asked for, autograd takes the notes: its graph is that of the pullbacks.
     """
     def __init__(self, model: nn.Module, tape: Tape, keep: bool, fallback: str = "refuse"):
         super().__init__()
@@ -129,6 +143,7 @@ class Recorder(TorchFunctionMode):
         self._values: dict[int, Tensor] = {}  # the value that stands behind a handle, by the handle's id
         self._handles: list[Tensor] = []  # kept, so that no id is used twice
         self._starts: list[Tensor] = []
+        self.by_autograd = not keep and tape.ledger is None
         self._gates, self._stale, self._own = set[int](), set[int](), set[int]()
         self._notes: list[Note] = []
 
@@ -152,7 +167,11 @@ class Recorder(TorchFunctionMode):
 
     def pull(self, output: Tensor, g: Tensor) -> Tensor:
         """From the modified gradient at a live output to that at the first value; the record is used up."""
-        arrived = {id(self.value(output)): g}
+        value = self.value(output)
+        if self.by_autograd:
+            (first,) = torch.autograd.grad(value, self._starts[:1], g, allow_unused=True)
+            return torch.zeros_like(self._starts[0]) if first is None else first
+        arrived = {id(value): g}
         while self._notes:  # popping frees an operation's values as soon as they are used
             pull, inputs, outputs = self._notes.pop()
             gs = [arrived.pop(id(y), None) for y in outputs]
@@ -209,13 +228,24 @@ class Recorder(TorchFunctionMode):
         self._values[id(handle)] = value
         self._handles.append(handle)
 
-    def note(self, pull: Callable, inputs: Sequence[Tensor], *outputs: Tensor) -> None:
-        """Write down that `pull` takes the modified gradients at the outputs (None where none came) to the inputs."""
+    def note(self, pull: Callable, inputs: Sequence[Tensor], *outputs: Tensor) -> Tensor:
+        """Write down that `pull` takes the modified gradients at the outputs (None where none came) to the inputs.
+
+        Returns the first output, live from now on.
+        """
+        if self.by_autograd:
+            outputs = (ByRule.apply(outputs[0].detach(), pull, *inputs), )
+        else:
+            self._notes.append((pull, list(inputs), list(outputs)))
         for y in outputs:
             self._know(y.requires_grad_(), y)
             if isinstance(y.grad_fn, BackwardCFunction):
                 self._own.add(id(y))
-        self._notes.append((pull, list(inputs), list(outputs)))
+        return outputs[0]
+
+    def constant(self, values: Any) -> Any:
+        """Constants of the rule."""
+        return tree_map(lambda y: y.detach() if isinstance(y, Tensor) else y, values) if self.by_autograd else values
 
     def _run(self, name: str, func: Any, flat: list[Any], form: Any, at: list[int]) -> Any:
         """Sort an operation into its kind; `at` are the places of live values among the flattened arguments."""
@@ -224,16 +254,22 @@ class Recorder(TorchFunctionMode):
         tensors = sum(isinstance(x, Tensor) for x in flat)
         if own := COMPOSED.get(name):
             return own(self, *args, **kwargs)
+        if name in ("relu", "leaky_relu") and at == [0]:  # the gate is the slope
+            y = self.affine(call, inputs, None)
+            self._gates.add(id(y))
+            return y
         if name in THROUGH_ZERO and at == [0]:
             return self._through_zero(name, func, args, kwargs)
         if name in HELD:
-            return func(*args, **kwargs)
+            return self.constant(func(*args, **kwargs))
         if name == "div" and self.is_live(args[1]):
-            return self.affine(lambda x: func(x, args[1]), inputs[:1]) if len(at) > 1 else func(*args, **kwargs)
+            divisor = self.constant(args[1])
+            return self.affine(lambda x: func(x, divisor), inputs[:1]) if len(at) > 1 else func(args[0], divisor)
         if name in PRODUCTS and len(at) > 1:
             gates = [i for i in at if id(flat[i]) in self._gates]
             if self.tape.rule != "cp" or len(gates) in (0, len(at)):
                 return self.affine(call, inputs, None, 1 / len(at))
+            flat = [self.constant(x) if i in gates else x for i, x in enumerate(flat)]
             at = [i for i in at if i not in gates]
             return self.affine(_function_of(func, flat, form, at), [flat[i] for i in at])
         if name in FIRST_DEGREE and (name not in ("maximum", "minimum", "max", "min") or len(at) == tensors):
@@ -256,6 +292,14 @@ class Recorder(TorchFunctionMode):
 
         The ledger books its value at 0 under `kind`; kind "gradient" books what the gradient leaves unexplained.
         """
+        if self.by_autograd:
+            result = call(*inputs)
+            for y in tree_flatten(result)[0]:
+                if isinstance(y, Tensor) and y.requires_grad:
+                    self._know(y, y)
+                    if share != 1:
+                        y.register_hook(lambda g: g * share)
+            return result
         aliases = [x.view_as(x) for x in inputs]
         result = call(*aliases)
         for alias, x in zip(aliases, inputs):
@@ -283,7 +327,7 @@ class Recorder(TorchFunctionMode):
 
     def held(self, x: Tensor, spread: Callable[[Tensor], Tensor], call: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """call(x, spread(x)), affine in x with its spread held."""
-        constant = recomputed(spread, full_precision(x))
+        constant = recomputed(spread, full_precision(self.constant(x)))
         return self.affine(lambda x: call(x, constant), [x], "norm_bias")
 
     def _through_zero(self, name: str, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
@@ -292,9 +336,10 @@ class Recorder(TorchFunctionMode):
             h, settings = args[0], {k: v for k, v in kwargs.items() if k != "inplace"}
             more = [v for v in args[1:] if not isinstance(v, bool)]
             rule = lambda g, h: g * THROUGH_ZERO[name](h, *more, **settings)
-            self.note(lambda gs: [recomputed(rule, gs[0], h)], [h], y)
+            y = self.note(lambda gs: [recomputed(rule, gs[0], h)], [h], y)
             self._gates.add(id(y))
-        return y
+            return y
+        return self.constant(y)
 
     def _with_gamma(self, func: Callable, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any,
                     **kwargs: Any) -> Tensor:
@@ -307,15 +352,14 @@ class Recorder(TorchFunctionMode):
 
         y = func(x, weight, bias, *args, **kwargs)
         row = bias if bias is None or weight.ndim == 2 else bias.view(-1, 1, 1)
-        self.note(lambda gs: [gamma_rule(run, adjoint, weight, row, x, y, gs[0], self.tape)], [x], y)
-        return y
+        return self.note(lambda gs: [gamma_rule(run, adjoint, weight, row, x, y, gs[0], self.tape)], [x], y)
 
 # %% ../../nbs/11_operations.ipynb #a430a03d
 def softmax(recorder: Recorder, x: Tensor, dim: int, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
     """Softmax along `dim` by its Taylor rule."""
     y = x.softmax(dim, dtype)
     if recorder.tape.rule == "cp":
-        return y
+        return recorder.constant(y)
 
     def pull(gs: list[Tensor]) -> list[Tensor]:
         gx = y * (gs[0] - (gs[0] * y).sum(dim, keepdim=True))
@@ -323,8 +367,7 @@ def softmax(recorder: Recorder, x: Tensor, dim: int, dtype: torch.dtype | None =
         recorder.tape.absorb("softmax", gx, -x)
         return [gx.to(x.dtype)]
 
-    recorder.note(pull, [x], y)
-    return y
+    return recorder.note(pull, [x], y)
 
 def dot_product_attention(recorder: Recorder, query: Tensor, key: Tensor, value: Tensor,
                           attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
@@ -336,8 +379,7 @@ def dot_product_attention(recorder: Recorder, query: Tensor, key: Tensor, value:
     alike = query.ndim == 4 and query.shape[:-2] == key.shape[:-2]
     if attn_mask is None and alike and all(map(recorder.is_live, (query, key, value))):
         y, pull = mix(query, key, value, factor, recorder.tape)
-        recorder.note(lambda gs: pull(gs[0]), [query, key, value], y)
-        return y
+        return recorder.note(lambda gs: pull(gs[0]), [query, key, value], y)
     with recorder:
         scores = (query * factor) @ key.transpose(-2, -1)
         if attn_mask is not None:
@@ -370,6 +412,10 @@ def layer_norm(recorder: Recorder, x: Tensor, shape: Sequence[int], weight: Tens
     """Layer norm over the last dimensions."""
     dims = tuple(range(-len(shape), 0))
     centred = lambda x: x - x.mean(dims, keepdim=True)
+    if recorder.by_autograd and full_precision(x) is x:  # the kernel knows 1/σ
+        y, _, inverse_sigma = torch.native_layer_norm(x.detach(), list(shape), weight, bias, eps)
+        rule = lambda g: centred(g if weight is None else g * weight).mul_(inverse_sigma)
+        return recorder.note(lambda gs: [rule(gs[0])], [x], y)
     spread = lambda x: (centred(x).square().mean(dims, keepdim=True) + eps).rsqrt()
     return recorder.held(x, spread, lambda x, s: _scaled((centred(x) * s).to(x.dtype), weight, bias, shape))
 

@@ -87,7 +87,7 @@ def open_page(key: str, root: str | Path = "", models: Sequence[str] = (), metho
         "profile": profile, "only": key, "out": place, "models": ",".join(models), "methods": ",".join(methods),
         "seeds": seeds or "", "device": device}
     words = [f"--{name}={value}" for name, value in told.items() if value]
-    command = [sys.executable, "-c", "from cft.apps" ".cli import main; main()", "reproduce", *words]
+    command = [sys.executable, "-m", "cft.apps.cli", "reproduce", *words]
     said = ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0) as engine:
         try:

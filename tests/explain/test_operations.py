@@ -327,6 +327,8 @@ def test_every_family(name):
         logit = found.logits.gather(1, TARGET[:, None])[:, 0]
         assert ((found.tokens.sum(1) + sum(found.ledger.values()) - logit) / logit).abs().max() < 1e-10
         torch.testing.assert_close(found.logits, getattr(plain, "logits", plain))
+        once = r.relevance(model, images, TARGET, rule, differentiable=False)  # autograd takes the notes
+        torch.testing.assert_close(once.tokens, found.tokens, rtol=1e-7, atol=1e-10)
     both = r.relevance(model, images, TARGET, rule, differentiable=True)  # both pictures at once, with a graph
     assert both.tokens.requires_grad and not found.tokens.requires_grad
     torch.testing.assert_close(both.tokens.detach(), found.tokens, rtol=1e-7, atol=1e-10)
@@ -457,3 +459,27 @@ def test_functions_with_a_backward_pass_in_python(by_numpy):
     for function in (lambda x: Twice.apply(x, by_numpy) + x, lambda x: Twice.apply(x + x, by_numpy)):
         with pytest.raises(UnsupportedModule, match="none for a function that has its backward pass in Python"):
             through(function, values(4))  # its share of relevance would be lost
+
+
+@pytest.mark.parametrize("rule", r.RULES)
+def test_autograd_takes_the_same_way(rule):
+    """Held factors, gates, quotients, softmax, writing in place, γ: by the notes and by autograd's graph."""
+    weight = values(5, 5, seed=3)
+
+    def function(x, y):
+        z = F.silu(F.linear(x, weight, weight[0])) * y + x * torch.sigmoid(y) + x / (1 + y.square())
+        z = F.layer_norm(z + (x * 2).softmax(-1) @ weight, (5,), weight[1], weight[2]).unflatten(-1, (5, 1))
+        z += F.normalize(z, dim=1) * F.hardtanh(x)[..., None]
+        return F.relu(z, inplace=True).flatten(1).split(3, -1)[0]
+
+    for gamma in (0.0, 0.3):
+        found = []
+        for ledger in (None, {}):
+            x, y = (values(2, 5, seed=i).requires_grad_() for i in (1, 2))
+            recorder = Recorder(nn.Identity(), OnePicture(rule, gamma, ledger), keep=False)
+            recorder.begin(x, y)
+            with recorder, torch.enable_grad():
+                z = function(x, y)
+            found.append(recorder.pull(z, torch.ones_like(z)).detach())
+        torch.testing.assert_close(*found)
+        assert found[0].abs().min() > 0
