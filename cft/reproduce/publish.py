@@ -242,7 +242,7 @@ def write_readme(readme: str | Path, results: str | Path = "", closed: str | Pat
         shown = markdown(shown.reset_index(names="demo, top-1 %"))
         replace_part(page, {"demo": "results"}.get(key, key), f"{shown}\n\n{told}")
     made = published("photographs") / "artefacts/photographs"
-    shown, told = (pd.read_csv(made / f"{name}.csv", keep_default_na=False) for name in ("table", "claims"))
+    shown, told = pd.read_csv(made / "table.csv", keep_default_na=False), pd.read_csv(made / "claims.csv")
     replace_part(page, "photographs", f"{markdown(shown)}\n\n{sentences(told)}")
     table = main_table(tables["demo"], tables["closed"], shown.set_index("photographs"))
     replace_part(readme, "main", markdown(table.reset_index(names="top-1 %")))
