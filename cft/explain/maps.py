@@ -22,8 +22,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..data.models import LinearProbe
 from . import attributions
-from .anatomy import Parts, check_drops, check_model, check_target, pooled_tokens, split
+from .anatomy import Parts, check_drops, check_model, check_target, pool, pooled_tokens, split
 from .operations import OnePicture, Recorder
 from .places import Traced, check_modules, trace
 from .rules import RULES, Pullback, Layer, Tape, UnsupportedModule, block, full_precision
@@ -192,8 +193,9 @@ def _pull_again(step: Layer, tape: Tape, x: Tensor, g: Tensor) -> tuple[Tensor, 
 def run(steps: list[Layer], x: Tensor, tape: Tape, checkpointed: bool = False) -> tuple[Tensor, list[Pullback]]:
     """Logits (batch, classes) and the pullback of every step, each to be called once, last step first."""
     pullbacks: list[Pullback] = []
-    for step in steps:
-        if not checkpointed:
+    tapes = _tapes(steps, replace(tape, lean=not checkpointed))
+    for step, tape in zip(steps, tapes):
+        if not checkpointed or tape.rows:  # a last block of one row keeps little, and is pulled through at once
             layer, module = step
             x, pullback = layer(module, x, tape)
         else:
@@ -201,6 +203,14 @@ def run(steps: list[Layer], x: Tensor, tape: Tape, checkpointed: bool = False) -
             x = checkpoint(_forward, step, tape, x, use_reentrant=False, preserve_rng_state=False)
         pullbacks.append(pullback)
     return x, pullbacks
+
+def _tapes(steps: list[Layer], tape: Tape) -> list[Tape]:
+    """One for each step; that of the last block says so if the class token alone is read after it."""
+    first = any(layer is pool and not isinstance(model, LinearProbe) and pooled_tokens(model, 2) == (0, 1)
+                for layer, model in steps)
+    last = max((i for i, (layer, _) in enumerate(steps) if layer is block), default=-1)
+    narrow = first and tape.maps is None
+    return [replace(tape, rows=1) if narrow and i == last else tape for i in range(len(steps))]
 
 def _pullback_of(step: Layer, tape: Tape, x: Tensor) -> Pullback:
     def pullback(g: Tensor) -> Tensor:
