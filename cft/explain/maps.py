@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Normalization', 'NORMALIZATIONS', 'NEED_ATTENTION', 'METHOD_NAMES', 'ATTRIBUTIONS', 'saturating', 'softsign',
            'minmax', 'relu_max', 'sigmoid', 'bound', 'Relevance', 'thumbnail', 'png_bytes', 'Method', 'named', 'run',
-           'propagate', 'record', 'attribute', 'integrate', 'relevance']
+           'propagate', 'record', 'attribute', 'integrate', 'relevance', 'relevances']
 
 # %% ../../nbs/13_maps.ipynb #da4b9237
 import base64
@@ -396,3 +396,27 @@ def _walked(model: nn.Module, images: Tensor, target: Tensor | None, method: Met
         if method.name == "iia" and isinstance(plain, VisionTransformer):
             return integrate(plain, images, target, method, keep)
         return attribute(plain, split(plain, images, method.stage), target, method, keep)
+
+# %% ../../nbs/13_maps.ipynb #feb7a9ac
+def relevances(model: nn.Module, images: Tensor, targets: Tensor, method: str | Method = "attnlrp") -> list[Relevance]:
+    """`relevance` for several classes of every picture, targets (batch, classes): one result for each column, no graph.
+
+    By `attnlrp` and `cp` in plain networks the forward pass is shared; otherwise each column takes one of its own.
+    """
+    method, columns = named(method), targets.T
+    if targets.ndim != 2:
+        raise ValueError(f"targets must be (batch, classes), got {tuple(targets.shape)}")
+    one_by_one = lambda: [relevance(model, images, target, method, differentiable=False) for target in columns]
+    if method.name not in RULES:
+        return one_by_one()
+    with torch.no_grad():
+        try:
+            parts = split(check_model(model), images, method.stage)
+            logits, pullbacks = run(parts.steps, parts.x, Tape(method.name, method.gamma, fused=True))
+        except UnsupportedModule:
+            return one_by_one()
+        gs = [F.one_hot(check_target(target, logits), logits.shape[1]).to(logits.dtype) for target in columns]
+        while pullbacks:
+            pull = pullbacks.pop()
+            gs = [pull(g) for g in gs]
+        return [_summed(parts, g, logits, target, method, None) for g, target in zip(gs, columns)]

@@ -90,29 +90,34 @@ def recomputed(function: Callable, *tensors: Tensor):
         return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
+# %% ../../nbs/10_rules.ipynb #f0decb7c
 class _ByHand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Callable, back: Callable, *tensors: Tensor | None) -> Any:
         ctx.function, ctx.back = function, back
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         return function(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *cs: Tensor) -> Any:
+    def backward(ctx: Any, *cs: Tensor | None) -> Any:
+        if all(c is None for c in cs):
+            return (None,) * len(ctx.needs_input_grad)
         if not torch.is_grad_enabled():
-            return None, None, *ctx.back(cs, *ctx.saved_tensors)
+            return None, None, *ctx.back(ctx.needs_input_grad[2:], cs, *ctx.saved_tensors)
         inputs = [t if t is None else t.view_as(t) for t in ctx.saved_tensors]  # the derivative is differentiated
         live: list[Any] = [t for t in inputs if t is not None and t.requires_grad]
         outputs = ctx.function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        slopes = iter(torch.autograd.grad(outputs, live, cs, create_graph=True, allow_unused=True))
+        used = [(y, c) for y, c in zip(outputs, cs) if c is not None]
+        slopes = iter(torch.autograd.grad([y for y, _ in used], live, [c for _, c in used], create_graph=True, allow_unused=True))
         return None, None, *(None if t is None or not t.requires_grad else next(slopes) for t in inputs)
 
 def by_hand(function: Callable, back: Callable, *tensors: Tensor | None) -> Any:
-    """function(*tensors), whose derivative is back(cotangents of the outputs, *tensors): one for each tensor, or None.
+    """function(*tensors), whose derivative is back(wanted, cs, *tensors): the tensors' cotangents from the outputs', cs.
 
-    `function` runs without a graph, and may then write in place. Where `back` itself is to be differentiated,
-    `function` runs again with a graph; so it has to be differentiable, as often as anybody wants.
+    `wanted` says of each tensor whether its cotangent is; None will do for the others, as in cs for 0. `function` runs without a graph,
+    and may then write in place. Where the derivative itself is differentiated, `function` runs again with a graph.
     """
     return _ByHand.apply(function, back, *tensors) if torch.is_grad_enabled() else function(*tensors)
 
@@ -225,19 +230,20 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
         inverse_sigma = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
         return F.layer_norm(x, size, weight, bias, eps), inverse_sigma
 
-    def forward_back(cs: tuple[Tensor, Tensor], x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
-        _, mean, r = torch.native_layer_norm(x, size, weight, bias, eps)
-        wanted = (True, weight is not None, bias is not None)
-        slopes = torch.ops.aten.native_layer_norm_backward(cs[0].contiguous(), x, size, mean, r, weight, bias, wanted)
-        slopes[0].sub_((x - mean).mul_(cs[1] * r**3 / size[0]))
-        return slopes
+    def forward_back(wanted: Any, cs: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
+        (cy, cr), (_, mean, r) = cs, torch.native_layer_norm(x, size, weight, bias, eps)
+        bar_x, bar_w, bar_b = torch.zeros_like(x), None, None
+        if cy is not None:
+            back = torch.ops.aten.native_layer_norm_backward
+            bar_x, bar_w, bar_b = back(cy.contiguous(), x, size, mean, r, weight, bias, (True, *wanted[1:]))
+        return bar_x if cr is None else bar_x.sub_((x - mean).mul_(cr * r**3 / size[0])), bar_w, bar_b
 
     def rule(g: Tensor, inverse_sigma: Tensor, weight: Tensor | None) -> Tensor:
         u = g if weight is None else g * weight
         u = u - u.mean(-1, keepdim=True)
         return u * inverse_sigma if torch.is_grad_enabled() else u.mul_(inverse_sigma)
 
-    def rule_back(cs: tuple[Tensor], g: Tensor, inverse_sigma: Tensor, weight: Tensor | None) -> Any:
+    def rule_back(_: Any, cs: tuple[Tensor], g: Tensor, inverse_sigma: Tensor, weight: Tensor | None) -> Any:
         c = cs[0] - cs[0].mean(-1, keepdim=True)
         product, slope = c * g, None
         if weight is not None:
@@ -291,9 +297,11 @@ def activation(module: nn.Module, h: Tensor, tape: Tape) -> tuple[Tensor, Pullba
     gated = lambda g, h: g * gate(h) if torch.is_grad_enabled() else gate(h).mul_(g)
     return y, lambda g: renewable(by_hand(gated, _normal_back, g, h), lambda: gated(g.detach(), h.detach()), tape)
 
-def _normal_back(cs: tuple[Tensor], g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    density = h.square().mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-    return _normal_cdf(h).mul_(cs[0]), density.mul_(g).mul_(cs[0])
+def _normal_back(wanted: tuple[bool, bool], cs: tuple[Tensor], g: Tensor, h: Tensor) -> tuple[Tensor, Tensor | None]:
+    bar_g = _normal_cdf(h).mul_(cs[0])
+    if not wanted[1]:
+        return bar_g, None
+    return bar_g, h.square().mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi)).mul_(g).mul_(cs[0])
 
 # %% ../../nbs/10_rules.ipynb #b3f0c7f6
 def layer_scale(module: nn.Module, x: MaybeTensor, tape: Tape) -> tuple[MaybeTensor, Pullback]:
@@ -356,14 +364,17 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, tape: Tape) -> tuple[Tens
         gs, quarter = score_gradient(weights, v, mixed, g), 0.25 * scale
         return quarter * (gs @ k), quarter * (gs.transpose(-2, -1) @ q), 0.5 * (weights.transpose(-2, -1) @ g)
 
-    def back(cs: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, weights: Tensor, mixed: Tensor, g: Tensor) -> Any:
-        (cq, ck, cv), quarter = (c.contiguous() for c in cs), 0.25 * scale
-        x = (g @ v.transpose(-2, -1)).sub_((g * mixed).sum(-1, keepdim=True))
+    def back(wanted: Any, cs: Any, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, mixed: Tensor, g: Tensor) -> Any:
+        cq, ck, cv = (torch.zeros_like(t) if c is None else c.contiguous() for t, c in zip((q, k, v), cs))
+        quarter = 0.25 * scale
         w = torch.cat((cq, q), -1).mul_(quarter) @ torch.cat((k, ck), -1).transpose(-2, -1)
         gs = weights * w
         w.sub_(gs.sum(-1, keepdim=True))
         ga = torch.mul(weights, w, out=gs)
-        bar_g, bar_v = (ga @ v).add_(weights @ cv, alpha=0.5), ga.transpose(-2, -1) @ g
+        bar_g = (ga @ v).add_(weights @ cv, alpha=0.5)
+        if not any(wanted[:4]):
+            return None, None, None, None, None, bar_g
+        x, bar_v = (g @ v.transpose(-2, -1)).sub_((g * mixed).sum(-1, keepdim=True)), ga.transpose(-2, -1) @ g
         gs = torch.mul(weights, x, out=ga)
         bar_q, bar_k = (gs @ ck).mul_(quarter), (gs.transpose(-2, -1) @ cq).mul_(quarter)
         bar_weights = w.mul_(x).flatten(0, 1).baddbmm_(g.flatten(0, 1), cv.flatten(0, 1).transpose(1, 2), alpha=0.5)
