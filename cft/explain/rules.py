@@ -109,15 +109,15 @@ class _ByHand(torch.autograd.Function):
         live: list[Any] = [t for t in inputs if t is not None and t.requires_grad]
         outputs = ctx.function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        used = [(y, c) for y, c in zip(outputs, cs) if c is not None]
-        slopes = iter(torch.autograd.grad([y for y, _ in used], live, [c for _, c in used], create_graph=True, allow_unused=True))
+        used, given = zip(*((y, c) for y, c in zip(outputs, cs) if c is not None))
+        slopes = iter(torch.autograd.grad(used, live, given, create_graph=True, allow_unused=True))
         return None, None, *(None if t is None or not t.requires_grad else next(slopes) for t in inputs)
 
 def by_hand(function: Callable, back: Callable, *tensors: Tensor | None) -> Any:
-    """function(*tensors), whose derivative is back(wanted, cs, *tensors): the tensors' cotangents from the outputs', cs.
+    """function(*tensors), whose derivative is back(wanted, cs, *tensors): cotangents of the tensors, cs of the outputs.
 
-    `wanted` says of each tensor whether its cotangent is; None will do for the others, as in cs for 0. `function` runs without a graph,
-    and may then write in place. Where the derivative itself is differentiated, `function` runs again with a graph.
+    `wanted` says of each tensor whether its cotangent is; None stands for 0, and for what is not wanted. `function`
+    runs without a graph, and may then write in place; with one only where the derivative itself is differentiated.
     """
     return _ByHand.apply(function, back, *tensors) if torch.is_grad_enabled() else function(*tensors)
 

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_models import FAMILIES, make, pictures, scalar
 from timm.layers import GluMlp, SwiGLU
 from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
 from cft.explain import maps, rules
-from small_models import FAMILIES, make, pictures, scalar
 
 torch.manual_seed(0)
 
