@@ -20,7 +20,7 @@ import timm
 import torch
 from cost import STEPS, compiled_rows, cost_rows, head_rows, make_case, wall_rows
 from grounding import grounding_rows
-from peers import peer_rows
+from peers import classes_rows, peer_rows
 from table import Row, merge, read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +83,7 @@ MEASUREMENTS = [
     Measurement("features", ("relevance_features_ratio",), with_case(head_rows, 8, VIT_S)),
     Measurement("head", ("relevance_head_seconds_vit_b",), with_folder(pipeline.head_seconds_rows)),
     Measurement("peers", PEERS, with_case(peer_rows, 2, VIT_S)),
+    Measurement("classes", ("relevance_classes_speed",), with_case(classes_rows, 2, VIT_S)),
     Measurement("grounding", GROUNDING, grounding_rows),
     Measurement("start", STARTS, pipeline.start_rows),
     Measurement("store", ("mask_store_reads_per_s",), with_folder(pipeline.store_rows)),
