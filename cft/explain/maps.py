@@ -403,9 +403,9 @@ def relevances(model: nn.Module, images: Tensor, targets: Tensor, method: str | 
 
     By `attnlrp` and `cp` in plain networks the forward pass is shared; otherwise each column takes one of its own.
     """
-    method, columns = named(method), targets.T
     if targets.ndim != 2:
         raise ValueError(f"targets must be (batch, classes), got {tuple(targets.shape)}")
+    method, columns = named(method), targets.T
     one_by_one = lambda: [relevance(model, images, target, method, differentiable=False) for target in columns]
     if method.name not in RULES:
         return one_by_one()

@@ -119,7 +119,9 @@ def by_hand(function: Callable, back: Callable, *tensors: Tensor | None) -> Any:
     `wanted` says of each tensor whether its cotangent is; None stands for 0, and for what is not wanted. `function`
     runs without a graph, and may then write in place; with one only where the derivative itself is differentiated.
     """
-    return _ByHand.apply(function, back, *tensors) if torch.is_grad_enabled() else function(*tensors)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler fuses what is plain
+        return _ByHand.apply(function, back, *tensors)
+    return function(*tensors)
 
 def renewable(y: Any, again: Callable[[], Tensor], tape: Tape) -> Tensor:
     """y, which the linear layer that reads it need not keep: `again` makes it once more."""
@@ -129,9 +131,10 @@ def renewable(y: Any, again: Callable[[], Tensor], tape: Tape) -> Tensor:
 
 def _keeping(x: Any) -> AbstractContextManager:
     """While entered, graphs keep the recipe of a renewable x in its place."""
-    again, address, size = getattr(x, "again", None), x.data_ptr(), x.numel()
+    again = getattr(x, "again", None)
     if again is None:
         return nullcontext()
+    address, size = x.data_ptr(), x.numel()
     same = lambda t: t.data_ptr() == address and t.numel() == size
     return saved_tensors_hooks(lambda t: (again, t.shape) if same(t) else t, _unpacked)
 
