@@ -100,7 +100,7 @@ def watched(case: Case, step: Callable, optimizer: torch.optim.Optimizer) -> Wat
     return watch
 
 
-def profile(case: Case, rounds: int = 2, least: float = 0.01) -> pd.DataFrame:
+def profile(case: Case, rounds: int = 2, least: float = 0.003) -> pd.DataFrame:
     """What every phase of both steps took, over the whole plain step: time by operator, and peaks of memory.
 
     Medians over `rounds`, in which the steps take turns. Operators below `least` of the plain step stand together as
