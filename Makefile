@@ -72,6 +72,7 @@ site: .venv/.ready
 
 bench: .venv/.ready
 	$(PY) benchmarks/run.py --out figures/bench.csv
+	$(PY) benchmarks/phases.py
 
 torture: .venv/.ready
 	$(PY) benchmarks/torture.py --out figures/reliability.csv --list-bad runs/torture.txt

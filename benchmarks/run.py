@@ -20,7 +20,7 @@ import timm
 import torch
 from cost import STEPS, compiled_rows, cost_rows, head_rows, make_case, wall_rows
 from grounding import grounding_rows
-from peers import peer_rows
+from peers import classes_rows, peer_rows
 from table import Row, merge, read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +89,7 @@ MEASUREMENTS = [
     Measurement("evaluation", ("eval_throughput_vs_timm",), with_folder(pipeline.evaluation_rows)),
     Measurement("paper_run", PAPER_RUN, with_folder(pipeline.paper_run_rows)),
     Measurement("explorer", ("explorer_move_ms",), with_folder(pipeline.explorer_rows)),
+    Measurement("classes", ("relevance_classes_speed",), with_case(classes_rows, 2, VIT_S)),
     Measurement("compiled", ("compiled_step_wall_ratio",), with_case(compiled_rows, 4, VIT_S, depth=1))]
 
 

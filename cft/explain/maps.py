@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Normalization', 'NORMALIZATIONS', 'NEED_ATTENTION', 'METHOD_NAMES', 'ATTRIBUTIONS', 'saturating', 'softsign',
            'minmax', 'relu_max', 'sigmoid', 'bound', 'Relevance', 'thumbnail', 'png_bytes', 'Method', 'named', 'run',
-           'propagate', 'record', 'attribute', 'integrate', 'relevance']
+           'propagate', 'record', 'attribute', 'integrate', 'relevance', 'relevances']
 
 # %% ../../nbs/13_maps.ipynb #da4b9237
 import base64
@@ -22,8 +22,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..data.models import LinearProbe
 from . import attributions
-from .anatomy import Parts, check_drops, check_model, check_target, pooled_tokens, split
+from .anatomy import Parts, check_drops, check_model, check_target, pool, pooled_tokens, split
 from .operations import OnePicture, Recorder
 from .places import Traced, check_modules, trace
 from .rules import RULES, Pullback, Layer, Tape, UnsupportedModule, block, full_precision
@@ -192,8 +193,9 @@ def _pull_again(step: Layer, tape: Tape, x: Tensor, g: Tensor) -> tuple[Tensor, 
 def run(steps: list[Layer], x: Tensor, tape: Tape, checkpointed: bool = False) -> tuple[Tensor, list[Pullback]]:
     """Logits (batch, classes) and the pullback of every step, each to be called once, last step first."""
     pullbacks: list[Pullback] = []
-    for step in steps:
-        if not checkpointed:
+    tapes = _tapes(steps, replace(tape, lean=not checkpointed))
+    for step, tape in zip(steps, tapes):
+        if not checkpointed or tape.rows:  # a last block of one row keeps little, and is pulled through at once
             layer, module = step
             x, pullback = layer(module, x, tape)
         else:
@@ -201,6 +203,14 @@ def run(steps: list[Layer], x: Tensor, tape: Tape, checkpointed: bool = False) -
             x = checkpoint(_forward, step, tape, x, use_reentrant=False, preserve_rng_state=False)
         pullbacks.append(pullback)
     return x, pullbacks
+
+def _tapes(steps: list[Layer], tape: Tape) -> list[Tape]:
+    """One for each step; that of the last block says so if the class token alone is read after it."""
+    first = any(layer is pool and not isinstance(model, LinearProbe) and pooled_tokens(model, 2) == (0, 1)
+                for layer, model in steps)
+    last = max((i for i, (layer, _) in enumerate(steps) if layer is block), default=-1)
+    narrow = first and tape.maps is None
+    return [replace(tape, rows=1) if narrow and i == last else tape for i in range(len(steps))]
 
 def _pullback_of(step: Layer, tape: Tape, x: Tensor) -> Pullback:
     def pullback(g: Tensor) -> Tensor:
@@ -386,3 +396,27 @@ def _walked(model: nn.Module, images: Tensor, target: Tensor | None, method: Met
         if method.name == "iia" and isinstance(plain, VisionTransformer):
             return integrate(plain, images, target, method, keep)
         return attribute(plain, split(plain, images, method.stage), target, method, keep)
+
+# %% ../../nbs/13_maps.ipynb #feb7a9ac
+def relevances(model: nn.Module, images: Tensor, targets: Tensor, method: str | Method = "attnlrp") -> list[Relevance]:
+    """`relevance` for several classes of every picture, targets (batch, classes): one result for each column, no graph.
+
+    By `attnlrp` and `cp` in plain networks the forward pass is shared; otherwise each column takes one of its own.
+    """
+    if targets.ndim != 2:
+        raise ValueError(f"targets must be (batch, classes), got {tuple(targets.shape)}")
+    method, columns = named(method), targets.T
+    one_by_one = lambda: [relevance(model, images, target, method, differentiable=False) for target in columns]
+    if method.name not in RULES:
+        return one_by_one()
+    with torch.no_grad():
+        try:
+            parts = split(check_model(model), images, method.stage)
+            logits, pullbacks = run(parts.steps, parts.x, Tape(method.name, method.gamma, fused=True))
+        except UnsupportedModule:
+            return one_by_one()
+        gs = [F.one_hot(check_target(target, logits), logits.shape[1]).to(logits.dtype) for target in columns]
+        while pullbacks:
+            pull = pullbacks.pop()
+            gs = [pull(g) for g in gs]
+        return [_summed(parts, g, logits, target, method, None) for g, target in zip(gs, columns)]

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Pullback', 'MaybeTensor', 'Layer', 'RULES', 'LAYER_NORMS', 'RMS_NORMS', 'GATES', 'UnsupportedModule', 'is_plain',
-           'full_precision', 'Tape', 'recomputed', 'linear', 'norm', 'activation', 'layer_scale', 'chain', 'residual',
-           'mix', 'attention', 'mlp_steps', 'block', 'gated', 'grn', 'convnext_block', 'channels_last',
-           'channels_first', 'channel_scale', 'gamma_rule']
+           'full_precision', 'Tape', 'recomputed', 'by_hand', 'renewable', 'linear', 'norm', 'activation',
+           'layer_scale', 'chain', 'residual', 'mix', 'attention', 'mlp_steps', 'block', 'gated', 'grn',
+           'convnext_block', 'channels_last', 'channels_first', 'channel_scale', 'gamma_rule']
 
 # %% ../../nbs/10_rules.ipynb #da4b9237
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
 
@@ -25,6 +26,7 @@ from timm.layers.norm import LayerNorm, LayerNorm2d, LayerNormFp32, RmsNorm, Rms
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/10_rules.ipynb #ac3478d6
@@ -67,7 +69,9 @@ class Tape:
     reads: list[Tensor] | None = None  # what every attention layer reads, (batch, tokens, features), if wanted
     factor: float = 1.0  # multiplies attention weights; only interpolating methods change it
     fused: bool = False  # nothing will be trained: attention may use fused kernels
+    lean: bool = True  # what costs little is computed again in the backward pass and not kept
     output: bool = True  # whether a block's output is wanted, or its pullback alone
+    rows: int | None = None  # how many of a block's tokens, from the first on, are read after it; None for all
 
     def absorb(self, kind: str, g: Tensor, amount: Tensor | None) -> None:
         """Book `sum(g * amount)` of every picture under `kind`; nothing happens without a ledger or an amount."""
@@ -86,6 +90,57 @@ def recomputed(function: Callable, *tensors: Tensor):
         return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
+# %% ../../nbs/10_rules.ipynb #f0decb7c
+class _ByHand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable, back: Callable, *tensors: Tensor | None) -> Any:
+        ctx.function, ctx.back = function, back
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cs: Tensor | None) -> Any:
+        if all(c is None for c in cs):
+            return (None,) * len(ctx.needs_input_grad)
+        if not torch.is_grad_enabled():
+            return None, None, *ctx.back(ctx.needs_input_grad[2:], cs, *ctx.saved_tensors)
+        inputs = [t if t is None else t.view_as(t) for t in ctx.saved_tensors]  # the derivative is differentiated
+        live: list[Any] = [t for t in inputs if t is not None and t.requires_grad]
+        outputs = ctx.function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        used, given = zip(*((y, c) for y, c in zip(outputs, cs) if c is not None))
+        slopes = iter(torch.autograd.grad(used, live, given, create_graph=True, allow_unused=True))
+        return None, None, *(None if t is None or not t.requires_grad else next(slopes) for t in inputs)
+
+def by_hand(function: Callable, back: Callable, *tensors: Tensor | None) -> Any:
+    """function(*tensors), whose derivative is back(wanted, cs, *tensors): cotangents of the tensors, cs of the outputs.
+
+    `wanted` says of each tensor whether its cotangent is; None stands for 0, and for what is not wanted. `function`
+    runs without a graph, and may then write in place; with one only where the derivative itself is differentiated.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler fuses what is plain
+        return _ByHand.apply(function, back, *tensors)
+    return function(*tensors)
+
+def renewable(y: Any, again: Callable[[], Tensor], tape: Tape) -> Tensor:
+    """y, which the linear layer that reads it need not keep: `again` makes it once more."""
+    if tape.lean and torch.is_grad_enabled() and y.numel() >= _SMALL and not torch.compiler.is_compiling():
+        y.again = again
+    return y
+
+def _keeping(x: Any) -> AbstractContextManager:
+    """While entered, graphs keep the recipe of a renewable x in its place."""
+    again = getattr(x, "again", None)
+    if again is None:
+        return nullcontext()
+    address, size = x.data_ptr(), x.numel()
+    same = lambda t: t.data_ptr() == address and t.numel() == size
+    return saved_tensors_hooks(lambda t: (again, t.shape) if same(t) else t, _unpacked)
+
+def _unpacked(kept: Any) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept[0]().view(kept[1])
+
 # %% ../../nbs/10_rules.ipynb #fe5dbbce
 def linear(module: nn.Module, x: MaybeTensor, tape: Tape) -> tuple[MaybeTensor, Pullback]:
     """Linear layer or 2-D convolution: relevance is shared out in proportion to `x_i w_ji`.
@@ -100,13 +155,17 @@ def linear(module: nn.Module, x: MaybeTensor, tape: Tape) -> tuple[MaybeTensor, 
         bias = None if module.bias is None else module.bias.view(-1, 1, 1)
     else:
         raise UnsupportedModule(module, "Linear and Conv2d with zero padding")
-    y: MaybeTensor = module(x) if isinstance(x, Tensor) else None
+    y: MaybeTensor = None
+    if isinstance(x, Tensor):
+        with _keeping(x):
+            y = module(x)
 
     def pullback(g: Tensor) -> Tensor:
         if tape.gamma:
             return gamma_rule(run, adjoint, module.weight, bias, x, y, g, tape)
         tape.absorb("linear_bias", g, bias)
-        return adjoint(g, module.weight)
+        with _keeping(g):
+            return adjoint(g, module.weight)
 
     return y, pullback
 
@@ -140,16 +199,15 @@ def norm(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
     axis, shape = (1, (-1, 1, 1)) if planes else (-1, (-1,))
     weight, bias = (None if p is None else p.view(shape) for p in (module.weight, getattr(module, "bias", None)))
     values = full_precision(x)
+    if is_plain(module, *LAYER_NORMS) and values is x and (weight is None or weight.dtype == x.dtype):
+        return _layer_norm(x, weight, bias, module.eps, tape)
 
     def spread(values: Tensor) -> Tensor:  # in two passes: several times faster than var on a CPU
         values = values - values.mean(axis, keepdim=True) if centred else values
         return values.square().mean(axis, keepdim=True)
 
-    if is_plain(module, *LAYER_NORMS) and values is x and not torch.is_grad_enabled():  # the kernel knows 1/σ
-        y, _, inverse_sigma = torch.native_layer_norm(x, module.normalized_shape, weight, bias, module.eps)
-    else:
-        y, moment = module(x), recomputed(spread, values)
-        inverse_sigma = (moment + (torch.finfo(values.dtype).eps if module.eps is None else module.eps)).rsqrt()
+    y, moment = module(x), recomputed(spread, values)
+    inverse_sigma = (moment + (torch.finfo(values.dtype).eps if module.eps is None else module.eps)).rsqrt()
 
     def rule(g: Tensor, inverse_sigma: Tensor) -> Tensor:
         u = full_precision(g) * (1 if weight is None else weight)
@@ -162,9 +220,53 @@ def norm(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullback]:
 
     return y, pullback
 
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+                tape: Tape) -> tuple[Tensor, Pullback]:
+    """`norm` of a LayerNorm in full precision, by torch's kernels, which know 1/σ."""
+    size = x.shape[-1:]
+
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():
+            y, _, inverse_sigma = torch.native_layer_norm(x, size, weight, bias, eps)
+            return y, inverse_sigma
+        centred = x - x.mean(-1, keepdim=True)
+        inverse_sigma = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+        return F.layer_norm(x, size, weight, bias, eps), inverse_sigma
+
+    def forward_back(wanted: Any, cs: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
+        (cy, cr), (_, mean, r) = cs, torch.native_layer_norm(x, size, weight, bias, eps)
+        bar_x, bar_w, bar_b = torch.zeros_like(x), None, None
+        if cy is not None:
+            back = torch.ops.aten.native_layer_norm_backward
+            bar_x, bar_w, bar_b = back(cy.contiguous(), x, size, mean, r, weight, bias, (True, *wanted[1:]))
+        return bar_x if cr is None else bar_x.sub_((x - mean).mul_(cr * r**3 / size[0])), bar_w, bar_b
+
+    def rule(g: Tensor, inverse_sigma: Tensor, weight: Tensor | None) -> Tensor:
+        u = g if weight is None else g * weight
+        u = u - u.mean(-1, keepdim=True)
+        return u * inverse_sigma if torch.is_grad_enabled() else u.mul_(inverse_sigma)
+
+    def rule_back(_: Any, cs: tuple[Tensor], g: Tensor, inverse_sigma: Tensor, weight: Tensor | None) -> Any:
+        c = cs[0] - cs[0].mean(-1, keepdim=True)
+        product, slope = c * g, None
+        if weight is not None:
+            slope = inverse_sigma.flatten() @ product.flatten(0, -2)
+            return c.mul_(inverse_sigma).mul_(weight), (product @ weight)[..., None], slope
+        return c.mul_(inverse_sigma), product.sum(-1, keepdim=True), None
+
+    y, inverse_sigma = by_hand(forward, forward_back, x, weight, bias)
+    y = renewable(y, lambda: F.layer_norm(x.detach(), size, weight, bias, eps), tape)
+
+    def pullback(g: Tensor) -> Tensor:
+        tape.absorb("norm_bias", g, bias)
+        return by_hand(rule, rule_back, g, inverse_sigma, weight)
+
+    return y, pullback
+
 # %% ../../nbs/10_rules.ipynb #1574bddb
 def _normal_cdf(h: Tensor) -> Tensor:
-    return (h * math.sqrt(0.5)).erf().add_(1).mul_(0.5)  # erf remembers its input only
+    h = h * math.sqrt(0.5)
+    return (h.erf() if torch.is_grad_enabled() else h.erf_()).add_(1).mul_(0.5)  # erf remembers its input only
 
 def _tanh_cdf(h: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
@@ -192,7 +294,17 @@ def activation(module: nn.Module, h: Tensor, tape: Tape) -> tuple[Tensor, Pullba
             y = h * kept
         return y, lambda g: g * kept
     y = module(h.clone() if getattr(module, "inplace", False) else h)
-    return y, lambda g: recomputed(lambda g, h: g * gate(h), g, h)
+    y = renewable(y, lambda: module(h.detach().clone() if getattr(module, "inplace", False) else h.detach()), tape)
+    if gate is not _normal_cdf:
+        return y, lambda g: recomputed(lambda g, h: g * gate(h), g, h)
+    gated = lambda g, h: g * gate(h) if torch.is_grad_enabled() else gate(h).mul_(g)
+    return y, lambda g: renewable(by_hand(gated, _normal_back, g, h), lambda: gated(g.detach(), h.detach()), tape)
+
+def _normal_back(wanted: tuple[bool, bool], cs: tuple[Tensor], g: Tensor, h: Tensor) -> tuple[Tensor, Tensor | None]:
+    bar_g = _normal_cdf(h).mul_(cs[0])
+    if not wanted[1]:
+        return bar_g, None
+    return bar_g, h.square().mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi)).mul_(g).mul_(cs[0])
 
 # %% ../../nbs/10_rules.ipynb #b3f0c7f6
 def layer_scale(module: nn.Module, x: MaybeTensor, tape: Tape) -> tuple[MaybeTensor, Pullback]:
@@ -224,7 +336,9 @@ def chain(x: Tensor, tape: Tape, *steps: Layer, output: bool = True) -> tuple[Ma
 def residual(x: Tensor, tape: Tape, *steps: Layer, output: bool = True) -> tuple[MaybeTensor, Pullback]:
     """x + steps(x): a sum shares relevance in proportion to its terms, so the pullback is g + pull(g)."""
     y, pull = chain(x, tape, *steps, output=output)
-    return None if y is None else x + y, lambda g: g + pull(g)
+    hidden = 0 if tape.rows is None else x.shape[1] - tape.rows
+    x = x[:, :tape.rows]
+    return None if y is None else x + y, lambda g: (F.pad(g, (0, 0, 0, hidden)) if hidden else g) + pull(g)
 
 # %% ../../nbs/10_rules.ipynb #4d134bc0
 def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, tape: Tape) -> tuple[Tensor, Callable]:
@@ -246,21 +360,39 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, tape: Tape) -> tuple[Tens
 
     def score_gradient(weights: Tensor, v: Tensor, mixed: Tensor, g: Tensor) -> Tensor:
         total = (g * mixed).sum(-1, keepdim=True)  # = Σ_j A_ij gA_ij, without forming gA
-        return (g @ v.transpose(-2, -1)).sub_(total) * weights
+        gs = (g @ v.transpose(-2, -1)).sub_(total)
+        return gs * weights if torch.is_grad_enabled() else gs.mul_(weights)
 
-    def rule(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, mixed: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    def rule(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, mixed: Tensor, g: Tensor) -> Any:
         gs, quarter = score_gradient(weights, v, mixed, g), 0.25 * scale
-        return quarter * (gs @ k), quarter * (gs.transpose(-2, -1) @ q)
+        return quarter * (gs @ k), quarter * (gs.transpose(-2, -1) @ q), 0.5 * (weights.transpose(-2, -1) @ g)
+
+    def back(wanted: Any, cs: Any, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, mixed: Tensor, g: Tensor) -> Any:
+        cq, ck, cv = (torch.zeros_like(t) if c is None else c.contiguous() for t, c in zip((q, k, v), cs))
+        quarter = 0.25 * scale
+        w = torch.cat((cq, q), -1).mul_(quarter) @ torch.cat((k, ck), -1).transpose(-2, -1)
+        gs = weights * w
+        w.sub_(gs.sum(-1, keepdim=True))
+        ga = torch.mul(weights, w, out=gs)
+        bar_g = (ga @ v).add_(weights @ cv, alpha=0.5)
+        if not any(wanted[:4]):
+            return None, None, None, None, None, bar_g
+        x, bar_v = (g @ v.transpose(-2, -1)).sub_((g * mixed).sum(-1, keepdim=True)), ga.transpose(-2, -1) @ g
+        gs = torch.mul(weights, x, out=ga)
+        bar_q, bar_k = (gs @ ck).mul_(quarter), (gs.transpose(-2, -1) @ cq).mul_(quarter)
+        bar_weights = w.mul_(x).flatten(0, 1).baddbmm_(g.flatten(0, 1), cv.flatten(0, 1).transpose(1, 2), alpha=0.5)
+        return bar_q, bar_k, bar_v, bar_weights.view_as(weights), None, bar_g
 
     def pullback(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         g = g.contiguous()
-        gv = weights.transpose(-2, -1) @ g
         if tape.rule == "cp":
-            return torch.zeros_like(q), torch.zeros_like(k), gv
+            return torch.zeros_like(q), torch.zeros_like(k), weights.transpose(-2, -1) @ g
         if tape.ledger is not None:
             tape.absorb("softmax", g, 0.5 * mixed)
             tape.absorb("softmax", score_gradient(weights, v, mixed, g), -0.5 * scale * (q @ k.transpose(-2, -1)))
-        return *recomputed(rule, q, k, v, weights, mixed, g), 0.5 * gv
+        if plain and tape.lean and weights.dtype == g.dtype == q.dtype:
+            return by_hand(rule, back, q, k, v, weights, mixed, g)
+        return recomputed(rule, q, k, v, weights, mixed, g) if tape.lean else rule(q, k, v, weights, mixed, g)
 
     return mixed, pullback
 
@@ -291,14 +423,16 @@ def attention(module: nn.Module, x: Tensor, tape: Tape) -> tuple[Tensor, Pullbac
     heads = (module.num_heads, module.head_dim)
     qkv, pull_qkv = linear(module.qkv, x, tape)
     q, k, v = qkv.unflatten(-1, (3, *heads)).permute(2, 0, 3, 1, 4)
-    q, pull_q = norm(module.q_norm, q, tape)
+    q, pull_q = norm(module.q_norm, q[:, :, :tape.rows], tape)
     k, pull_k = norm(module.k_norm, k, tape)
     mixed, pull_mix = mix(q, k, v, module.scale, tape)
     y, pull_y = chain(mixed.transpose(1, 2).flatten(2), tape, (norm, module.norm), (linear, module.proj))
 
     def pullback(g: Tensor) -> Tensor:
         gq, gk, gv = pull_mix(pull_y(g).unflatten(-1, heads).transpose(1, 2))
-        return pull_qkv(torch.stack([t.transpose(1, 2) for t in (pull_q(gq), pull_k(gk), gv)], 2).flatten(2))
+        gq, gk = pull_q(gq), pull_k(gk)
+        gq = gq if tape.rows is None else F.pad(gq, (0, 0, 0, x.shape[1] - tape.rows))
+        return pull_qkv(torch.stack([t.transpose(1, 2) for t in (gq, gk, gv)], 2).flatten(2))
 
     return y, pullback
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import cost
 import numpy as np
 import peers
+import phases
 import pipeline
 import pytest
 import run
@@ -54,7 +55,9 @@ def vit_flops_by_hand(model, batch, size):
     readout = 2 * batch * width * classes
     forward = stem + depth * (linears + 2 * product) + readout
     relevance = depth * (linears + 4 * product) + readout  # Aᵀg, g vᵀ, gS k, gSᵀ q
-    return forward, forward + relevance
+    unread = 2 * batch * (tokens - 1) * (width * width + 2 * width * hidden) * 2  # of the last block, both ways
+    unread += 6 * 2 * batch * heads * (tokens - 1) * tokens * head
+    return forward, forward + relevance - unread
 
 
 def test_flops_of_a_vision_transformer():
@@ -153,8 +156,8 @@ def test_rows_and_file(tiny, tmp_path):
     assert [r["name"] for r in rows] == [*names, "cft_step_wall_ratio_here"]
     assert all(r["value"] > 0.5 and "cft_vit_tiny64, batch 2" in r["note"] for r in rows)
     ratios = {r["name"].removesuffix("_ratio_here"): r["value"] for r in rows}
-    assert 1.8 < ratios["cft_step_flops"] < 2.1 < ratios["official_step_flops"]
-    assert ratios["checkpointed_memory"] < ratios["cft_step_memory"]
+    assert 1.5 < ratios["cft_step_flops"] < 1.65 < 2.1 < ratios["official_step_flops"]  # one block of a few is spared
+    assert ratios["checkpointed_memory"] < ratios["cft_step_memory"] < 2
     write_rows(rows, tmp_path / "bench.csv")
     with open(tmp_path / "bench.csv", newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
@@ -164,7 +167,7 @@ def test_rows_and_file(tiny, tmp_path):
 
 
 def test_goals_are_those_of_vision_transformers():
-    assert cost.step_row("cft_step_flops_ratio", "_dinov2", 2, "")["goal"] == "<= 2.1"
+    assert cost.step_row("cft_step_flops_ratio", "_dinov2", 2, "")["goal"] == "<= 2.05"
     assert cost.step_row("cft_step_flops_ratio", "_convnextv2", 2, "")["goal"] == ""
 
 
@@ -244,6 +247,36 @@ def test_captum_is_a_peer(tiny, monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "lxt" else found(name))
     (line,) = peers.peer_rows(tiny, rounds=1)
     assert line["name"] == "relevance_vs_captum_speed" and line["value"] > 0
+
+
+def test_classes_together(tiny):
+    (line,) = peers.classes_rows(tiny, 3, rounds=1)
+    assert line["value"] > 0.5 and line["note"].startswith("inference, 3 classes, ")
+
+
+# ---- the profile ----
+
+
+@pytest.mark.parametrize("name", phases.STEPS)
+def test_a_profiled_step_is_the_step(tiny, name):
+    cost.training_step(tiny, RECIPES[name].objective)()
+    expected = [p.grad.clone() for p in tiny.model.parameters()]
+    tiny.model.zero_grad(set_to_none=False)
+    entered = []
+    phases.STEPS[name](tiny, entered.append)
+    for p, g in zip(tiny.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
+    own = [phase for phase in phases.PHASES[1:-1] if name == "cft" or "pull" not in phase]
+    assert entered == own
+
+
+def test_profile(tiny):
+    table = phases.profile(tiny, rounds=1, least=0.05)
+    times, rooms = (table[table.what == what] for what in ("time", "memory"))
+    assert abs(times[times.step == "plain"].over_plain.sum() - 1) < 0.01
+    assert rooms[rooms.step == "plain"].over_plain.max() == 1
+    assert set(times[times.step == "cft"].phase) == set(rooms[rooms.step == "cft"].phase) == set(phases.PHASES)
+    assert (times[times.operator != "other"].over_plain >= 0.05).all() and "mm" in set(times.operator)
 
 
 def test_drawing():

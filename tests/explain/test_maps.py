@@ -470,6 +470,23 @@ def test_checkpointed_is_the_same(family, method):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", [*r.RULES, r.Method(gamma=0.25), "gae"])
+@pytest.mark.parametrize("family", ["plain", "qk_norm", "convnext"])
+def test_classes_of_one_forward_pass(family, method):
+    if (family, method) == ("convnext", "gae"):
+        return
+    model, images = (make_convnext(), pictures(2, (64, 64))) if family == "convnext" else (make(family), pictures())
+    targets = torch.tensor([[0, 3, 1], [2, 2, 4]])
+    together = r.relevances(model, images, targets, method)
+    assert len(together) == 3
+    for found, target in zip(together, targets.T):
+        alone = r.relevance(model, images, target, method, differentiable=False)
+        torch.testing.assert_close(found.tokens, alone.tokens, rtol=1e-11, atol=1e-13)
+        assert torch.equal(found.target, target) and found.grid == alone.grid and not found.tokens.requires_grad
+    with pytest.raises(ValueError, match="targets must be"):
+        r.relevances(model, images, targets[:, 0], method)
+
+
 @pytest.mark.parametrize("family", ["plain", "dinov2", "giant", "convnext"])
 def test_gamma_conserves_and_tends_to_the_default(family):
     model, images = (make_convnext(), pictures(2, (64, 64))) if family == "convnext" else (make(family), pictures())

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_models import FAMILIES, make, pictures, scalar
 from timm.layers import GluMlp, SwiGLU
 from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
-from cft.explain import rules
+from cft.explain import maps, rules
 
 torch.manual_seed(0)
 
@@ -178,3 +179,96 @@ def test_full_precision_and_recomputed():
     (slope,) = torch.autograd.grad(rules.recomputed(lambda t: t.sin() * t, x).sum(), x)
     torch.testing.assert_close(slope, (x.sin() + x * x.cos()).detach())
     assert torch.autograd.gradcheck(lambda t: rules.recomputed(lambda u: u.sin() * u, t), x)
+
+
+# ---- derivatives by hand ----
+
+
+def gradients(model, method="attnlrp"):
+    """Of a scalar that depends on all of the map, with respect to every weight."""
+    loss = scalar(model, pictures(), "sigmoid", method)
+    return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+
+def close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_written_by_hand_and_renewed_is_the_slow_twin(family, monkeypatch):
+    model, frugal = make(family), rules.renewable
+    found, made = gradients(model), []
+    monkeypatch.setattr(rules, "_SMALL", 0)
+
+    def renewable(y, again, tape):
+        made.append(again)
+        return frugal(y, lambda: again().clone(), tape)
+
+    monkeypatch.setattr(rules, "renewable", renewable)
+    close(gradients(model), found)
+    assert made or family == "rms"
+    monkeypatch.setattr(rules, "renewable", lambda y, again, tape: y)
+    monkeypatch.setattr(rules, "recomputed", lambda function, *tensors: function(*tensors))
+    monkeypatch.setattr(rules, "by_hand", lambda function, back, *tensors: function(*tensors))
+    close(gradients(model), found)
+
+
+def test_a_wrong_recipe_is_used(monkeypatch):
+    model, frugal = make(), rules.renewable
+    found = gradients(model)
+    monkeypatch.setattr(rules, "_SMALL", 0)
+    monkeypatch.setattr(rules, "renewable", lambda y, again, tape: frugal(y, lambda: 2 * again(), tape))
+    with pytest.raises(AssertionError):
+        close(gradients(model), found)
+
+
+@pytest.mark.parametrize("method", rules.RULES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_block_needs_no_more_rows_than_are_read(family, method, monkeypatch):
+    model = make(family)
+    found, seen = gradients(model, method), maps.relevance(model, pictures(), method=method, with_ledger=True)
+    rows = [tape.rows for tape in maps._tapes(maps.split(model, pictures(), 2).steps, rules.Tape())]
+    assert rows.count(1) == (model.global_pool == "token") and rows[0] is None
+    monkeypatch.setattr(maps, "_tapes", lambda steps, tape: [tape] * len(steps))
+    close(found, gradients(model, method))
+    whole = maps.relevance(model, pictures(), method=method, with_ledger=True)
+    close([seen.tokens, seen.logits, *seen.ledger.values()], [whole.tokens, whole.logits, *whole.ledger.values()])
+
+
+def mixed(q, k, v, g):
+    y, pullback = rules.mix(q, k, v, 0.7, rules.Tape())
+    return y, *pullback(g)
+
+
+NORM, BARE = nn.LayerNorm(4).double(), nn.LayerNorm(4, elementwise_affine=False).double()
+
+
+def layer(rule, module):
+    def both(x, g):
+        y, pullback = rule(module, x, rules.Tape())
+        return y, pullback(g)
+
+    return both
+
+
+@pytest.mark.parametrize("function,shapes", [
+    (layer(rules.norm, NORM), 2 * [(2, 3, 4)]), (layer(rules.norm, BARE), 2 * [(2, 3, 4)]),
+    (layer(rules.activation, nn.GELU()), 2 * [(2, 5)]), (mixed, 4 * [(1, 2, 3, 2)]),
+    (mixed, [(1, 2, 1, 2), (1, 2, 3, 2), (1, 2, 3, 2), (1, 2, 1, 2)])])
+def test_first_and_second_derivatives_by_finite_differences(function, shapes):
+    rng = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(s, generator=rng, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_only_what_is_wanted_is_derived():
+    q, k, v, g = torch.randn(4, 1, 2, 3, 2, dtype=torch.float64)
+    whole = torch.autograd.grad(sum(t.sin().sum() for t in mixed(*(t.requires_grad_() for t in (q, k, v, g)))), g)
+    alone = torch.autograd.grad(sum(t.sin().sum() for t in mixed(q.detach(), k.detach(), v.detach(), g)), g)
+    close(alone, whole)
+    h = torch.randn(5, dtype=torch.float64)
+    (slope,) = torch.autograd.grad(rules.activation(nn.GELU(), h, rules.Tape())[1](u := g.flatten()[:5]).sum(), u)
+    torch.testing.assert_close(slope * h, nn.GELU()(h))
