@@ -56,8 +56,9 @@ def test_the_package_is_what_the_notebooks_export(copy):
     assert same(ROOT / "cft", copy / "cft", "*.py") == []
 
 
-def test_notebooks_are_clean(copy):
+def test_notebooks_are_clean_and_their_long_cells_folded(copy):
     subprocess.run([BIN / "nbdev_clean"], cwd=copy, check=True, capture_output=True)
+    subprocess.run([sys.executable, "nbs/site/fold.py"], cwd=copy, check=True)
     assert same(ROOT / "nbs", copy / "nbs", "*.ipynb") == []
 
 
