@@ -33,7 +33,7 @@ def execute(notebook: Path, folder: Path) -> None:
 
 
 def said(notebook: Path) -> list[tuple[str, str]]:
-    """Cell by cell, what a notebook prints and the text of what it shows. Not its pictures, nor their sizes."""
+    """Cell by cell, what a notebook prints and the text of what it shows; not its pictures, nor the commit it ran at."""
     told = []
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         text = ""
@@ -44,7 +44,7 @@ def said(notebook: Path) -> list[tuple[str, str]]:
             elif not any(kind.startswith("image/") for kind in data):
                 shown = next((data[k] for k in ("text/markdown", "text/html", "text/plain") if k in data), "")
                 text += re.sub(r"<style.*?</style>|<[^>]*>| at 0x\w+", " ", "".join(shown), flags=re.DOTALL)
-        told.append(("".join(cell["source"]), " ".join(text.split())))
+        told.append(("".join(cell["source"]), re.sub(r"(?<=commit )[0-9a-f]{40}", "…", " ".join(text.split()))))
     return told
 
 
