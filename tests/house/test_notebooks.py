@@ -33,18 +33,19 @@ def execute(notebook: Path, folder: Path) -> None:
 
 
 def said(notebook: Path) -> list[tuple[str, str]]:
-    """Cell by cell, what a notebook prints and the text of what it shows; not its pictures, nor the commit it ran at."""
+    """Cell by cell, what a notebook prints and the text that it shows; not its pictures, nor the commit it ran at."""
     told = []
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
-        text = ""
+        printed = shown = ""  # apart: execnb has what is printed first
         for output in cell.get("outputs", ()):
             data = output.get("data", {})
             if output.get("name") == "stdout":
-                text += "".join(output["text"])
+                printed += "".join(output["text"])
             elif not any(kind.startswith("image/") for kind in data):
-                shown = next((data[k] for k in ("text/markdown", "text/html", "text/plain") if k in data), "")
-                text += re.sub(r"<style.*?</style>|<[^>]*>| at 0x\w+", " ", "".join(shown), flags=re.DOTALL)
-        told.append(("".join(cell["source"]), re.sub(r"(?<=commit )[0-9a-f]{40}", "…", " ".join(text.split()))))
+                text = next((data[k] for k in ("text/markdown", "text/html", "text/plain") if k in data), "")
+                shown += re.sub(r"<style.*?</style>|<[^>]*>| at 0x\w+", " ", "".join(text), flags=re.DOTALL)
+        words = " ".join((printed + shown).split())
+        told.append(("".join(cell["source"]), re.sub(r"(?<=commit )[0-9a-f]{40}", "…", words)))
     return told
 
 
