@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: help demo reproduce related smoke publish test quick fast export format lint lab site bench torture clean
+.PHONY: help demo reproduce related smoke publish test quick fast export format lint lab pages site bench torture clean
 help:
 	@echo "make demo       repair a spurious classifier; some minutes on two cores"
 	@echo "make reproduce  every table and figure of the paper, on the demo; some twenty minutes on two cores"
@@ -14,10 +14,11 @@ help:
 	@echo "make smoke      the reproduction with one seed and a handful of pictures: does everything run?"
 	@echo "make quick      lint, types and the fast tests: a minute and a half"
 	@echo "make test       all tests, the notebooks included"
-	@echo "make export     write cft/ from nbs/ and clean the notebooks"
+	@echo "make export     write cft/ from nbs/, clean the notebooks and fold their long cells"
 	@echo "make format     yapf over the notebooks"
 	@echo "make lint       ruff over notebooks, tests and benchmarks; basedpyright over cft/ and benchmarks/"
 	@echo "make lab        read the book in JupyterLab"
+	@echo "make pages      run all notebooks and save what they show; about half an hour"
 	@echo "make site       the book as static pages in build/site; some minutes"
 	@echo "make bench      measure speed into figures/bench.csv"
 	@echo "make torture    kills, bad inputs, full disks: good answers are counted in figures/reliability.csv"
@@ -55,6 +56,7 @@ fast: .venv/.ready
 export: .venv/.ready
 	.venv/bin/nbdev_export
 	.venv/bin/nbdev_clean
+	$(PY) nbs/site/fold.py
 
 format: .venv/.ready
 	$(PY) -m nbqa yapf --in-place nbs
@@ -66,6 +68,11 @@ lint: .venv/.ready
 
 lab: .venv/.ready
 	.venv/bin/jupyter lab nbs/index.ipynb
+
+pages: .venv/.ready
+	$(PY) -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
+		--ExecutePreprocessor.store_widget_state=False nbs/*.ipynb nbs/*/*.ipynb
+	@$(MAKE) --no-print-directory export
 
 site: .venv/.ready
 	$(PY) -m sphinx -q -W --keep-going -b html -c nbs/site . build/site

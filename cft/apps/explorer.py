@@ -430,20 +430,22 @@ class Explorer:
         form = {"style": {"description_width": "8.5em"}, "layout": w.Layout(width="24em")}
         percent = {"min": 0.0, "max": 1.0, "step": 0.01, "readout_format": ".0%", **form}
         choice = lambda text, value, options: w.Dropdown(description=text, value=value, options=options, **form)
-        slider = lambda text, value: w.FloatSlider(description=text, value=value, **percent)
+        slider = lambda text, value, hint: w.FloatSlider(description=text, value=value, tooltip=hint, **percent)
         entry = lambda text, value="": w.Text(description=text, value=value, continuous_update=False, **form)
         button = lambda text, width, **more: w.Button(description=text, layout=w.Layout(width=width), **more)
         self.class_id = choice("class", v.class_id, list(self.material.folder.classes))
         self.picture = choice("picture", v.picture, [v.picture])
         self.earlier = button("◀ previous", "8em", tooltip="◀ previous picture of the class")
         self.later = button("next ▶", "8em", tooltip="next ▶ picture of the class")
-        self.occurrence, self.coverage = slider("occurrence ≥", v.occurrence), slider("coverage ≥", v.coverage)
+        found_in, covered = "occurrence: share of the class's pictures that a concept is in", "coverage of the class"
+        self.occurrence = slider("occurrence ≥", v.occurrence, found_in)
+        self.coverage = slider("coverage ≥", v.coverage, f"{covered} by its concepts, below which it is flagged")
         methods = [(f"{name} (slow)" if named(name).name == "iia" else name, name) for name in ATTRIBUTIONS]
         self.method = choice("relevance", v.method, methods)
         self.normalize = choice("normalisation", v.normalize, [SIGNED, *NORMALIZATIONS])
         targets = [("the answer of each model", "predicted"), ("the picture's own class", "label")]
         self.explain = choice("explains", v.explain, targets)
-        self.strength = slider("overlay", v.strength)
+        self.strength = slider("overlay", v.strength, "overlay: how strongly relevance covers the picture")
         self.by, self.why = entry("edited by", by or _user()), entry("because")
         self.save = button("save as a new version", "15em", disabled=self.material.concepts is None)
         self.saved, self.notes, self.summary, self.answers, self.panels = (w.HTML() for _ in range(5))
@@ -457,8 +459,8 @@ class Explorer:
         saving = [head("save the concepts that are in the masks"), self.by, self.why, self.save, self.saved]
         left = w.VBox([*choosing, *thresholds, *concepts], layout=w.Layout(width="28em", flex="0 0 auto"))
         right = w.VBox([self.panels, self.answers, *maps, *saving], layout=w.Layout(min_width="18em", flex="1 1 45em"))
-        both = w.HBox([left, right], layout=w.Layout(flex_flow="row wrap", grid_gap="0 1em"))
-        self.box = w.VBox([self.notes, both])
+        both = w.HBox([left, right], layout=w.Layout(flex_flow="row wrap", grid_gap="0 1em", width="100%"))
+        self.box = w.VBox([self.notes, both], layout=w.Layout(width="100%"))
         self.box.add_class("cft-explorer")
 
     def _listen(self) -> None:

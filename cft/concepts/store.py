@@ -176,10 +176,10 @@ class MaskStore:
             with file.open("rb") as content:
                 if hashlib.sha256(content.read(int(size))).hexdigest() != checksum:
                     raise ValueError("its rows are not those that were written")
-            if (meta[b"cft.store"], meta[b"cft.shard"]) != (sha256(file.with_name("store.json")), file.name):
-                raise ValueError(f"{file} was made by another build than store.json says, or as another shard "
-                                 f"({meta[b'cft.shard']})")
-            return shard, json.loads(meta[b"cft.groups"])
+            made_by, name, groups = meta[b"cft.store"], meta[b"cft.shard"], json.loads(meta[b"cft.groups"])
+        if (made_by, name) != (sha256(file.with_name("store.json")), file.name):
+            raise ValueError(f"{file} was made by another build than store.json says, or as another shard ({name})")
+        return shard, groups
 
     def _read(self, file: Path, columns: Sequence[str], *group: int) -> pa.Table:
         """Some columns of a shard, or of one of its row groups."""

@@ -242,6 +242,7 @@ class EvalSet(Dataset):
 class PictureFiles(EvalSet):
     """A set whose pictures are files: ids are paths below `root`, with slashes. masks: a file for each, if any."""
     masks: Sequence[Path] = ()
+
     def __init__(self, root: str | Path, key: str, ids: Sequence[str], targets: Targets, groups: Sequence[str],
                  upright: bool = False, border: int = 0):
         super().__init__(key, ids, targets, groups, upright, border)

@@ -305,8 +305,9 @@ def open_groups(key: str, root: str | Path, split: str = "test", check_counts: b
         raise ValueError(f"no set {key!r} with a split {split!r}; expected one of {known}")
     card, home = GROUP_CARDS[key], GROUP_CARDS[key].home(root)
     try:
-        readers = {"waterbirds": _waterbirds, "spawrious": _spawrious, "in-9": _in9, "in-hard": _hard,
-                   "cifar-10-c": lambda home, *_: _cifar_c(home)}
+        readers = {
+            "waterbirds": _waterbirds, "spawrious": _spawrious, "in-9": _in9, "in-hard": _hard,
+            "cifar-10-c": lambda home, *_: _cifar_c(home)}
         found = readers[key](home, split, check_counts) if key in readers else _cifar(key, home, split)
         if check_counts and len(found) != (GROUP_SPLITS[key][split] or len(found)):
             raise ValueError(f"expected {GROUP_SPLITS[key][split]:,} pictures in {split}, found {len(found):,} "

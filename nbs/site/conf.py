@@ -15,6 +15,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc"]
 root_doc, include_patterns = "README", ["*.md", "figures/README.md", "nbs/**.ipynb", "build/reference/*.rst"]
 exclude_patterns = ["**.ipynb_checkpoints"]
 nb_execution_mode = "off"
+nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
 myst_enable_extensions, myst_heading_anchors = ["dollarmath", "amsmath"], 4
 html_theme, html_math_renderer, html_copy_source = "furo", "mathml", False
 html_theme_options = {"navigation_with_keys": True}
@@ -42,6 +43,16 @@ def with_contents(app: Sphinx, docname: str, source: list[str]) -> None:
         for caption, pages in trees.items():
             listed = "\n".join(page for page in pages if page in app.project.docnames)
             source[0] += f"\n\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{listed}\n```"
+
+
+def with_folds(app: Sphinx, docname: str, source: list[str]) -> None:
+    """What JupyterLab folds is folded here too; see fold.py."""
+    if app.project.doc2path(docname, absolute=False).endswith(".ipynb"):
+        page = json.loads(source[0])
+        for cell in page["cells"]:
+            if cell["metadata"].get("jupyter", {}).get("source_hidden"):
+                cell["metadata"].setdefault("tags", []).append("hide-input")
+        source[0] = json.dumps(page)
 
 
 def write_reference(app: Sphinx) -> None:
@@ -79,4 +90,5 @@ def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     app.connect("config-inited", lambda app, config: write_reference(app))
     app.connect("source-read", with_contents)
+    app.connect("source-read", with_folds)
     app.connect("autodoc-process-docstring", plain_docstring)

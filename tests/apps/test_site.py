@@ -44,6 +44,7 @@ def test_pages_have_pictures_formulas_and_docstrings(site):
         for image in re.findall(r'<img[^>]*src="([^":]+)"', page.read_text(encoding="utf-8")):
             assert (page.parent / image).is_file(), (page, image)
     chapter = (site / "nbs/14_losses.html").read_text(encoding="utf-8")
+    assert "Show the code" in chapter  # long cells are folded
     assert chapter.count("<math") >= 5 and not [word for word in ("MathJax.js", "cdn", "merror") if word in chapter]
     told = (site / "build/reference/cft.evaluate.intervals.html").read_text(encoding="utf-8")
     assert "table_of_means" in told and '<code class="docutils literal' in told and "system-message" not in told

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import graph
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -19,6 +20,7 @@ PATH, APPENDIX, RELATED = ([n for n in NOTEBOOKS if n.parent.name == room and n.
                            for room in ("nbs", "appendix", "related"))
 ENGINE = next(i for i, n in enumerate(APPENDIX) if n.stem == "13_runner")  # it makes the related systems too
 FIRST = [n for n in APPENDIX if n.stem in ("00_files", "18_checkpoints")]  # they stand below all chapters
+BARE = ("11_anatomy", "11_operations", "11_places", "12_attributions", "15_objectives", "20_support")  # of pictures
 ORDER = list(dict.fromkeys([*FIRST, *PATH, *APPENDIX[:ENGINE], *RELATED, *APPENDIX[ENGINE:]]))  # imports look back
 
 
@@ -56,8 +58,9 @@ def test_the_package_is_what_the_notebooks_export(copy):
     assert same(ROOT / "cft", copy / "cft", "*.py") == []
 
 
-def test_notebooks_are_clean(copy):
+def test_notebooks_are_clean_and_their_long_cells_folded(copy):
     subprocess.run([BIN / "nbdev_clean"], cwd=copy, check=True, capture_output=True)
+    subprocess.run([sys.executable, "nbs/site/fold.py"], cwd=copy, check=True)
     assert same(ROOT / "nbs", copy / "nbs", "*.ipynb") == []
 
 
@@ -205,6 +208,20 @@ def text_of(page):
     if page.suffix == ".md":
         return page.read_text(encoding="utf-8")
     return "\n".join(source(cell) for cell in cells(page) if cell["cell_type"] == "markdown")
+
+
+def test_what_the_chapters_cite_stands_in_the_citation():
+    works = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["references"]
+    assert all({"type", "title", "authors"} <= set(work) for work in works)
+    cited = {person.get("family-names") for work in works for person in work["authors"]}
+    named = {name for page in NOTEBOOKS for name in re.findall(r"(\w+) et al\b", text_of(page))}
+    assert len(named) > 15 and named <= cited
+
+
+@pytest.mark.parametrize("notebook", [n for n in (*PATH, *APPENDIX, *RELATED) if n.stem not in BARE],
+                         ids=lambda n: n.stem)
+def test_a_chapter_has_a_picture(notebook):
+    assert '"image/' in notebook.read_text(encoding="utf-8")
 
 
 def test_every_link_leads_somewhere():

@@ -1,10 +1,12 @@
-"""Every notebook runs from a foreign folder, cell by cell.
+"""Every notebook runs from a foreign folder, cell by cell, and what is saved of it is what it says now.
 
 The tutorial is run by its own tests, and all pages of the paper, by papermill, by the smoke run of the engine; two of
 them run here on the published results. A notebook is run in a fork of a process that has imported what they all need.
 """
+import json
 import multiprocessing
 import os
+import re
 from pathlib import Path
 
 import papermill
@@ -19,12 +21,32 @@ NEEDED = ["torchvision", "timm", "accelerate", "pandas.io.formats.style", "pyarr
 
 
 def execute(notebook: Path, folder: Path) -> None:
-    """Run the cells of a notebook, to the first error; in a child."""
+    """Run the cells of a notebook, to the first error, and save it in `folder`; in a child."""
+    import pandas
     from execnb.shell import CaptureShell
 
     os.chdir(folder)
     multiprocessing.set_start_method("fork", force=True)
-    CaptureShell(path=folder, mpl_format="png").execute(notebook, exc_stop=True)
+    shell = CaptureShell(path=folder, mpl_format="png")
+    pandas.set_option("display.max_columns", 20)  # as in Jupyter; here it would be the width of a terminal
+    shell.execute(notebook, folder / "executed.ipynb", exc_stop=True)
+
+
+def said(notebook: Path) -> list[tuple[str, str]]:
+    """Cell by cell, what a notebook prints and the text that it shows; not its pictures, nor the commit it ran at."""
+    told = []
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        printed = shown = ""  # apart: execnb has what is printed first
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if output.get("name") == "stdout":
+                printed += "".join(output["text"])
+            elif not any(kind.startswith("image/") for kind in data):
+                text = next((data[k] for k in ("text/markdown", "text/html", "text/plain") if k in data), "")
+                shown += re.sub(r"<style.*?</style>|<[^>]*>| at 0x\w+", " ", "".join(text), flags=re.DOTALL)
+        words = " ".join((printed + shown).split())
+        told.append(("".join(cell["source"]), re.sub(r"(?<=commit )[0-9a-f]{40}", "…", words)))
+    return told
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +58,14 @@ def warm():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
-def test_notebook_runs(notebook, warm, tmp_path):
+def test_a_notebook_runs_and_is_saved_as_it_is(notebook, warm, tmp_path):
     child = warm.Process(target=execute, args=(notebook, tmp_path))
     child.start()
     child.join(300)
     child.kill()
     assert child.exitcode == 0
+    stale = [(old, new) for old, new in zip(said(notebook), said(tmp_path / "executed.ipynb")) if old != new]
+    assert not stale, "`make pages` saves it anew"
 
 
 @pytest.mark.slow
