@@ -87,8 +87,11 @@ def zennit_relevance(model: nn.Module, layer: nn.Module, images: Tensor, target:
     rule, share, inner = Epsilon(1e-6), Norm(stabilizer=1e-6), list[Tensor]()
     rules = [(nn.Linear, rule), (nn.Conv2d, rule), (nn.ReLU, Pass()), (nn.BatchNorm2d, Pass()), (Sum, share),
              (nn.AdaptiveAvgPool2d, share)]
-    hook = layer.register_forward_hook(lambda _, x, y: inner.append(y))
-    with hook, LayerMapComposite(rules, [ResNetCanonizer()]).context(model) as changed:
+
+    def see(module: nn.Module, inputs: Any, y: Tensor) -> None:
+        inner.append(y)
+
+    with layer.register_forward_hook(see), LayerMapComposite(rules, [ResNetCanonizer()]).context(model) as changed:
         logits = changed(images.clone().requires_grad_())
         chosen = F.one_hot(target, logits.shape[1]) * logits.detach()
         return torch.autograd.grad(logits, inner[0], chosen)[0].sum(1)

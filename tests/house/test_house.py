@@ -20,7 +20,7 @@ PATH, APPENDIX, RELATED = ([n for n in NOTEBOOKS if n.parent.name == room and n.
                            for room in ("nbs", "appendix", "related"))
 ENGINE = next(i for i, n in enumerate(APPENDIX) if n.stem == "13_runner")  # it makes the related systems too
 FIRST = [n for n in APPENDIX if n.stem in ("00_files", "18_checkpoints")]  # they stand below all chapters
-BARE = ("11_anatomy", "11_operations", "11_places", "12_attributions", "15_objectives", "20_support")  # of pictures
+BARE = ("11_anatomy", "12_attributions", "15_objectives")  # of pictures
 ORDER = list(dict.fromkeys([*FIRST, *PATH, *APPENDIX[:ENGINE], *RELATED, *APPENDIX[ENGINE:]]))  # imports look back
 
 
