@@ -20,7 +20,7 @@ import timm
 import torch
 from cost import STEPS, compiled_rows, cost_rows, head_rows, make_case, wall_rows
 from grounding import grounding_rows
-from peers import classes_rows, peer_rows
+from peers import classes_rows, family_rows, peer_rows
 from table import Row, merge, read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +70,8 @@ def wall(suffix: str, kinds: Sequence[str], batch: int, name: str) -> Measuremen
 
 GROUNDING = ("grounding_speedup_k1", "grounding_speedup_k5", "grounding_speedup_k10", "sam_encodings_per_image")
 PEERS, STARTS = ("relevance_vs_lxt_speed", "relevance_vs_captum_speed"), ("import_cft_seconds", "cft_help_seconds")
+FAMILIES = tuple(f"relevance_vs_{name}" for name in ("zennit_speed_resnet50", "captum_speed_resnet50",
+                                                     "captum_speed_swin_t", "captum_speed_eva02_t"))
 PAPER_RUN, DEMO = ("paper_run_step_seconds", "paper_run_hours"), ROOT / "figures/demo/demo.json"
 MEASUREMENTS = [
     Measurement("rendering", ("render_images_per_s",), pipeline.rendering_rows),
@@ -83,6 +85,7 @@ MEASUREMENTS = [
     Measurement("features", ("relevance_features_ratio",), with_case(head_rows, 8, VIT_S)),
     Measurement("head", ("relevance_head_seconds_vit_b",), with_folder(pipeline.head_seconds_rows)),
     Measurement("peers", PEERS, with_case(peer_rows, 2, VIT_S)),
+    Measurement("families", FAMILIES, family_rows),
     Measurement("grounding", GROUNDING, grounding_rows),
     Measurement("start", STARTS, pipeline.start_rows),
     Measurement("store", ("mask_store_reads_per_s",), with_folder(pipeline.store_rows)),
