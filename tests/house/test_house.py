@@ -20,7 +20,6 @@ PATH, APPENDIX, RELATED = ([n for n in NOTEBOOKS if n.parent.name == room and n.
                            for room in ("nbs", "appendix", "related"))
 ENGINE = next(i for i, n in enumerate(APPENDIX) if n.stem == "13_runner")  # it makes the related systems too
 FIRST = [n for n in APPENDIX if n.stem in ("00_files", "18_checkpoints")]  # they stand below all chapters
-BARE = ("11_anatomy", "12_attributions", "15_objectives")  # of pictures
 ORDER = list(dict.fromkeys([*FIRST, *PATH, *APPENDIX[:ENGINE], *RELATED, *APPENDIX[ENGINE:]]))  # imports look back
 
 
@@ -218,7 +217,7 @@ def test_what_the_chapters_cite_stands_in_the_citation():
     assert len(named) > 15 and named <= cited
 
 
-@pytest.mark.parametrize("notebook", [n for n in (*PATH, *APPENDIX, *RELATED) if n.stem not in BARE],
+@pytest.mark.parametrize("notebook", [*PATH, *APPENDIX, *RELATED],
                          ids=lambda n: n.stem)
 def test_a_chapter_has_a_picture(notebook):
     assert '"image/' in notebook.read_text(encoding="utf-8")
