@@ -85,7 +85,6 @@ MEASUREMENTS = [
     Measurement("features", ("relevance_features_ratio",), with_case(head_rows, 8, VIT_S)),
     Measurement("head", ("relevance_head_seconds_vit_b",), with_folder(pipeline.head_seconds_rows)),
     Measurement("peers", PEERS, with_case(peer_rows, 2, VIT_S)),
-    Measurement("families", FAMILIES, family_rows),
     Measurement("grounding", GROUNDING, grounding_rows),
     Measurement("start", STARTS, pipeline.start_rows),
     Measurement("store", ("mask_store_reads_per_s",), with_folder(pipeline.store_rows)),
@@ -93,6 +92,7 @@ MEASUREMENTS = [
     Measurement("paper_run", PAPER_RUN, with_folder(pipeline.paper_run_rows)),
     Measurement("explorer", ("explorer_move_ms",), with_folder(pipeline.explorer_rows)),
     Measurement("classes", ("relevance_classes_speed",), with_case(classes_rows, 2, VIT_S)),
+    Measurement("families", FAMILIES, family_rows),
     Measurement("compiled", ("compiled_step_wall_ratio",), with_case(compiled_rows, 4, VIT_S, depth=1))]
 
 

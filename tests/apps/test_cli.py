@@ -560,12 +560,12 @@ def test_audit_without_masks_says_what_is_missing(drawn, capsys):
 
 
 def test_fit_refuses_a_network_without_relevance_before_it_reads_pictures(album, tmp_path, capsys):
-    save_model(tmp_path / "m.safetensors", timm.create_model("mobilenetv3_small_050", num_classes=3))
-    words = ("fit", album / "photos", "--model", "mobilenetv3_small_050", "--weights", tmp_path / "m.safetensors",
+    save_model(tmp_path / "m.safetensors", timm.create_model("twins_svt_small", num_classes=3))
+    words = ("fit", album / "photos", "--model", "twins_svt_small", "--weights", tmp_path / "m.safetensors",
              "--masks", album / "masks", "--out", tmp_path / "run")
     assert run(*words) == 2 and not (tmp_path / "run").exists()
     said = capsys.readouterr()
-    assert "through relevance, which mobilenetv3_small_050 has not: the model is a MobileNetV3" in said.err
+    assert "through relevance, which twins_svt_small has not: the model is a Twins" in said.err
     assert "pictures" not in said.out
 
 
