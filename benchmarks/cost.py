@@ -15,10 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cft.evaluate.passes import times_slower
+from cft.evaluate.support import flops as count_flops
 from cft.explain.anatomy import split
 from cft.explain.attributions import contribution
 from cft.explain.maps import bound, minmax, relevance, run
@@ -63,13 +63,6 @@ def training_step(case: Case, objective: Objective) -> Step:
 
 
 # ---- operations and memory ----
-
-
-def count_flops(step: Step) -> int:
-    """Floating-point operations of matrix products and convolutions in one call, two for each multiplication."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
 
 
 class LiveBytes(TorchDispatchMode):

@@ -77,21 +77,25 @@ def peer_rows(case: Case, rounds: int = 5) -> list[Row]:
     return rows
 
 
-def zennit_relevance(model: nn.Module, layer: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """Relevance at the output of a layer of torchvision's ResNet, by zennit: the ε-rule, sums and means by shares."""
+def zennit_relevance(model: nn.Module, layer: str, images: Tensor, target: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """Relevance at the output of a layer of torchvision's ResNet, by zennit: the ε-rule, sums and means by shares.
+
+    zennit folds batch norm into the convolution before.
+    """
     from zennit.composites import LayerMapComposite
     from zennit.layer import Sum
     from zennit.rules import Epsilon, Norm, Pass
     from zennit.torchvision import ResNetCanonizer
 
-    rule, share, inner = Epsilon(1e-6), Norm(stabilizer=1e-6), list[Tensor]()
+    rule, share, inner = Epsilon(epsilon), Norm(stabilizer=epsilon), list[Tensor]()
     rules = [(nn.Linear, rule), (nn.Conv2d, rule), (nn.ReLU, Pass()), (nn.BatchNorm2d, Pass()), (Sum, share),
              (nn.AdaptiveAvgPool2d, share)]
 
     def see(module: nn.Module, inputs: Any, y: Tensor) -> None:
         inner.append(y)
 
-    with layer.register_forward_hook(see), LayerMapComposite(rules, [ResNetCanonizer()]).context(model) as changed:
+    composite = LayerMapComposite(rules, [ResNetCanonizer()])
+    with composite.context(model) as changed, changed.get_submodule(layer).register_forward_hook(see):
         logits = changed(images.clone().requires_grad_())
         chosen = F.one_hot(target, logits.shape[1]) * logits.detach()
         return torch.autograd.grad(logits, inner[0], chosen)[0].sum(1)
@@ -106,7 +110,7 @@ def family_rows(batch: int = 2, rounds: int = 5) -> list[Row]:
     eva: Any = timm.create_model("eva02_tiny_patch14_224", num_classes=1000).eval()
     peers: list[tuple[str, str, nn.Module, Step]] = []
     if importlib.util.find_spec("zennit"):
-        peers.append(("zennit", "resnet50", resnet, lambda: zennit_relevance(resnet, resnet.layer3, images, target)))
+        peers.append(("zennit", "resnet50", resnet, lambda: zennit_relevance(resnet, "layer3", images, target)))
     if importlib.util.find_spec("captum"):
         from captum.attr import LayerGradientXActivation
 

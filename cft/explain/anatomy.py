@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORWARDS', 'pooled_tokens', 'pool', 'vit_steps', 'plane_mean', 'flatten', 'convnext_steps', 'check_model',
-           'check_drops', 'check_images', 'check_target', 'Parts', 'split']
+           'check_drops', 'train_but_still', 'check_batch', 'check_images', 'check_target', 'Parts', 'split']
 
 # %% ../../nbs/11_anatomy.ipynb #da4b9237
 import math
@@ -112,14 +112,24 @@ def check_drops(model: nn.Module) -> None:
                 raise UnsupportedModule(module, f"drop rates of 0 in training mode, not {rate:g}, or model.eval()",
                                         path)
 
-def check_images(model: VisionTransformer | ConvNeXt, images: Tensor) -> None:
-    """Raise a ValueError unless `images` is a finite float (batch, channels, height, width) of a size `model` takes."""
+def train_but_still(model: nn.Module, *still: type[nn.Module]) -> None:
+    """Training mode, but batch norm keeps its statistics, no path is dropped, and `still` kinds rest, too."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, DropPath, *still)):
+            module.eval()
+
+def check_batch(images: Tensor, channels: int) -> None:
+    """Raise a ValueError unless `images` is a float (batch, channels, height, width)."""
     if images.ndim != 4 or not images.is_floating_point() or len(images) == 0:
         got = f"{images.dtype} {tuple(images.shape)}"
         raise ValueError(f"images must be float (batch, channels, height, width), got {got}")
-    channels = model.in_chans if isinstance(model, VisionTransformer) else model.stem[0].in_channels
     if images.shape[1] != channels:
         raise ValueError(f"images must have {channels} channels, got {images.shape[1]}")
+
+def check_images(model: VisionTransformer | ConvNeXt, images: Tensor) -> None:
+    """Raise a ValueError unless `images` is a finite float (batch, channels, height, width) of a size `model` takes."""
+    check_batch(images, model.in_chans if isinstance(model, VisionTransformer) else model.stem[0].in_channels)
     got = f"got {images.shape[2]}×{images.shape[3]}"
     if isinstance(model, ConvNeXt):
         if min(images.shape[2:]) < 32:

@@ -355,7 +355,6 @@ def relevance(model: nn.Module, images: Tensor, target: Tensor | None = None, me
     combinations of options.
     """
     method = named(method)
-    check_drops(model)
     keep = torch.is_grad_enabled() if differentiable is None else differentiable
     if keep and torch.is_inference_mode_enabled():
         raise ValueError("differentiable relevance needs a graph: leave torch.inference_mode()")
@@ -367,6 +366,7 @@ def relevance(model: nn.Module, images: Tensor, target: Tensor | None = None, me
     try:
         return _walked(model, images, target, method, keep, with_ledger, checkpointed)
     except UnsupportedModule as error:  # not plain: it has to run by itself
+        check_drops(model)
         if method.name in NEED_ATTENTION or not getattr(model, "num_classes", True):
             raise error.located(model) from None
     if checkpointed:

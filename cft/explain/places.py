@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .anatomy import Parts
+from .anatomy import Parts, check_batch
 from .operations import Recorder
 from .rules import UnsupportedModule
 
@@ -174,11 +174,6 @@ def _laid_out(model: nn.Module, place: Place, x: Tensor, size: list[int], pixels
 
 def check_pictures(model: nn.Module, images: Tensor) -> None:
     """Raise a ValueError unless `images` is a finite float (batch, channels, height, width)."""
-    if images.ndim != 4 or not images.is_floating_point() or len(images) == 0:
-        got = f"{images.dtype} {tuple(images.shape)}"
-        raise ValueError(f"images must be float (batch, channels, height, width), got {got}")
-    channels = getattr(model, "in_chans", images.shape[1])
-    if images.shape[1] != channels:
-        raise ValueError(f"images must have {channels} channels, got {images.shape[1]}")
+    check_batch(images, getattr(model, "in_chans", images.shape[1] if images.ndim > 1 else 0))
     if images.device.type != "meta" and not torch.isfinite(images).all():
         raise ValueError("images must be finite, got NaN or infinity")

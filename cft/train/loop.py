@@ -29,13 +29,13 @@ import torch
 from accelerate import PartialState
 from jinja2 import TemplateError
 from PIL import Image
-from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 from ..data.folders import Folder, MaskedImages, scan, without_object
 from ..data.models import classifier, read_weights, save_model, weights_digest
+from ..explain.anatomy import train_but_still
 from ..files import PACKAGE, VERSION, html_template, legible, need, read_json, write_json, write_text, written
 from .closed import Head
 from .objectives import Batch, Recipe
@@ -292,10 +292,8 @@ def prepare(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, nn.Module, tor
     Batch norm keeps its statistics, which a few pictures would spoil, and no path is dropped.
     """
     original = copy.deepcopy(model).eval().requires_grad_(False)
-    tuned: Any = copy.deepcopy(model).train().requires_grad_(False)
-    for module in tuned.modules():
-        if isinstance(module, (nn.modules.batchnorm._BatchNorm, DropPath)):
-            module.eval()
+    tuned: Any = copy.deepcopy(model).requires_grad_(False)
+    train_but_still(tuned)
     for part in _trained(tuned, recipe.trainable):
         part.requires_grad_(True)
     peaks = {name: recipe.rate for name, p in tuned.named_parameters() if p.requires_grad}

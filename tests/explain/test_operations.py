@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import zennit_relevance
 from small_families import NETWORKS, make_network
 from small_models import FAMILIES, directional_error, make, make_convnext, pictures, scalar
 from timm.models.resnet import BasicBlock, ResNet
@@ -292,26 +293,15 @@ def test_gamma_agrees_with_the_walk(family):
 
 
 def test_a_resnet_is_zennits():
-    """zennit folds batch norm into the convolution before, and takes sums and means by their shares."""
-    zennit = pytest.importorskip("zennit")
-    from zennit.composites import LayerMapComposite
-    from zennit.rules import Epsilon, Norm, Pass
-    from zennit.torchvision import ResNetCanonizer
-
+    """It shares sums and means, too."""
+    pytest.importorskip("zennit")
     model, images = make_network("torchvision_resnet")
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-15  # zennit's folded norms still divide by √(1 + ε)
     ours = r.relevance(model, images, TARGET, differentiable=False).patches
-    rule, share, inner = Epsilon(1e-15), Norm(stabilizer=1e-15), []
-    composite = LayerMapComposite([(nn.Linear, rule), (nn.Conv2d, rule), (nn.ReLU, Pass()), (nn.BatchNorm2d, Pass()),
-                                   (zennit.layer.Sum, share), (nn.AdaptiveAvgPool2d, share)], [ResNetCanonizer()])
-    with composite.context(model) as changed:
-        hook = changed.layer3.register_forward_hook(lambda _, x, y: inner.append(y))
-        logits = changed(images.clone().requires_grad_())
-        hook.remove()
-        (theirs,) = torch.autograd.grad(logits, inner[0], F.one_hot(TARGET, 5) * logits.detach())
-    torch.testing.assert_close(ours, theirs.sum(1), rtol=1e-7, atol=1e-9 * float(ours.abs().max()))
+    theirs = zennit_relevance(model, "layer3", images, TARGET, 1e-15)
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9 * float(ours.abs().max()))
 
 
 # --- every family -------------------------------------------------------------------------------------------------

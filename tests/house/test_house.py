@@ -217,8 +217,7 @@ def test_what_the_chapters_cite_stands_in_the_citation():
     assert len(named) > 15 and named <= cited
 
 
-@pytest.mark.parametrize("notebook", [*PATH, *APPENDIX, *RELATED],
-                         ids=lambda n: n.stem)
+@pytest.mark.parametrize("notebook", [*PATH, *APPENDIX, *RELATED], ids=lambda n: n.stem)
 def test_a_chapter_has_a_picture(notebook):
     assert '"image/' in notebook.read_text(encoding="utf-8")
 
