@@ -68,7 +68,7 @@ def cost_of(name: str, measure: Callable[[Callable[[], None]], Any]) -> Any:
     plain, aligning = map(measure, steps_of(name))
     return aligning / plain
 
-def flops(step: Callable[[], None]) -> float:
+def flops(step: Callable[[], object]) -> int:
     """Arithmetic of matrix products and convolutions in one call, two for each multiplication."""
     with FlopCounterMode(display=False) as counter:
         step()

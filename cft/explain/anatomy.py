@@ -9,6 +9,7 @@ __all__ = ['FORWARDS', 'pooled_tokens', 'pool', 'vit_steps', 'plane_mean', 'flat
 # %% ../../nbs/11_anatomy.ipynb #da4b9237
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +130,8 @@ def check_batch(images: Tensor, channels: int) -> None:
 
 def check_images(model: VisionTransformer | ConvNeXt, images: Tensor) -> None:
     """Raise a ValueError unless `images` is a finite float (batch, channels, height, width) of a size `model` takes."""
-    check_batch(images, model.in_chans if isinstance(model, VisionTransformer) else model.stem[0].in_channels)
+    channels: Any = model.in_chans if isinstance(model, VisionTransformer) else model.stem[0].in_channels
+    check_batch(images, channels)
     got = f"got {images.shape[2]}×{images.shape[3]}"
     if isinstance(model, ConvNeXt):
         if min(images.shape[2:]) < 32:
