@@ -1,4 +1,5 @@
 """What every grounder must keep (`check_grounder`), and small random networks for the backend of transformers."""
+import hashlib
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from cft.concepts.grounding import (
     PAPER_GROUNDING,
     SMALL,
+    WEIGHTS,
     GroundedSAM,
     Grounding,
     SegmentAnything2,
@@ -104,3 +106,41 @@ def small_transformers(config=PAPER_GROUNDING, seed=0):
 
 
 BACKENDS = {"groundingdino": small_grounded_sam, "transformers": small_transformers}
+
+
+def publish(monkeypatch, folder, name):
+    """Pretend that the files in the folder are the published ones."""
+    def fact(w):
+        data = (folder / w.files[0]).read_bytes()
+        return w._replace(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    monkeypatch.setitem(WEIGHTS, name, tuple(fact(w) for w in WEIGHTS[name]))
+
+
+def small_weights(folder, monkeypatch):
+    """Fills a folder with weights of small networks for both backends, believed to be the published ones."""
+    import groundingdino.models
+    import segment_anything
+    from transformers import BertConfig, BertModel
+
+    text = folder / "bert-base-uncased"
+    small_tokenizer().save_pretrained(text)
+    BertModel(BertConfig(vocab_size=len(small_tokenizer()), **SMALL["bert"])).save_pretrained(text)
+    recipes = []
+    monkeypatch.setattr(groundingdino.models, "build_model",
+                        lambda recipe: recipes.append(recipe) or small_grounded_sam(seed=9).detector.model)
+    monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b",
+                        lambda: small_grounded_sam(seed=9).segmenter.model)
+    small = small_grounded_sam(seed=3)
+    state = {f"module.{key}": value for key, value in small.detector.model.state_dict().items()}
+    torch.save({"model": state | {"module.label_enc.weight": torch.zeros(2)}}, folder / "groundingdino_swint_ogc.pth")
+    torch.save(small.segmenter.model.state_dict(), folder / "sam_vit_b_01ec64.pth")
+    torch.manual_seed(3)
+    dino, sam2 = small_dino(), small_sam2()
+    dino.model.save_pretrained(folder / "grounding-dino-base")
+    dino.tokenizer.save_pretrained(folder / "grounding-dino-base")
+    sam2.model.save_pretrained(folder / "sam2.1-hiera-large")
+    sam2.processor.save_pretrained(folder / "sam2.1-hiera-large")
+    for name in ("groundingdino-swint", "sam-vit-b", "grounding-dino-base", "sam2.1-hiera-large"):
+        publish(monkeypatch, folder, name)
+    return folder, recipes, (small.detector.model, small.segmenter.model, dino.model, sam2.model)

@@ -8,14 +8,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from grounding_models import small_weights
+from safetensors.torch import load_file
 
 from cft.apps.cli import main
+from cft.concepts import grounding
 from cft.concepts.language import ANSWERS
 from cft.data import backdrop
 from cft.data.folders import scan
 from cft.data.models import TINY, base_model, load_model
 from cft.evaluate.audit import audit
-from cft.files import ASSETS
+from cft.files import ASSETS, read_json
 
 TEXT = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```\n(.*?)```", TEXT.partition("## Use it")[2].partition("## Reproduce")[0], re.S)
@@ -121,3 +125,26 @@ def test_the_whole_road_by_a_language_model_and_a_grounder(place, language_model
         main(["repair", "PICTURES", "--model", TINY, "--weights", "YOURS.safetensors", "--ask", "m", "--base-url", url,
               "--grounder", "self", "--yes", "--out", "other"])
     assert "knows no words; give --grounder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_whole_road_by_real_networks(place, language_model, capsys, monkeypatch):
+    """GroundingDINO and SAM, small and with random weights, loaded from files by name: what they find means nothing,
+    so that no model may come of it unless it proves better."""
+    monkeypatch.setattr("cft.apps.repair.SHARES", (1.0, ))
+    for picture in (place / "PICTURES").rglob("*_[78]*"):
+        picture.unlink()
+    (place / "weights").mkdir()
+    small_weights(place / "weights", monkeypatch)
+    monkeypatch.setenv("CFT_WEIGHTS", "weights")
+    few = grounding.detector_input
+    monkeypatch.setattr(grounding, "detector_input", lambda image, *_: few(image, 64, 128))
+    url, seen = language_model
+    name = "groundingdino-swint+sam-vit-b"
+    follow(f"cft repair PICTURES $MODEL --ask m --base-url {url} --grounder {name} --out road")
+    assert seen and f"masks by {name}" in capsys.readouterr().out
+    provenance, told = read_json(place / "road/store/store.json"), read_json(place / "road/repair.json")
+    assert provenance["grounder"] == name and len(provenance["settings"]["weights"]) >= 3
+    assert not told["repaired"] and (place / "road/report.html").is_file()
+    kept, given = (load_file(place / file) for file in ("road/model.safetensors", "YOURS.safetensors"))
+    assert kept.keys() == given.keys() and all(torch.equal(kept[key], given[key]) for key in given)

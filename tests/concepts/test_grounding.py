@@ -1,6 +1,5 @@
 """Grounding: spans, scores and suppression against slow references, both backends against one contract."""
 import gc
-import hashlib
 import itertools
 import math
 import pickle
@@ -13,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 from grounding import per_concept_loop
-from grounding_models import BACKENDS, check_grounder, check_grounding, same, small_dino, small_sam2, small_transformers
+from grounding_models import (
+    BACKENDS,
+    check_grounder,
+    check_grounding,
+    publish,
+    same,
+    small_transformers,
+    small_weights,
+)
 from PIL import Image
 
 from cft.concepts import grounding
@@ -485,43 +492,9 @@ def cable(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def publish(monkeypatch, folder, name):
-    """Pretend that the files in the folder are the published ones."""
-    def fact(w):
-        data = (folder / w.files[0]).read_bytes()
-        return w._replace(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-    monkeypatch.setitem(WEIGHTS, name, tuple(fact(w) for w in WEIGHTS[name]))
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder of weights of small networks for both backends, believed to be the published ones."""
-    import groundingdino.models
-    import segment_anything
-    from transformers import BertConfig, BertModel
-
-    text = tmp_path / "bert-base-uncased"
-    small_tokenizer().save_pretrained(text)
-    BertModel(BertConfig(vocab_size=len(small_tokenizer()), **grounding.SMALL["bert"])).save_pretrained(text)
-    recipes = []
-    monkeypatch.setattr(groundingdino.models, "build_model",
-                        lambda recipe: recipes.append(recipe) or small_grounded_sam(seed=9).detector.model)
-    monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b",
-                        lambda: small_grounded_sam(seed=9).segmenter.model)
-    small = small_grounded_sam(seed=3)
-    state = {f"module.{key}": value for key, value in small.detector.model.state_dict().items()}
-    torch.save({"model": state | {"module.label_enc.weight": torch.zeros(2)}}, tmp_path / "groundingdino_swint_ogc.pth")
-    torch.save(small.segmenter.model.state_dict(), tmp_path / "sam_vit_b_01ec64.pth")
-    torch.manual_seed(3)
-    dino, sam2 = small_dino(), small_sam2()
-    dino.model.save_pretrained(tmp_path / "grounding-dino-base")
-    dino.tokenizer.save_pretrained(tmp_path / "grounding-dino-base")
-    sam2.model.save_pretrained(tmp_path / "sam2.1-hiera-large")
-    sam2.processor.save_pretrained(tmp_path / "sam2.1-hiera-large")
-    for name in ("groundingdino-swint", "sam-vit-b", "grounding-dino-base", "sam2.1-hiera-large"):
-        publish(monkeypatch, tmp_path, name)
-    return tmp_path, recipes, (small.detector.model, small.segmenter.model, dino.model, sam2.model)
+    return small_weights(tmp_path, monkeypatch)
 
 
 def test_loading_from_a_folder(folder, cable, picture, monkeypatch, capfd):
