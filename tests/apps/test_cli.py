@@ -660,12 +660,13 @@ def test_plans_are_told_without_a_run(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_the_demo_of_one_seed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cft.reproduce.runner.read_settings", lambda name, **more: read_settings(
-        "smoke" if name == "demo" else name, **more))  # few and small pictures
+    monkeypatch.setattr("cft.reproduce.settings.read_settings", lambda name, **more: read_settings(
+        "smoke" if name == "demo" else name, **more))  # few pictures
     monkeypatch.setattr("cft.apps.batch.QUICK", ("original", "plain", "cft", "cft+", "cft+.no-align"))  # … and methods
     monkeypatch.chdir(tmp_path)
     assert run("demo", "--seeds", 1, "--out", "demo") == 0, capsys.readouterr()
     said = capsys.readouterr().out
+    assert read_settings(tmp_path / "demo/settings.yaml").test_per_class == 3
     rows = {line.split("  ")[0] for line in said.splitlines()}
     assert {"Original", "plain fine-tuning", "CFT", "CFT+", "CFT+ without alignment"} <= rows
     assert "GradMask" not in said and "no claim is judged" in said
