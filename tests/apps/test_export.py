@@ -1,9 +1,12 @@
 """What leaves the package is the model, or it does not leave."""
+import base64
 import copy
 import json
 import logging
 import sys
+import threading
 import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -288,6 +291,53 @@ def test_pushed_is_what_was_exported_and_private(hub, tmp_path):
     assert [what for what, *_ in hub.asked[before:]] == ["create"]
     ways.push(out, "me/model", private=False)
     assert hub.asked[-1][0] == "upload"
+
+
+class SmallHub(BaseHTTPRequestHandler):
+    """The four questions that huggingface_hub puts to the hub, on this machine; what comes is kept."""
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        kept, place = vars(self.server)["kept"], self.path.partition("?")[0]
+        kept["tokens"].add(self.headers.get("Authorization"))
+        said = {"id": "me/model", "_id": "0", "private": kept.get("private", True), "siblings": [], "sha": "1" * 40}
+        if place == "/api/repos/create":
+            kept["private"] = json.loads(body)["private"]
+            said = {"url": f"http://{self.headers['Host']}/me/model"}
+        elif "/preupload/" in place:
+            said = {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                              for file in json.loads(body)["files"]]}
+        elif "/commit/" in place:
+            told = [json.loads(line) for line in body.splitlines()]
+            kept["files"] = {line["value"]["path"]: base64.b64decode(line["value"]["content"])
+                             for line in told if line["key"] == "file"}
+            said = {"commitUrl": f"http://{self.headers['Host']}/me/model/commit/{'1' * 40}", "commitOid": "1" * 40}
+        data = json.dumps(said).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_POST = answer
+
+
+def test_the_real_client_uploads_the_files_as_they_are(tmp_path, monkeypatch):
+    out = ways.save_for_timm(base_model(0), tmp_path / "out")
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with ThreadingHTTPServer(("127.0.0.1", 0), SmallHub) as server:
+        kept = vars(server).setdefault("kept", {"tokens": set()})
+        threading.Thread(target=server.serve_forever, args=(0.02, ), daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        address = ways.push(out, "me/model")
+        server.shutdown()
+    assert "me/model" in address and kept["private"] is True and kept["tokens"] == {"Bearer hf_secret"}
+    assert kept["files"] == {file.name: file.read_bytes() for file in out.iterdir()}
 
 
 def test_what_the_hub_refuses_is_one_sentence_without_the_token(hub, tmp_path):
