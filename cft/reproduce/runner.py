@@ -9,6 +9,7 @@ __all__ = ['OF_RELATED', 'DIED', 'SHARED', 'SIZES', 'page_steps', 'Job', 'jobs_o
 # %% ../../nbs/appendix/13_runner.ipynb #fef1d988
 import asyncio
 import contextlib
+import graphlib
 import importlib.util
 import ctypes
 import io
@@ -22,7 +23,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -95,7 +97,25 @@ def jobs_of(steps: Sequence[Step], together: int) -> dict[str, Job]:
         mine = [step for step in steps if place[step] == name]
         after = {place[need] for step in mine for need in step.needs if need in place} - {name}
         jobs[name] = Job(tuple(step.name for step in mine), tuple(sorted(after)), any(step.gpu for step in mine))
+    part_of = {step.name: step.part for step in steps if step.part}
+    while pair := _link(jobs, lambda names: len({part_of[name] for name in names if name in part_of}) <= together):
+        first, last = pair
+        both, gone = (jobs[first], jobs[last]), jobs.pop(first)
+        jobs[last] = Job(both[0].steps + both[1].steps, both[0].after + both[1].after, gone.gpu)
+        now = {name: {last if need == first else need for need in job.after} - {name} for name, job in jobs.items()}
+        jobs = {name: replace(job, after=tuple(sorted(now[name]))) for name, job in jobs.items()}
     return jobs
+
+def _link(jobs: Mapping[str, Job], fits: Callable[[Sequence[str]], bool]) -> tuple[str, str] | None:
+    """Two jobs that may be one: the last waits for the first alone, and nothing else waits for the first."""
+    before = dict[str, set[str]]()
+    for name in graphlib.TopologicalSorter({name: job.after for name, job in jobs.items()}).static_order():
+        before[name] = {*jobs[name].after}.union(*(before[need] for need in jobs[name].after))
+    direct = {name: {*job.after}.difference(*(before[need] for need in job.after)) for name, job in jobs.items()}
+    waiting = Counter(need for needs in direct.values() for need in needs)
+    return next(((first, last) for last, needs in direct.items() for first in needs
+                 if len(needs) == waiting[first] == 1 and jobs[first].gpu == jobs[last].gpu
+                 and fits(jobs[first].steps + jobs[last].steps)), None)
 
 # %% ../../nbs/appendix/13_runner.ipynb #3f992b9b
 @contextmanager

@@ -114,7 +114,7 @@ def test_every_page_is_made_once(smoke):
     assert sum(name.startswith("fine-tune") for name in done) == len(smoke.work.tuned()) == 3
     assert len(numbers(smoke.root, smoke.work.tested())) and not list(smoke.root.rglob("*.tmp"))
     plan = read_json(smoke.root / "plan.json")
-    assert set(plan["jobs"]) == {"concepts", "masks-0", "demo-0", "pages"}
+    assert set(plan["jobs"]) == {"pages"}, "a single seed is one job"
     assert {path.stem for path in (smoke.root / "jobs").iterdir()} == set(plan["jobs"])
     assert (smoke.root / "settings.yaml").read_text() == write_settings(
         smoke.work.settings, smoke.root.parent / "s.yaml").read_text()
@@ -277,15 +277,18 @@ def test_jobs():
                     ("ta", "tune", "A", "a"), ("tc", "tune", "C", "c"), ("g", "maps", "gpu", "ta"))
     jobs = jobs_of(steps, 3)
     assert {name: job.steps for name, job in jobs.items()} == {
-        "masks": ("s w",), "tune": ("s a", "s b", "s c", "s ta", "s tc"), "maps": ("s g",)}
-    assert {name: job.after for name, job in jobs.items()} == {"masks": (), "tune": ("masks",), "maps": ("tune",)}
-    assert [job.gpu for job in jobs.values()] == [False, False, True]
+        "tune": ("s w", "s a", "s b", "s c", "s ta", "s tc"), "maps": ("s g",)}
+    assert {name: job.after for name, job in jobs.items()} == {"tune": (), "maps": ("tune",)}
+    assert [job.gpu for job in jobs.values()] == [False, True], "what needs a GPU is a job of its own"
     split = jobs_of(steps, 2)
-    assert {name: job.steps for name, job in split.items() if name.startswith("tune")} == {
-        "tune-0": ("s a", "s b", "s ta"), "tune-1": ("s c", "s tc")}
-    assert split["maps"].after == ("tune-0",)
+    assert {name: job.steps for name, job in split.items()} == {
+        "masks": ("s w",), "tune-0": ("s a", "s b", "s ta"), "tune-1": ("s c", "s tc"), "maps": ("s g",)}
+    assert split["maps"].after == ("tune-0",) and split["tune-1"].after == ("masks",), "two wait for one"
     alone = jobs_of(steps, 1)
     assert set(alone) == {"masks", "tune-0", "tune-1", "tune-2", "maps"}
+    line = planned(("a", "tune", "A"), ("b", "test", "B", "a"), ("c", "page", "", "b", "a"))
+    assert [jobs_of(line, n)[name].steps for n, name in ((2, "page"), (1, "tune"), (1, "page"))] == [
+        ("s a", "s b", "s c"), ("s a",), ("s b", "s c")], "no more parts than go together"
     assert jobs_of(steps[4:], 3)["tune"].after == (), "only what is not done gets into a job, or is waited for"
     assert jobs_of([], 3) == {}
 
