@@ -368,7 +368,7 @@ def save_model(path: str | Path, model: nn.Module, classes: Iterable[str] | None
     `timm.create_model(name, num_classes=…, checkpoint_path=path)` reads it back. `half` stores float16.
     """
     rounded = lambda value: value.half() if half and value.is_floating_point() else value
-    state = {key: rounded(value) for key, value in model.state_dict().items()}
+    state = {key: rounded(value).clone() for key, value in model.state_dict().items()}
     metadata = {"format": "pt", "architecture": getattr(model, "pretrained_cfg", {}).get("architecture", "")}
     if config := origin_of(model).config:
         metadata["config"] = json.dumps(config)

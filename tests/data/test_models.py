@@ -226,3 +226,12 @@ def test_a_shipped_base_survives_reading_and_writing(tmp_path, seed):
     """Every bit of its numbers; its header was written before headers were sorted."""
     again = save_model(tmp_path / "again.safetensors", base_model(seed), backdrop.CLASSES, half=True)
     assert parts(again.read_bytes()) == parts((ASSETS / f"base_{seed}.safetensors").read_bytes())
+
+
+def test_weights_that_modules_share_are_written_and_read(tmp_path):
+    model = timm.create_model(TINY, num_classes=12)
+    model.blocks[1].mlp.fc1 = model.blocks[0].mlp.fc1
+    save_model(tmp_path / "w.safetensors", model)
+    read, _ = load_model(TINY, tmp_path / "w.safetensors")
+    assert torch.equal(read.blocks[1].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in read.state_dict().items())
