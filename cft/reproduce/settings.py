@@ -78,7 +78,7 @@ class Cues(BaseModel):
     @classmethod
     def _known(cls, given: Any) -> Any:
         """Worlds that are drawn; a text names them with spaces between."""
-        named = given.split() if isinstance(given, str) else given
+        named = given.split() if isinstance(given, str) else given or ()  # `--set cue.fine=` gives None
         if strange := {*named} - {*CUES}:
             raise ValueError(f"expected some of {', '.join(CUES)}; got {', '.join(sorted(map(str, strange)))}")
         return named

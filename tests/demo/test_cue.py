@@ -236,3 +236,11 @@ def test_settings():
     assert tuple(later) == () and tuple(some) == ("both", "part")
     assert {patch: name for patch, name in STEMS.items()} == {8: TINY, 4: f"{TINY}_patch4"}
     assert read_settings("cue").seeds == 20 and read_settings("cue").drawn
+
+
+def test_cues_are_named_with_spaces_and_none_by_nothing():
+    read = lambda **given: Cues.model_validate(given)
+    assert read(cues="paint both", fine="").fine == read(fine=None).fine == () == SMALL.fine
+    assert read(cues="paint both").cues == ("paint", "both")
+    with pytest.raises(ValueError, match="expected some of .*; got glue"):
+        read(cues="glue")
