@@ -415,7 +415,7 @@ def test_the_plan_of_the_paper(tmp_path, monkeypatch):
         keys = (profile,) if profile in ("cue", "closed", "photographs") else ("table3",)
         text = plan_text(profile, keys, out=tmp_path / "p")
         assert "cost: not known, for" in text and "`cft status`" in text and not re.search("minute|hour", text)
-    assert "cost: not known, for" in plan_text("paper", ("segmil",), out=tmp_path / "p")
+    assert "cost: not known, for" in plan_text("paper", ("table8",), out=tmp_path / "p"), "which trains nothing"
 
 
 def test_a_plan_in_what_was_measured(tmp_path, monkeypatch):
@@ -446,6 +446,9 @@ def test_calibration(tmp_path, monkeypatch):
     name = {"names.vit_base_patch16_224": "test_vit", "device": "cpu", "batch": 2}
     mine = calibration(f"CPU, {torch.get_num_threads()} thread(s)")
     mine.parent.mkdir()
+    waits = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
     before = "".join(f"{m},CPU,{what},9\n" for m in ("vit_base_patch16_224", "other") for what in ("step", "picture"))
     mine.write_text("model,device,what,value\n" + before)
     assert (file := calibrate("paper", models=("ViT-B",), **name)) == mine
@@ -453,7 +456,7 @@ def test_calibration(tmp_path, monkeypatch):
     assert costs["other"].step == 9 != cost.step, "what is measured again takes the place of what was"
     assert file.parent == tmp_path / "cft" and cost.device.startswith("CPU") and cost.memory > 0
     assert min(cost.step, cost.picture, cost.steps["rrda"]) > 0 and 0 < cost.weights < 0.01 and cost.masks == 0
-    assert cost.host >= cost.memory
+    assert cost.host >= cost.memory and len(waits) == 2 * (7 + 1), "before and after seven recipes and a test"
 
 
 def test_fewer_seeds(tmp_path):
