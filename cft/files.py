@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'PACKAGE', 'ASSETS', 'reason', 'legible', 'wait', 'written', 'written_folder', 'write_text', 'write_json',
            'read_json', 'read_yaml', 'read_rows', 'write_csv', 'sha256', 'append_bytes', 'check_writable', 'locked',
-           'replace_part', 'need', 'choose_device', 'html_template', 'check_parameters']
+           'replace_part', 'need', 'choose_device', 'seconds', 'html_template', 'check_parameters']
 
 # %% ../nbs/appendix/00_files.ipynb #4987389d
 import ast
@@ -22,7 +22,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import resources
@@ -309,6 +309,18 @@ def choose_device(text: str) -> str:
         raise ValueError(f"torch finds no device {text!r} here; expected auto, or one of {', '.join(there)}")
     return name
 
+# %% ../nbs/appendix/00_files.ipynb #ec3811f2
+def seconds(step: Callable[[], object]) -> float:
+    """How long one call takes, on a CUDA device from idle to idle."""
+    import torch
+
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    began = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - began
+
 # %% ../nbs/appendix/00_files.ipynb #0f5a7c32
 @cache
 def html_template(name: str) -> "Template":
@@ -330,5 +342,5 @@ def check_parameters() -> None:
     ran = (get_ipython().user_ns if get_ipython() else {}).get("In", [])
     for defaults, given in zip(ran, ran[1:]):
         if given.startswith("# Parameters\n") and (strange := named(given) - named(defaults)):
-            has = ", ".join(sorted(named(defaults)))
+            has = ", ".join(sorted(named(defaults))) or "none"
             raise ValueError(f"this notebook has no parameter {', '.join(sorted(strange))}; it has {has}")

@@ -6,12 +6,11 @@
 __all__ = ['PROTOCOLS', 'SPACES', 'TARGET_RULES', 'RANKS', 'TestSet', 'DRAWS', 'BY', 'ROWS', 'HEADLINES', 'Reading', 'reading_of',
            'answer_columns', 'Checkpoint', 'checkpoint', 'MaskedSet', 'Loop', 'run_pass', 'Results', 'macro_accuracy',
            'answers', 'accuracy_rows', 'segmentation_rows', 'evaluate_sets', 'headline', 'doubt_of', 'evaluate_folder',
-           'relevance_of_set', 'compare_methods', 'seconds', 'times_slower']
+           'relevance_of_set', 'compare_methods', 'times_slower']
 
 # %% ../../nbs/22_passes.ipynb #da4b9237
 import json
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -37,7 +36,7 @@ from ..data.testsets import EvalSet, SegmentationSet, folder_set
 from .intervals import CONFIDENCE, paired_difference
 from .metrics import COLUMNS, SPLITS, doubt_about, evaluating, image_scores, pooled, summarize, top_k
 from ..explain.maps import relevance
-from ..files import legible, sha256, written
+from ..files import legible, seconds, sha256, written
 from ..train.loop import provenance
 
 # %% ../../nbs/22_passes.ipynb #c1dfd96e
@@ -495,15 +494,6 @@ def compare_methods(rows: pd.DataFrame, method: str, reference: str) -> pd.DataF
     return pd.DataFrame(found, columns=[*BY, "value", "low", "high", "n"])
 
 # %% ../../nbs/22_passes.ipynb #9109c85a
-def seconds(step: Callable[[], object]) -> float:
-    """How long one call takes, on a CUDA device from idle to idle."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    began = time.perf_counter()
-    step()
-    wait()
-    return time.perf_counter() - began
-
 def times_slower(slow: Callable[[], object], fast: Callable[[], object], rounds: int = 3) -> float:
     """Median over `rounds` of the seconds of `slow` over those of `fast`, called in turn after a warm-up of each."""
     for warm_up in (slow, fast):

@@ -26,9 +26,8 @@ def _sources() -> dict[str, str]:
     cards = yaml.safe_load((ASSETS / "testsets/cards.yaml").read_text(encoding="utf-8"))
     known = {row["name"]: row for row in read_rows(ASSETS / "profiles/sources.csv")}
     known |= {f"sets.{key}": card | {"what": card["name"]} for key, card in cards.items()}
-    return {
-        name: f"{row['what']}: {row['source']} ({', '.join(filter(None, (row['size'], row.get('licence'))))})"
-        for name, row in known.items()}
+    licence = lambda row: row.get("licence") or "licence unknown, see the source"
+    return {name: f"{row['what']}: {row['source']} ({row['size']}; {licence(row)})" for name, row in known.items()}
 
 def places(work: Work) -> dict[str, Path | None]:
     """The data and weights that some work needs, by their names in the settings; nothing for a drawn world."""
@@ -49,7 +48,7 @@ def places(work: Work) -> dict[str, Path | None]:
 def _of_grounder(settings: Settings) -> str:
     known = yaml.safe_load((ASSETS / "grounding/weights.yaml").read_text(encoding="utf-8"))
     files = {w["files"][0]: w for name in settings.grounder.split("+") for w in known.get(name, ())}
-    told = [f"{name} from {w['url']} ({w['size'] / 2**20:,.0f} MiB)" for name, w in files.items()]
+    told = [f"{name} from {w['url']} ({w['size'] / 2**20:,.0f} MiB; Apache-2.0)" for name, w in files.items()]
     return f"a folder with {'; '.join(told)}"
 
 def _sound_weights(path: Path) -> str:

@@ -79,7 +79,8 @@ def open_page(key: str, root: str | Path = "", models: Sequence[str] = (), metho
     if not profile:
         if out or device:
             raise ValueError("the parameters out and device go with profile: demo, smoke, paper or a YAML file")
-        return open_results(root or (published("closed") if key == "closed" else ""), key, models, methods, seeds)
+        return open_results(root or (published(key) if key in ("closed", "photographs") else ""), key, models, methods,
+                            seeds)
     if root:
         raise ValueError("the parameters root and profile exclude each other; with a profile the folder is out")
     place = Path(out or f"runs/{Path(profile).stem}")

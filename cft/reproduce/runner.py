@@ -40,14 +40,14 @@ from ..concepts.grounding import load_grounder
 from ..data.folders import MaskedImages, Preprocess
 from ..data.testsets import CARDS, folder_set
 from ..evaluate.passes import Loop, checkpoint, reading_of, run_pass
-from ..files import ASSETS, choose_device, locked, read_json, sha256, wait, write_csv, write_json
+from ..files import ASSETS, choose_device, locked, read_json, seconds, sha256, wait, write_csv, write_json
 from ..demo import cue, photographs
 from ..related import comparison, deal_metrics, segmil
 from .preflight import disk_of, faults, places, slurm_options, tell_srun
 from .progress import failures, log_of, progress_of
 from .publish import make_page, notebook_of
-from .settings import (RELATED, Settings, Work, calibration, hours, known_costs, open_work, page_file,
-                                    read_settings, write_settings)
+from .settings import (RELATED, Cost, Settings, Work, calibration, hours, known_costs, open_work,
+                                    page_file, read_settings, write_settings)
 from .steps import Notes, PaperSteps, Step, failure_file, in_order, make_steps, undone
 from ..train.loop import noise_folder, rehearse
 from ..train.objectives import RECIPES
@@ -334,8 +334,9 @@ def _write_plan(root: Path, work: Work, jobs: dict[str, Job], steps: Sequence[St
         shutil.rmtree(root / folder, ignore_errors=True)
     command = f"{shlex.quote(sys.executable)} -m cft.reproduce.runner"
     names = {"keys": list(work.keys), "models": list(work.models), "methods": list(work.methods)}
-    memory = 4000 if work.settings.drawn else 16000  # MB, what a job asks a cluster for
-    times = _seconds_of(root, work, steps)
+    costs, least = (known_costs(root, work.settings), 16000) if not work.settings.drawn else ({}, 4000)
+    memory = max([least, *(int(1500 * cost.host) for cost in costs.values())])  # MB, what a job asks a cluster for
+    times = _seconds_of(work, steps, costs)
     minutes = {
         name: 10 + int(sum(times.get(step, 0) for step in job.steps) / 30) for name, job in jobs.items() if times}
     more = {
@@ -438,10 +439,9 @@ def plan_text(profile: str | Path = "demo", only: Sequence[str] = (), gpus: int 
     return "\n".join([*lines, f"disk: {disk_of(work, gpus) / 1e9:,.1f} GB", _cost_text(root, work, gpus)])
 
 def _cost_text(root: Path, work: Work, gpus: int) -> str:
-    if work.settings.drawn:
-        return "cost: minutes on a CPU; the seconds of each step stand in its note"
-    if not work.tuned():
-        return "cost: of no step that was measured; the seconds of each stand in its note"
+    if work.settings.drawn or not work.tuned():
+        return ("cost: not known, for --calibrate measures the paper's networks and no others; "
+                "while it runs, `cft status` says what is left")
     if not (costs := known_costs(root, work.settings)):
         return "cost: not known, for nothing was measured on such a device; measure it there: cft reproduce --calibrate"
     found = hours(work, SIZES, costs)
@@ -459,10 +459,9 @@ def _cost_text(root: Path, work: Work, gpus: int) -> str:
 
 SIZES = {key: card.pictures for key, card in CARDS.items()}
 
-def _seconds_of(root: Path, work: Work, steps: Sequence[Step]) -> dict[str, float]:
+def _seconds_of(work: Work, steps: Sequence[Step], costs: Mapping[str, Cost]) -> dict[str, float]:
     """What steps will take by what was measured; nothing if that is not known of all of them."""
     s, found = work.settings, dict[str, float]()
-    costs = {} if s.drawn else known_costs(root, s)
     for step in steps if costs else ():
         cost = costs.get("".join(step.item[:1])) or next(iter(costs.values()))
         if step.kind == "fine-tune":
@@ -475,6 +474,9 @@ def _seconds_of(root: Path, work: Work, steps: Sequence[Step]) -> dict[str, floa
                 "ground": cost.masks * 1000 * s.pool / s.shards}
             found[step.name] = known.get(step.kind, 60.0)
     return found
+
+def _host_bytes() -> float:
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 def _measured(settings: Settings, root: Path, model: str, steps: int = 2) -> list[dict[str, Any]]:
     """Rows of costs: random weights of the network, pictures of noise; masks only where the grounder's weights are."""
@@ -491,17 +493,17 @@ def _measured(settings: Settings, root: Path, model: str, steps: int = 2) -> lis
         found = rehearse(network, images, replace(RECIPES[what], **how), steps)
         measured["step" if what == "cft-paper" else what] = found["seconds_per_step"]
         if what == "cft-paper":
-            measured["memory"] = found.get("memory", 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9
-    tested, began = folder_set(folder), time.perf_counter()
-    run_pass(tested, [checkpoint(network, model)], reading_of(network), Loop(batch=len(folder), device=settings.device))
-    measured["picture"] = (time.perf_counter() - began) / len(folder)
+            measured["memory"] = found.get("memory", _host_bytes()) / 1e9
+    test = lambda: run_pass(folder_set(folder), [checkpoint(network, model)], reading_of(network),
+                            Loop(batch=len(folder), device=settings.device))
+    test()  # to warm up, as below
+    measured["picture"] = seconds(test) / len(folder)
     if settings.grounder_weights is not None:
         ground = load_grounder(settings.grounder, settings.grounder_weights, device=settings.device)
         phrases, picture = [f"a part of kind {k}" for k in range(20)], Image.open(folder.samples[0].path).convert("RGB")
-        ground(picture, phrases)  # to warm up
-        began = time.perf_counter()
         ground(picture, phrases)
-        measured["masks"] = time.perf_counter() - began
+        measured["masks"] = seconds(lambda: ground(picture, phrases))
+    measured["host"] = _host_bytes() / 1e9
     return [{"model": model, "device": where, "what": what, "value": float(f"{value:.4g}")}
             for what, value in measured.items()]
 

@@ -331,6 +331,7 @@ class Cost:
     steps: Mapping[str, float]
     masks: float = 0.0  # seconds of a picture whose concepts are looked for; 0: not measured, as the others
     memory: float = 0.0  # GB that a step of CFT takes
+    host: float = 0.0  # GB of the machine that a process took
     weights: float = 0.0  # GB of a checkpoint
 
     def of(self, method: str) -> float:
@@ -353,7 +354,9 @@ def measured_costs(file: str | Path | None = None) -> dict[str, Cost]:
     for row in rows:
         found.setdefault(row["model"], {})[row["what"]] = float(row["value"])
         devices[row["model"]] = row["device"]
-    more = {model: {name: of.pop(name, 0.0) for name in ("masks", "memory", "weights")} for model, of in found.items()}
+    more = {
+        model: {name: of.pop(name, 0.0) for name in ("masks", "memory", "host", "weights")}
+        for model, of in found.items()}
     return {
         model: Cost(devices[model], of.pop("step"), of.pop("picture"), of, **more[model])
         for model, of in found.items()}

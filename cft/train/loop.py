@@ -36,7 +36,8 @@ from tqdm.auto import tqdm
 from ..data.folders import Folder, MaskedImages, scan, without_object
 from ..data.models import classifier, read_weights, save_model, weights_digest
 from ..explain.anatomy import train_but_still
-from ..files import PACKAGE, VERSION, html_template, legible, need, read_json, write_json, write_text, written
+from ..files import (PACKAGE, VERSION, html_template, legible, need, read_json, seconds, write_json, write_text,
+                       written)
 from .closed import Head
 from .objectives import Batch, Recipe
 
@@ -480,10 +481,9 @@ def rehearse(model: nn.Module, images: MaskedImages, recipe: Recipe, steps: int 
     _step(tuned, original, sampler, recipe, optimizer, 0, device, world)
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    began = time.perf_counter()
-    for step in range(1, steps + 1):
-        _step(tuned, original, sampler, recipe, optimizer, step % total, device, world)
-    took = (time.perf_counter() - began) / steps
+    take = lambda: [
+        _step(tuned, original, sampler, recipe, optimizer, step % total, device, world) for step in range(1, steps + 1)]
+    took = seconds(take) / steps
     memory = {"memory": float(torch.cuda.max_memory_allocated(device))} if cuda else {}
     return {"steps": total, "seconds_per_step": took, "seconds": took * total, **memory}
 

@@ -26,8 +26,9 @@ def work(tmp_path_factory):
     """What a run of the tutorial leaves."""
     root = tmp_path_factory.mktemp("tutorial")
     (root / "elsewhere").mkdir()
-    papermill.execute_notebook(TUTORIAL, root / "executed.ipynb", parameters={"out": str(root / "work")},
-                               cwd=root / "elsewhere", kernel_name="python3", progress_bar=False, execution_timeout=300)
+    told = {"out": str(root / "work"), "device": "cpu"}
+    papermill.execute_notebook(TUTORIAL, root / "executed.ipynb", told, cwd=root / "elsewhere", kernel_name="python3",
+                               progress_bar=False, execution_timeout=300)
     assert not list((root / "elsewhere").iterdir()), "nothing is written where it was not asked for"
     return root / "work"
 

@@ -156,12 +156,13 @@ def test_a_notebook_is_a_page(notebook):
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
-def test_a_notebook_with_parameters_refuses_others(notebook):
-    content = cells(notebook)
-    for k, cell in enumerate(content):
-        if "parameters" in cell["metadata"].get("tags", ()) and notebook.stem != "06_photographs":
-            after = "".join(source(c) for c in content[k + 1:] if c["cell_type"] == "code")
-            assert "open_page(" in after or "check_parameters()" in after
+def test_a_notebook_refuses_parameters_that_it_does_not_have(notebook):
+    """By a call in a cell of its own, behind the parameters if there are some."""
+    content = [cell for cell in cells(notebook) if cell["cell_type"] == "code"]
+    named = [k for k, cell in enumerate(content) if "parameters" in cell["metadata"].get("tags", ())]
+    own = [source(cell) for cell in content[named[-1] + 1 if named else 0:] if "#| export" not in source(cell)]
+    assert len(named) < 2 and any(re.search(r"^(found = open_page|check_parameters)\(", c, re.MULTILINE) for c in own)
+    assert named or not any(re.match('(root|out) = "', source(cell)) for cell in content), "the tag is missing"
 
 
 def test_no_machine_is_named():

@@ -97,6 +97,7 @@ def test_an_error_in_a_cell_is_one(warm, tmp_path):
 
 
 @pytest.mark.slow
-def test_papermill_runs_a_chapter(tmp_path):
-    papermill.execute_notebook(ROOT / "nbs/18_metrics.ipynb", tmp_path / "out.ipynb", cwd=tmp_path,
-                               kernel_name="python3", progress_bar=False, execution_timeout=300)
+def test_papermill_is_told_of_a_parameter_that_a_chapter_does_not_have(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="this notebook has no parameter colour; it has none"):
+        papermill.execute_notebook(ROOT / "nbs/17_intervals.ipynb", tmp_path / "out.ipynb", {"colour": "red"},
+                                   cwd=tmp_path, kernel_name="python3", progress_bar=False, execution_timeout=300)

@@ -30,8 +30,10 @@ def test_an_unfilled_profile_is_refused_with_all_that_it_lacks(tmp_path):
     names = [line.split()[1] for line in lines]
     work = Work(read_settings("paper"))
     assert names == [*places(work), "device"] and len(names) == 18
-    assert "ImageNet-A: https://github.com/hendrycks/natural-adv-examples (656 MiB, MIT)" in said.stdout
-    assert "(330 MiB, Apache-2.0)" in said.stdout and "sam_vit_h_4b8939.pth (2,446 MiB)" in said.stdout
+    of_pictures = "its pictures: unknown, see the source)"
+    assert f"hendrycks/natural-adv-examples (656 MiB; its repository: MIT; {of_pictures}" in said.stdout
+    assert "gtsegs_ijcv.mat (one file, about 1 GB; licence unknown, see the source)" in said.stdout
+    assert "(330 MiB; Apache-2.0)" in said.stdout and "sam_vit_h_4b8939.pth (2,446 MiB; Apache-2.0)" in said.stdout
     assert said.stderr == "cft: 18 things are missing, as said above; nothing was begun\n"
 
 

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
+import papermill
 import psutil
 import pytest
 import torch
@@ -28,6 +29,7 @@ from cft.files import read_json, write_json
 from cft.reproduce import runner
 from cft.reproduce.paper import PAPER
 from cft.reproduce.progress import failures
+from cft.reproduce.publish import notebook_of
 from cft.reproduce.runner import (
     OF_RELATED,
     calibrate,
@@ -118,6 +120,21 @@ def test_every_page_is_made_once(smoke):
     assert {path.stem for path in (smoke.root / "jobs").iterdir()} == set(plan["jobs"])
     assert (smoke.root / "settings.yaml").read_text() == write_settings(
         smoke.work.settings, smoke.root.parent / "s.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_papermill_makes_a_page_from_nothing_with_equal_rows(smoke, tmp_path):
+    """The other way to the same table: neither finds anything that the other has made."""
+    told = {"profile": "smoke", "out": str(tmp_path / "r"), "device": "cpu", "methods": ["CFT"]}
+    papermill.execute_notebook(notebook_of("table3"), tmp_path / "table3.ipynb", told, cwd=tmp_path,
+                               kernel_name="python3", progress_bar=False)
+    said = (tmp_path / "table3.ipynb").read_text()
+    assert "1 of 1 pages are in" in said and "steps: 100%" in said
+    tested = Work(read_settings("smoke"), ("table3",), methods=("CFT",)).tested()
+    pd.testing.assert_frame_equal(numbers(tmp_path / "r", tested), numbers(smoke.root, tested))
+    mine, theirs = ({name: (root / f"artefacts/table3/{name}.csv").read_text() for name in ("table", "claims")}
+                    for root in (tmp_path / "r", smoke.root))
+    assert mine == theirs
 
 
 @pytest.mark.slow
@@ -397,13 +414,17 @@ def test_the_plan_of_the_paper(tmp_path, monkeypatch):
     assert "to be filled in: train, answers, grounder_weights, sets.in-v" in text
     assert "cost: not known" in text and text.endswith("cft reproduce --calibrate"), "nothing was measured"
     assert not (tmp_path / "p").exists(), "a plan changes nothing"
-    assert "cost: minutes on a CPU" in plan_text("demo", ("table3",), out=tmp_path)
+    for profile in ("demo", "smoke", "cue", "closed", "photographs"):
+        keys = (profile,) if profile in ("cue", "closed", "photographs") else ("table3",)
+        text = plan_text(profile, keys, out=tmp_path / "p")
+        assert "cost: not known, for" in text and "`cft status`" in text and not re.search("minute|hour", text)
+    assert "cost: not known, for" in plan_text("paper", ("table8",), out=tmp_path / "p"), "which trains nothing"
 
 
 def test_a_plan_in_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for device in ("A GPU", "CPU, 1 thread(s)"):
-        more = {"step": 0.36, "picture": 0.001, "masks": 1.2, "memory": 11.5, "weights": 0.35}
+        more = {"step": 0.36, "picture": 0.001, "masks": 1.2, "memory": 11.5, "host": 20.5, "weights": 0.35}
         rows = [f"{m},{device.split(',')[0]},{k},{v}\n" for m in PAPER.models.values() for k, v in more.items()]
         calibration(device).parent.mkdir(exist_ok=True)
         calibration(device).write_text("model,device,what,value\n" + "".join(rows))
@@ -418,6 +439,7 @@ def test_a_plan_in_what_was_measured(tmp_path, monkeypatch):
     runner._write_plan(root, work, jobs := jobs_of(steps, 1), steps)
     minutes = read_json(root / "plan.json")["minutes"]
     one = next(name for name, job in jobs.items() if any(step.startswith("fine-tune") for step in job.steps))
+    assert read_json(root / "plan.json")["memory"] == 30750, "MB, half more than a process took"
     assert minutes[one] == 10 + int((9400 * 0.36 + CARDS["in-segmentation"].pictures * 0.001) / 30)
 
 
@@ -427,6 +449,9 @@ def test_calibration(tmp_path, monkeypatch):
     name = {"names.vit_base_patch16_224": "test_vit", "device": "cpu", "batch": 2}
     mine = calibration(f"CPU, {torch.get_num_threads()} thread(s)")
     mine.parent.mkdir()
+    waits = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
     before = "".join(f"{m},CPU,{what},9\n" for m in ("vit_base_patch16_224", "other") for what in ("step", "picture"))
     mine.write_text("model,device,what,value\n" + before)
     assert (file := calibrate("paper", models=("ViT-B",), **name)) == mine
@@ -434,6 +459,7 @@ def test_calibration(tmp_path, monkeypatch):
     assert costs["other"].step == 9 != cost.step, "what is measured again takes the place of what was"
     assert file.parent == tmp_path / "cft" and cost.device.startswith("CPU") and cost.memory > 0
     assert min(cost.step, cost.picture, cost.steps["rrda"]) > 0 and 0 < cost.weights < 0.01 and cost.masks == 0
+    assert cost.host >= cost.memory and len(waits) == 2 * (7 + 1), "before and after seven recipes and a test"
 
 
 def test_fewer_seeds(tmp_path):

@@ -1,6 +1,7 @@
 """Jobs on a real Slurm of one node: munged, slurmctld and slurmd on loopback, in a folder of their own, no accounts."""
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -40,7 +41,8 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=4000 State=UNKNOWN
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=4000 Gres=gpu:1 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES State=UP
 """
 
@@ -73,6 +75,7 @@ class Cluster:
         user = subprocess.run(["id", "-un"], capture_output=True, text=True).stdout.strip()
         told = CONFIG.format(host=host, controller=controller, daemon=daemon, root=root, user=user)
         (root / "slurm.conf").write_text(told)
+        (root / "gres.conf").write_text("Name=gpu File=/dev/null\n")  # which stands for a GPU
         key = root / "key"
         key.touch(0o600)
         key.write_bytes(secrets.token_bytes(128))
@@ -128,17 +131,32 @@ def cluster(tmp_path_factory):
             found.stop()
 
 
-def on(cluster, root, script):
-    """Run the jobs `first`, and after it `second`, of which each calls a script with its name."""
+CHAIN = {"first": Job((), (), False), "second": Job((), ("first",), False)}
+
+
+def on(cluster, root, script, jobs=CHAIN, **more):
+    """Run jobs, of which each calls a script with its name."""
     root, work = open_work("smoke", ("table8",), out=root)
     assert faults(root, work, "slurm") == []
-    runner._write_plan(root, work, {"first": Job((), (), False), "second": Job((), ("first",), False)})
+    runner._write_plan(root, work, jobs)
     (root / "job.sh").write_text(f"#!/bin/sh\n{script}\n")
-    write_json(root / "plan.json", read_json(root / "plan.json") | {"command": "sh job.sh", "memory": 100})
+    write_json(root / "plan.json", read_json(root / "plan.json") | {"command": "sh job.sh", "memory": 100} | more)
     tell_srun(root)
     words = [*slurm_options(), "--slurm-init-seconds-before-status-checks", "1"]
     runner._snakemake(root, ["--executor", "slurm", "--jobs", "2", "--quiet", "all", "--retries", "1", *words], False)
     return root
+
+
+def test_a_job_asks_for_what_the_plan_says_and_the_queue_stays_short(cluster, tmp_path):
+    script = 'scontrol show job $SLURM_JOB_ID >$1.txt; squeue -h | wc -l >>queued; echo {} >jobs/$1.json'
+    jobs = {name: Job((), (), name == "a") for name in "abc"}
+    root = on(cluster, tmp_path / "r", script, jobs, minutes=dict(a=17, b=18, c=80), memory=123)
+    asked = {name: (root / f"{name}.txt").read_text() for name in jobs}
+    for name, limit in zip(jobs, ("00:17:00", "00:18:00", "01:20:00")):
+        assert f" TimeLimit={limit} " in asked[name] and "MinMemoryNode=123M" in asked[name]
+        assert bool(re.search("TresPerJob=gres.gpu:1", asked[name])) == (name == "a")
+    queued = [*map(int, (root / "queued").read_text().split())]
+    assert len(queued) == 3 and max(queued) <= 2, "no more than --jobs at a time, and one Slurm job for each of ours"
 
 
 def test_jobs_end_without_accounts_and_a_lost_node_brings_them_again(cluster, tmp_path):

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 import types
 from dataclasses import replace
 
@@ -337,6 +338,15 @@ def test_card_and_rehearsal(images, tmp_path):
     price = rehearse(base_model(0), images, RECIPES["cft"])
     assert price["steps"] == 50 and price["seconds"] == pytest.approx(50 * price["seconds_per_step"])
     assert price["seconds"] > 0
+
+
+def test_a_rehearsal_waits_for_the_device(images, monkeypatch):
+    """What a device has put off until somebody waits for it counts; a sleep stands for that."""
+    waits = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(time.sleep(0.5)))
+    price = rehearse(base_model(0), images, replace(RECIPES["plain"], batch=2), 1)
+    assert len(waits) == 2 and price["seconds_per_step"] > 0.5
 
 
 def test_noise_is_the_same_noise_again(tmp_path):
