@@ -434,7 +434,7 @@ def _save_set(root: Path, name: str, pictures: Pictures) -> list[dict]:
     return rows
 
 def read_parts(file: str | Path, name: str) -> dict[str, Array]:
-    """Masks of the concepts of a class, bool (SIZE, SIZE), by their names, from a file of parts as `write` leaves it."""
+    """Masks of the concepts of a class, bool (SIZE, SIZE), by their names, from a file of parts that `write` left."""
     parts = np.asarray(Image.open(file))
     return {part.name: parts == k for k, part in enumerate(CLASSES[name], 1) if part.concept}
 

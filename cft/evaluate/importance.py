@@ -101,7 +101,11 @@ def _patches(model: Any, values: Tensor) -> Tensor:
 def _with_layer(model: nn.Module, images: Tensor, layer: str) -> tuple[Tensor, Tensor]:
     """Logits, and the output of a layer that they were made from."""
     kept: list[Tensor] = []
-    hook = model.get_submodule(_layer_of(model, layer)).register_forward_hook(lambda _, __, out: kept.append(out))
+
+    def keep(_: nn.Module, __: Any, out: Tensor) -> None:
+        kept.append(out)
+
+    hook = model.get_submodule(_layer_of(model, layer)).register_forward_hook(keep)
     try:
         return model(images.to(next(model.parameters()).device)), kept[0]
     finally:

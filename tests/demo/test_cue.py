@@ -1,5 +1,6 @@
 """Concepts or objects, cue by cue: all steps in small, and what is read off made-up rows."""
 import itertools
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -115,12 +116,13 @@ def test_no_picture_of_a_test_is_chosen_by(made):
         cue_steps(steps, [0, 100])
 
 
-def test_weighed_concepts_are_steps_beside_the_others(made):
+def test_weighed_concepts_are_steps_beside_the_others(made, tmp_path):
     """What is done stays done; the weighed methods have a choice of their own and masks with their weights."""
     steps, old = made
     more = SMALL.model_copy(update={"weighted": ("paint",),
                                     "weighted_methods": ("cft.hierarchy", "region-head.random-weights")})
-    steps = PaperSteps(Work(steps.settings.model_copy(update={"cue": more}), ("cue",)), steps.root)
+    root = shutil.copytree(steps.root, tmp_path / "cue")
+    steps = PaperSteps(Work(steps.settings.model_copy(update={"cue": more}), ("cue",)), root)
     last, before = in_order(cue_steps(steps, [0])), {step.name for step in in_order(old)}
     notes = Notes(steps.root)
     assert {step.name for step in last if not notes.is_done(step)} == {

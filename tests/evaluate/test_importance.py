@@ -159,7 +159,7 @@ def test_tcav_is_the_sign_of_a_small_move(seen, batch):
         for k in [k for k in range(10) if seen.labels[k] == label]:
             said = []
             for step in (0.0, 1e-6):
-                def add(_, __, out, step=step):
+                def add(_, __, out, step=step, name=name):
                     moved = out.clone()
                     for p in range(1, 17):  # 0 is the class token
                         moved[:, p] += step * vectors[name].direction
