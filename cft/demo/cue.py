@@ -28,7 +28,7 @@ from ..data.folders import Folder, MaskedImages, Preprocess, list_folder
 from ..data.models import (BROAD, FINE, SPURIOUS, TINY, Layers, load_model, receptive_field, save_model, train_stage)
 from .photographs import TRIED_SHARES, accuracy_parts, choose_trial
 from ..evaluate.faithfulness import share_inside
-from ..evaluate.importance import WEIGHTED, concept_weights, read_examples, weighted_folder, write_weighted
+from ..evaluate.importance import WEIGHTINGS, concept_weights, read_examples, weighted_folder, write_weighted
 from ..evaluate.intervals import paired_difference, power_of, table_of_means
 from ..evaluate.metrics import COLUMNS, predict
 from ..explain.maps import relevance
@@ -104,7 +104,7 @@ class CueBench:
         masks = self.place / (f"controls/{guide}" if guide in CONTROLS else f"masks/{name}")
         folder = list_folder(self.place / "images" / name, list(backdrop.CLASSES)).only(self.tuned)
         folder = folder.with_masks(mask=masks, object=self.place / "objects" / name)
-        return weighted_folder(folder, self.weighted / guide) if guide in WEIGHTED else folder
+        return weighted_folder(folder, self.weighted / guide) if guide in WEIGHTINGS else folder
 
     def images(self, guide: str) -> MaskedImages:
         """The same as they are trained on."""
@@ -115,7 +115,7 @@ class CueBench:
         parts, folder, rows = self.place / "parts" / self.cue / "train", self.folder("kept"), []
         masks_of = lambda name: backdrop.read_parts(parts / name, name.split("/")[0])
         seen = read_examples(folder, Preprocess.of(self.model, margin=1.0), masks_of)
-        for kind in WEIGHTED:
+        for kind in WEIGHTINGS:
             weights = concept_weights(kind, self.model, seen, self.seed)
             write_weighted(folder, masks_of, weights, self.weighted / kind)
             rows += [(kind, folder.classes[label], name, weight) for (label, name), weight in weights.items()]
@@ -235,7 +235,7 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     weights = lambda patch, what, seed: f"{home}/{patch}/bases/{what}-{seed}.safetensors"
     rows = lambda patch, cue, seed, method: f"{home}/{patch}/{cue}/{seed}/{method}.csv"
     soft = lambda patch, cue, seed: f"{home}/{patch}/{cue}/{seed}/weighted"
-    kind = lambda method: "-weighted" if varied(method)[1].guide in WEIGHTED else ""
+    kind = lambda method: "-weighted" if varied(method)[1].guide in WEIGHTINGS else ""
     chosen_in = lambda patch, cue, method: f"{home}/{patch}/{cue}{kind(method)}.csv"
 
     def broad(patch: str, seed: str) -> None:

@@ -15,7 +15,7 @@ from ..concepts.filters import ConceptSet, merge
 from ..concepts.masks import CONTROLS
 from ..concepts.store import MaskStore
 from ..concepts.validation import validate
-from ..evaluate.importance import WEIGHTED
+from ..evaluate.importance import WEIGHTINGS
 from ..explain.maps import Method
 from ..train.closed import FORMS, Look
 from .settings import Settings
@@ -43,7 +43,7 @@ VARIANTS: dict[str, Variant] = {
     "object": Variant(objective={"guide": "object"}),
     "class": Variant(guide="class"),
     "annotated": Variant(guide="annotated"),
-    **{name: Variant(guide=name) for name in (*CONTROLS, *WEIGHTED)},
+    **{name: Variant(guide=name) for name in (*CONTROLS, *WEIGHTINGS)},
     "down": Variant(objective={"rest": "down"}),
     "kept": Variant(objective={"rest": "kept"}),  # the rest of the object, where there are three regions
     "gradcam": Variant(objective={"method": "gradcam"}),

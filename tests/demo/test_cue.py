@@ -26,7 +26,7 @@ from cft.demo.cue import (
     set_name,
     spurious_base,
 )
-from cft.evaluate.importance import WEIGHTED
+from cft.evaluate.importance import WEIGHTINGS
 from cft.evaluate.intervals import power_of
 from cft.explain.maps import relevance
 from cft.files import ASSETS
@@ -135,7 +135,7 @@ def test_weighed_concepts_are_steps_beside_the_others(made, tmp_path):
     assert {*rows["method"]} == {"original", *SMALL.methods, *more.weighted_methods}
     assert {*pd.read_csv(steps.root / "cue/8/paint-weighted.csv")["method"]} == {*more.weighted_methods}
     weights = pd.read_csv(steps.root / "cue/8/paint/0/weighted/weights.csv").set_index(["kind", "class", "concept"])
-    assert {kind for kind, _, _ in weights.index} == {*WEIGHTED} and weights["weight"].between(0, 1).all()
+    assert {kind for kind, _, _ in weights.index} == {*WEIGHTINGS} and weights["weight"].between(0, 1).all()
     place = steps.root / "cue/worlds/paint/0"
     bench = CueBench(more, place, steps.root / "cue/8/bases/paint-0.safetensors", 8, "paint", 0, 60000)
     bench.weighted = steps.root / "cue/8/paint/0/weighted"
@@ -149,7 +149,7 @@ def test_weighed_concepts_are_steps_beside_the_others(made, tmp_path):
                     expected[of == k] = weights.loc[(guide, owner, part.name), "weight"]
             assert np.abs(np.load(sample.mask) - expected).max() < 1e-4
     assert {*read_settings("cue").cue.weighted_methods} == {
-        f"{base}.{kind}" for base in ("cft", "region-head") for kind in WEIGHTED}
+        f"{base}.{kind}" for base in ("cft", "region-head") for kind in WEIGHTINGS}
     assert read_settings("cue").cue.weighted == () and {*read_settings("cue").cue.weighted_methods} <= LABELS.keys()
 
 

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from cft.data.folders import MaskedImages, Preprocess, list_folder, open_mask, read_mask
 from cft.evaluate.faithfulness import blur
 from cft.evaluate.importance import (
-    WEIGHTED,
+    WEIGHTINGS,
     ConceptVector,
     Examples,
     as_weights,
@@ -230,7 +230,7 @@ def test_scores_become_weights():
 
 def test_every_kind_gives_weights(seen):
     model = make(6)
-    found = {kind: concept_weights(kind, model, seen, seed=3) for kind in WEIGHTED}
+    found = {kind: concept_weights(kind, model, seen, seed=3) for kind in WEIGHTINGS}
     for weights in found.values():
         assert weights.keys() == seen.pairs().keys() and all(0 <= w <= 1 for w in weights.values())
         assert all(max(weights[pair] for pair in weights if pair[0] == label) == 1 for label in (0, 1, 3))
