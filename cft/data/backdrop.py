@@ -6,7 +6,7 @@
 __all__ = ['Array', 'SIZE', 'Jitter', 'Shape', 'CLASSES', 'BACKGROUNDS', 'HOMES', 'HOME_INDEX', 'PAIRS', 'Y', 'X', 'TEXTURES',
            'SETS', 'SHIFTED', 'CORRELATION', 'ROLES', 'BADGE', 'CUES', 'VIEWS', 'CHUNK', 'FOLDERS', 'ellipse',
            'capsule', 'polygon', 'Part', 'smooth_noise', 'render_background', 'View', 'PaintedView', 'stream_of',
-           'render_object', 'Pictures', 'render', 'montage', 'write']
+           'render_object', 'Pictures', 'render', 'montage', 'read_parts', 'write']
 
 # %% ../../nbs/00_backdrop.ipynb #da4b9237
 import functools
@@ -432,6 +432,11 @@ def _save_set(root: Path, name: str, pictures: Pictures) -> list[dict]:
             "file": file, "set": name, "class": cls, "label": int(label), "background": home if as_photo else "",
             "at_home": at_home if as_photo else "", "parts": ";".join(present)})
     return rows
+
+def read_parts(file: str | Path, name: str) -> dict[str, Array]:
+    """Masks of the concepts of a class, bool (SIZE, SIZE), by their names, from a file of parts that `write` left."""
+    parts = np.asarray(Image.open(file))
+    return {part.name: parts == k for k, part in enumerate(CLASSES[name], 1) if part.concept}
 
 def write(root: str | Path, per_class: Mapping[str, int], seed: int, correlation: float = CORRELATION) -> Path:
     """Write the sets named in `per_class` (pictures per class) as an image folder with masks, and return its path.

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_PIXELS', 'MOST_STRETCHED', 'EXTENSIONS', 'UNREAD', 'TOO_MANY', 'Fill', 'FRAME', 'UnreadableImage', 'open_image',
-           'read_mask', 'open_mask', 'find_pictures', 'printable_path', 'Sample', 'Folder', 'coco_masks',
+           'read_mask', 'open_mask', 'find_pictures', 'printable_path', 'Sample', 'Folder', 'coco_region', 'coco_masks',
            'class_folders', 'list_folder', 'scan', 'Preprocess', 'MaskedImages', 'without_object', 'swap_background',
            'Cutouts', 'cutouts', 'frame_of']
 
@@ -111,11 +111,14 @@ def _of_colours(file: Image.Image) -> tuple[np.ndarray, str]:
         return (labels != 0) & (labels != 1000), "of ImageNet-S (red + 256 · green, 1000 ignored)"
     return np.asarray(rgb.any(-1)), "of colours, black off the object"
 
-def read_mask(path: str | Path) -> tuple[np.ndarray, str]:
-    """A mask as bool (height, width), and how it was read. Raises ValueError, with its name, if that is not clear."""
+def read_mask(path: str | Path, soft: bool = False) -> tuple[np.ndarray, str]:
+    """A mask as bool (height, width), and how it was read; `soft`: weights in [0, 1] are left as they are, float32.
+    Raises ValueError, with its name, if that is not clear."""
     try:
         if Path(path).suffix == ".npy":
             values = np.load(path, allow_pickle=False)
+            if soft and values.ndim == 2 and values.dtype.kind == "f" and 0 <= values.min() <= values.max() <= 1:
+                return values.astype(np.float32), "weights"
             if values.ndim != 2 or values.dtype.kind not in "bui":
                 raise ValueError(f"holds {values.dtype} {values.shape}; expected whole numbers (height, width)")
             return values != 0, "arrays, 0 off the object"
@@ -137,14 +140,14 @@ def read_mask(path: str | Path) -> tuple[np.ndarray, str]:
         raise ValueError(f"mask {path} {'' if known else 'does not decode: '}{_first_line(error)}") from error
 
 def open_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
-    """A mask as bool (height, width), read as `read_mask`. `size` is the (width, height) of its picture.
+    """A mask (height, width), read as a soft one by `read_mask`. `size` is the (width, height) of its picture.
 
     Raises ValueError if the mask is unreadable or of another size.
     """
-    return torch.from_numpy(_of_size(path, size)[0])
+    return torch.from_numpy(_of_size(path, size, soft=True)[0])
 
-def _of_size(path: str | Path, size: tuple[int, int]) -> tuple[np.ndarray, str]:
-    values, how = read_mask(path)
+def _of_size(path: str | Path, size: tuple[int, int], soft: bool = False) -> tuple[np.ndarray, str]:
+    values, how = read_mask(path, soft)
     height, width = values.shape
     if (width, height) != size:
         raise ValueError(f"mask {path} is {width} × {height} pixels; its picture is {size[0]} × {size[1]}")
@@ -266,7 +269,7 @@ class Folder:
         return html_template("folder.html.j2").render(folder=self, counts=Counter(s.label for s in self.samples))
 
 # %% ../../nbs/01_folders.ipynb #667fcd88
-def _region(note: Mapping[str, Any], height: int, width: int) -> np.ndarray:
+def coco_region(note: Mapping[str, Any], height: int, width: int) -> np.ndarray:
     """Where an annotation of COCO's is, bool (height, width). Raises anything if it does not say so."""
     told, most = note["segmentation"], 2 * max(height, width)
     if isinstance(told, list):
@@ -309,7 +312,7 @@ def _annotated(folder: Folder, content: Any, sizes: Mapping[Path, tuple[int, int
         if (said := (images[number]["width"], images[number]["height"])) != size:
             raise ValueError(f"{name} is {size[0]} × {size[1]} pixels; it says {said[0]} × {said[1]}")
         own = lambda n, name=names[sample.label]: not n.get("iscrowd") if strange else kinds[n["category_id"]] == name
-        regions = [_region(note, size[1], size[0]) for note in notes[number] if own(note)]
+        regions = [coco_region(note, size[1], size[0]) for note in notes[number] if own(note)]
         masks.append(coco.encode(np.asfortranarray(np.any([np.zeros(size[::-1]), *regions], 0), dtype=np.uint8)))
         used, there = used + len(regions), there + len(notes[number])
     rule = "all but crowds, as no category is called like a class" if strange else "those of the picture's class"
@@ -487,7 +490,7 @@ class Preprocess:
 
 class MaskedImages(Dataset):
     """A folder as tensors. Item i is a dict with image (3, height, width) normalised, label, index, and, where the
-    folder has them, mask and object (height, width) bool. With `cached`, pictures stay in memory, resized.
+    folder has them, mask and object (height, width), bool or weights. With `cached`, pictures stay in memory, resized.
     `backgrounds` are pictures of scenes, which stand for those of other pictures where backgrounds are exchanged.
 
     Random choices are torch's, so a caller who seeds torch before each step gets the same pictures again.

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from ..concepts.masks import CONTROLS, write_controls
 from ..data import backdrop
 from ..data.backdrop import CUES, PaintedView
-from ..data.folders import MaskedImages, Preprocess, list_folder
+from ..data.folders import Folder, MaskedImages, Preprocess, list_folder
 from ..data.models import (BROAD, FINE, SPURIOUS, TINY, Layers, load_model, receptive_field, save_model, train_stage)
 from .photographs import TRIED_SHARES, accuracy_parts, choose_trial
 from ..evaluate.faithfulness import share_inside
+from ..evaluate.importance import WEIGHTINGS, concept_weights, read_examples, weighted_folder, write_weighted
 from ..evaluate.intervals import paired_difference, power_of, table_of_means
 from ..evaluate.metrics import COLUMNS, predict
 from ..explain.maps import relevance
@@ -95,14 +96,30 @@ class CueBench:
         self.settings, self.place, self.patch, self.cue, self.seed, self.pixels = s, place, patch, cue, seed, pixels
         self.model: Any = load_model(STEMS[patch], base)[0].to(device)
         self.tuned, self.device = tuned_classes(seed), device
+        self.weighted = place / "weighted"  # soft masks, a folder a kind
 
-    def images(self, guide: str) -> MaskedImages:
+    def folder(self, guide: str) -> Folder:
         """The pictures to fine-tune on with the masks of a guide."""
         name = f"{self.cue}/train"
         masks = self.place / (f"controls/{guide}" if guide in CONTROLS else f"masks/{name}")
         folder = list_folder(self.place / "images" / name, list(backdrop.CLASSES)).only(self.tuned)
         folder = folder.with_masks(mask=masks, object=self.place / "objects" / name)
-        return MaskedImages(folder, Preprocess.of(self.model, margin=1.0), train=True, cached=True)
+        return weighted_folder(folder, self.weighted / guide) if guide in WEIGHTINGS else folder
+
+    def images(self, guide: str) -> MaskedImages:
+        """The same as they are trained on."""
+        return MaskedImages(self.folder(guide), Preprocess.of(self.model, margin=1.0), train=True, cached=True)
+
+    def weigh(self) -> pd.DataFrame:
+        """Weigh the concepts of the tuned classes by this base, and write the masks: kind, class, concept, weight."""
+        parts, folder, rows = self.place / "parts" / self.cue / "train", self.folder("kept"), []
+        masks_of = lambda name: backdrop.read_parts(parts / name, name.split("/")[0])
+        seen = read_examples(folder, Preprocess.of(self.model, margin=1.0), masks_of)
+        for kind in WEIGHTINGS:
+            weights = concept_weights(kind, self.model, seen, self.seed)
+            write_weighted(folder, masks_of, weights, self.weighted / kind)
+            rows += [(kind, folder.classes[label], name, weight) for (label, name), weight in weights.items()]
+        return pd.DataFrame(rows, columns=["kind", "class", "concept", "weight"])
 
     def tests(self) -> Iterator[tuple[str, Tensor, backdrop.Pictures]]:
         """Name, normalised images and all that is known, of each test set."""
@@ -214,8 +231,12 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     groups = [(8, cue, ("original", *s.methods)) for cue in s.cues]
     groups += [(4, cue, ("original", *s.fine_methods)) for cue in s.fine]
     methods_of = {(str(patch), cue): methods for patch, cue, methods in groups}
+    more_of = {("8", cue): s.weighted_methods for cue in s.weighted}  # chosen by themselves
     weights = lambda patch, what, seed: f"{home}/{patch}/bases/{what}-{seed}.safetensors"
     rows = lambda patch, cue, seed, method: f"{home}/{patch}/{cue}/{seed}/{method}.csv"
+    soft = lambda patch, cue, seed: f"{home}/{patch}/{cue}/{seed}/weighted"
+    kind = lambda method: "-weighted" if varied(method)[1].guide in WEIGHTINGS else ""
+    chosen_in = lambda patch, cue, method: f"{home}/{patch}/{cue}{kind(method)}.csv"
 
     def broad(patch: str, seed: str) -> None:
         made = broad_base(s, int(patch), int(seed), device)
@@ -231,30 +252,37 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     @lru_cache(1)
     def bench(patch: str, cue: str, seed: str) -> CueBench:
         place, start = root / home / "worlds" / cue / seed, root / weights(patch, cue, seed)
-        return CueBench(s, place, start, int(patch), cue, int(seed), first + int(seed), device)
+        found = CueBench(s, place, start, int(patch), cue, int(seed), first + int(seed), device)
+        found.weighted = root / soft(patch, cue, seed)
+        return found
+
+    def weigh(patch: str, cue: str, seed: str) -> None:
+        write_csv(root / soft(patch, cue, seed) / "weights.csv", bench(patch, cue, seed).weigh(), digits=4)
 
     def trial(patch: str, cue: str, seed: str, method: str) -> None:
         found = cue_trials(bench(patch, cue, seed), method).assign(method=method, seed=int(seed))
         write_csv(root / rows(patch, cue, seed, method), found, digits=4)
 
-    def choice(patch: str, cue: str) -> None:
-        files = [root / rows(patch, cue, seed, method) for seed in s.tuning for method in methods_of[patch, cue]]
+    def choice(patch: str, cue: str, which: str = "") -> None:
+        of = ("original", *more_of[patch, cue]) if which else methods_of[patch, cue]
+        files = [root / rows(patch, cue, seed, method) for seed in s.tuning for method in of]
         found = choose_cue(pd.concat(map(pd.read_csv, files), ignore_index=True), s.allowed_loss)
-        write_csv(root / home / patch / f"{cue}.csv", found)
+        write_csv(root / chosen_in(patch, cue, of[-1]), found)
 
     def test(patch: str, cue: str, seed: str, method: str) -> None:
         at, found = bench(patch, cue, seed), None
         if method == "original":
             found = base_rows(at)
         else:
-            chosen: Any = pd.read_csv(root / home / patch / f"{cue}.csv").set_index("method").loc[method]
+            chosen: Any = pd.read_csv(root / chosen_in(patch, cue, method)).set_index("method").loc[method]
             rate, share = float(chosen["rate"]), float(chosen["share"])
             found = cue_rows(at, at.part(at.run(method, rate), share) if rate else at.model)
             found = pd.concat([found, _told(set_name(cue, "choice", int(patch)), {"rate": rate, "share": share}, 1)])
         write_csv(root / rows(patch, cue, seed, method), found.assign(method=method)[["method", *COLUMNS]], digits=4)
 
     def together(seed: str) -> None:
-        files = [root / rows(patch, cue, seed, method) for patch, cue, methods in groups for method in methods]
+        every = [*groups, *((*key, methods) for key, methods in more_of.items())]
+        files = [root / rows(patch, cue, seed, method) for patch, cue, methods in every for method in methods]
         found = pd.concat(map(pd.read_csv, files), ignore_index=True).assign(seed=int(seed))
         write_csv(root / f"related/cue/{seed}.csv", found[["method", "seed", *COLUMNS]], digits=4)
 
@@ -271,12 +299,16 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
                      folder=f"{home}/worlds/{cue}/{seed}", job=f"cue-world-{cue}-{seed}")
         return two, drawn
 
-    def each(kind: str, patch: int, cue: str, seed: int, make: Any, more: Mapping[str, Any], *needs:
-             Step) -> tuple[Step, ...]:
+    def each(kind: str, patch: int, cue: str, seed: int, make: Any, more: Mapping[str, Any], *needs: Step,
+             methods: Sequence[str] = ()) -> tuple[Step, ...]:
+        start = start_of(patch, cue, seed)
+        masks = made("cue-weights", (patch, cue, seed), f"{soft(patch, cue, seed)}/weights.csv", weigh, needs=start,
+                     folder=soft(patch, cue, seed), job=f"cue-weights-{patch}-{cue}-{seed}", gpu=steps.gpu)
         return tuple(
             made(kind, (patch, cue, seed, method), rows(patch, cue, seed, method), make, depends=dict(more), needs=(
-                *start_of(patch, cue, seed), *needs), job=f"{kind}-{patch}-{cue}-{seed}", part=method, gpu=steps.gpu)
-            for method in methods_of[str(patch), cue])
+                *start, *([masks] if methods else []),
+                *needs), job=f"{kind}-{patch}-{cue}-{seed}", part=method, gpu=steps.gpu)
+            for method in methods or methods_of[str(patch), cue])
 
     of_seed: dict[int, list[Step]] = {seed: [] for seed in seeds}
     for patch, cue, methods in groups:
@@ -285,6 +317,15 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
                       depends={"methods": list(methods), "allowed_loss": s.allowed_loss}, job="cue-choices")
         for seed in seeds:
             of_seed[seed] += each("cue-rows", patch, cue, seed, test, how, chosen)
+        if more := more_of.get((str(patch), cue)):
+            tried = [step for step in tried if step.item[-1] == "original"]
+            tried += [
+                step for seed in s.tuning for step in each("cue-trials", patch, cue, seed, trial, how, methods=more)]
+            chosen = made("cue-choice", (patch, cue, "weighted"), f"{home}/{patch}/{cue}-weighted.csv", choice,
+                          needs=tuple(tried), depends={"methods": list(more),
+                                                       "allowed_loss": s.allowed_loss}, job="cue-choices")
+            for seed in seeds:
+                of_seed[seed] += each("cue-rows", patch, cue, seed, test, how, chosen, methods=more)
     return [
         made("cue", (seed,), f"related/cue/{seed}.csv", together, needs=tuple(needs), job="cue-together")
         for seed, needs in of_seed.items()]

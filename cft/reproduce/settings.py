@@ -74,7 +74,13 @@ class Cues(BaseModel):
                                 "three-regions.random", "relevance-head", "region-head", "region-head.kept",
                                 "region-head.down", "region-head.random")
 
-    @field_validator("cues", "fine", mode="before")
+    weighted: tuple[str, ...] = ()  # of the cues: where concepts are also weighed, for these methods
+    weighted_methods: tuple[str,
+                            ...] = ("cft.weighted-masking", "cft.weighted-cav", "cft.discriminative", "cft.hierarchy",
+                                    "cft.random-weights", "region-head.weighted-masking", "region-head.weighted-cav",
+                                    "region-head.discriminative", "region-head.hierarchy", "region-head.random-weights")
+
+    @field_validator("cues", "fine", "weighted", mode="before")
     @classmethod
     def _known(cls, given: Any) -> Any:
         """Worlds that are drawn; a text names them with spaces between."""

@@ -256,8 +256,15 @@ LABELS = {
     "three-regions": "three regions, the rest free", "three-regions.kept": "three regions, the rest kept",
     "three-regions.random": "three regions, a random part", "region-head": "region head, the rest free",
     "region-head.kept": "region head, the rest kept", "region-head.down": "region head, the rest erased",
-    "region-head.random": "region head, a random part", "repaint": "repainting", "repaint+": "repainting and swaps",
-    "cft+.after-head": "relevance head, then CFT+",
+    "region-head.random": "region head, a random part", "cft.weighted-masking": "CFT, weights: what masking changes",
+    "cft.weighted-cav": "CFT, weights: concept vectors", "cft.discriminative": "CFT, weights: what rivals lack",
+    "cft.hierarchy": "CFT, weights: parts of parts", "cft.random-weights": "CFT, random weights",
+    "region-head.weighted-masking": "region head, weights: what masking changes",
+    "region-head.weighted-cav": "region head, weights: concept vectors",
+    "region-head.discriminative": "region head, weights: what rivals lack",
+    "region-head.hierarchy": "region head, weights: parts of parts",
+    "region-head.random-weights": "region head, random weights", "repaint": "repainting",
+    "repaint+": "repainting and swaps", "cft+.after-head": "relevance head, then CFT+",
     "cft+.no-align-after-head": "relevance head, then CFT+ without alignment"}
 DEMO_COLUMNS = ("val", "v2", "adversarial", "object", "OOD-7", "adversarial, fine-tuned", "adversarial, other", "PA",
                 "mIoU", "mAP", "seconds")

@@ -15,6 +15,7 @@ from ..concepts.filters import ConceptSet, merge
 from ..concepts.masks import CONTROLS
 from ..concepts.store import MaskStore
 from ..concepts.validation import validate
+from ..evaluate.importance import WEIGHTINGS
 from ..explain.maps import Method
 from ..train.closed import FORMS, Look
 from .settings import Settings
@@ -42,7 +43,7 @@ VARIANTS: dict[str, Variant] = {
     "object": Variant(objective={"guide": "object"}),
     "class": Variant(guide="class"),
     "annotated": Variant(guide="annotated"),
-    **{name: Variant(guide=name) for name in CONTROLS},
+    **{name: Variant(guide=name) for name in (*CONTROLS, *WEIGHTINGS)},
     "down": Variant(objective={"rest": "down"}),
     "kept": Variant(objective={"rest": "kept"}),  # the rest of the object, where there are three regions
     "gradcam": Variant(objective={"method": "gradcam"}),
@@ -133,7 +134,7 @@ def guide_concepts(store: MaskStore, concepts: ConceptSet, guide: str, kinds: tu
 @dataclass(frozen=True)
 class Shown:
     """The masks that a method is shown: its guide's (a concept set's, annotated ones, or one of the CONTROLS of the
-    concepts); whole objects, "annotated", "class" (found by name) or none."""
+    concepts, their soft masks); whole objects, "annotated", "class" (found by name) or none."""
 
     guide: str  # empty: no concept masks
     objects: str

@@ -208,12 +208,14 @@ class Look:
     def _relevance(self, model: nn.Module, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Features by region; where two masks are looked at, what lies between them is a third."""
         device = next(model.parameters()).device
-        some = lambda name, grid: patch_mask(items[name], grid) >= PURE
+        share = lambda name, grid: patch_mask(items[name] > 0, grid)
         names = ("inside", "outside", "between")[:2 + (self.inside != self.outside)]
 
         def regions(grid: tuple[int, int]) -> list[Tensor]:
-            inside, outside = some(self.inside, grid), ~some(self.outside, grid)
-            return [part.double() for part in (inside, outside, ~inside & ~outside)[:len(names)]]
+            there, outside = share(self.inside, grid), (share(self.outside, grid) < PURE).double()
+            weight = patch_mask(items[self.inside], grid, soft=True) / there.clamp(min=PURE)  # 1 if all pixels weigh 1
+            inside = torch.where(there >= PURE, weight, 0.0).double()
+            return [inside, outside, (1 - inside) * (1 - outside)][:len(names)]
 
         return dict(zip(names, relevance_features(model, items["image"].to(device), regions, self.rule)[1]))
 

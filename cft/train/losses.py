@@ -18,21 +18,23 @@ from torch import Tensor
 from ..explain.anatomy import check_target
 
 # %% ../../nbs/14_losses.ipynb #c1dfd96e
-def patch_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Fraction of each patch that a binary pixel mask covers.
+def patch_mask(mask: Tensor, grid: tuple[int, int], soft: bool = False) -> Tensor:
+    """Fraction of each patch that a binary pixel mask covers; of a soft one, its mean.
 
-    mask: (batch, height, width), bool or numbers that are 0 or 1; grid: (rows, columns) of patches.
+    mask: (batch, height, width), bool or numbers that are 0 or 1, or in [0, 1] if `soft`; grid: (rows, columns) of
+    patches.
     Returns float32 (batch, rows, columns) in [0, 1]. Where the size is not a multiple of the grid, patches span
     `floor(i·height/rows)` to `ceil((i+1)·height/rows)` and so share border pixels.
-    Raises ValueError for another rank, an empty mask, values other than 0 and 1, or a grid finer than the mask.
+    Raises ValueError for another rank, an empty mask, other values, or a grid finer than the mask.
     """
     if mask.ndim != 3 or mask.numel() == 0:
         raise ValueError(f"mask must have shape (batch, height, width) and hold pixels, got {tuple(mask.shape)}")
     rows, columns = grid
     if not (1 <= rows <= mask.shape[1] and 1 <= columns <= mask.shape[2]):
         raise ValueError(f"grid must have between 1 and {tuple(mask.shape[1:])} cells, got {(rows, columns)}")
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(f"mask must hold only 0 and 1, got values from {mask.min():.4g} to {mask.max():.4g}")
+    if not ((mask >= 0) & (mask <= 1) if soft else (mask == 0) | (mask == 1)).all():
+        expected = "values from 0 to 1" if soft else "0 and 1"
+        raise ValueError(f"mask must hold only {expected}, got values from {mask.min():.4g} to {mask.max():.4g}")
     return F.adaptive_avg_pool2d(mask[:, None].float(), (rows, columns))[:, 0]
 
 # %% ../../nbs/14_losses.ipynb #7b52009b

@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # (batch, 3, height, width), normalised
     labels: Tensor  # (batch,)
-    masks: Tensor | None = None  # concepts, bool (batch, height, width)
+    masks: Tensor | None = None  # concepts, (batch, height, width): bool, or weights in [0, 1]
     objects: Tensor | None = None  # whole objects, bool (batch, height, width)
     contexts: Tensor | None = None  # (batch, 3, height, width): other pictures without their objects
     coins: Tensor | None = None  # (batch,) uniform in [0, 1): what an objective decides at random, it decides by these
@@ -123,7 +123,7 @@ class RepaintedCrossEntropy:
 
     def __call__(self, model: nn.Module, original: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy over pictures and repainted pictures."""
-        body = batch.given("objects") & ~batch.given("masks")
+        body = batch.given("objects") & (batch.given("masks") == 0)
         coins = batch.given("coins")[:, None] * torch.tensor([1.0, 97.0, 9409.0]).to(batch.images)  # three from one
         shown = repainted(batch.images, body, self.reach * (2 * coins.frac() - 1))
         if self.swap:
@@ -240,7 +240,11 @@ class Align:
         return result.map(self.normalize, size, self.epsilon)
 
     def _region(self, result: Relevance, mask: Tensor) -> Tensor:
-        return patch_mask(mask, result.grid) if self.grid == "patch" else mask
+        return patch_mask(mask, result.grid, mask.is_floating_point()) if self.grid == "patch" else mask
+
+def _beside(objects: Tensor, concepts: Tensor) -> Tensor:
+    """The rest of the object: of a concept that weighs w, 1 − w."""
+    return (1 - concepts) * objects if concepts.is_floating_point() else objects & ~concepts
 
 @dataclass(frozen=True)
 class ThreeRegions(Align):
@@ -266,7 +270,7 @@ class ThreeRegions(Align):
                  kept: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         concepts, before = batch.given("masks"), None
         phi, region = self._map(result, concepts), self._region(result, concepts)
-        between = self._region(result, batch.given("objects") & ~concepts)
+        between = self._region(result, _beside(batch.given("objects"), concepts))
         if self.rest == "kept":
             then = relevance(original, images, result.target, self.method, differentiable=False)
             before = self._map(then, concepts)

@@ -1,5 +1,6 @@
 """Concepts or objects, cue by cue: all steps in small, and what is read off made-up rows."""
 import itertools
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from cft.demo.cue import (
     set_name,
     spurious_base,
 )
+from cft.evaluate.importance import WEIGHTINGS
 from cft.evaluate.intervals import power_of
 from cft.explain.maps import relevance
 from cft.files import ASSETS
@@ -112,6 +114,43 @@ def test_no_picture_of_a_test_is_chosen_by(made):
                and step.kind != "cue"), "what is done stays done"
     with pytest.raises(ValueError, match=r"seeds \[100\] are both tuned and tested on"):
         cue_steps(steps, [0, 100])
+
+
+def test_weighed_concepts_are_steps_beside_the_others(made, tmp_path):
+    """What is done stays done; the weighed methods have a choice of their own and masks with their weights."""
+    steps, old = made
+    more = SMALL.model_copy(update={"weighted": ("paint",),
+                                    "weighted_methods": ("cft.hierarchy", "region-head.random-weights")})
+    root = shutil.copytree(steps.root, tmp_path / "cue")
+    steps = PaperSteps(Work(steps.settings.model_copy(update={"cue": more}), ("cue",)), root)
+    last, before = in_order(cue_steps(steps, [0])), {step.name for step in in_order(old)}
+    notes = Notes(steps.root)
+    assert {step.name for step in last if not notes.is_done(step)} == {
+        "cue 0", "cue-choice 8 paint weighted", *(f"cue-weights 8 paint {seed}" for seed in (0, 100)),
+        *(f"cue-{kind} 8 paint {seed} {method}" for kind, seed in (("trials", 100), ("rows", 0))
+          for method in more.weighted_methods)}
+    assert before < {step.name for step in last}
+    assert make_steps(last, steps.root), list((steps.root / "failed").glob("*"))
+    rows = pd.read_csv(steps.root / "related/cue/0.csv")
+    assert {*rows["method"]} == {"original", *SMALL.methods, *more.weighted_methods}
+    assert {*pd.read_csv(steps.root / "cue/8/paint-weighted.csv")["method"]} == {*more.weighted_methods}
+    weights = pd.read_csv(steps.root / "cue/8/paint/0/weighted/weights.csv").set_index(["kind", "class", "concept"])
+    assert {kind for kind, _, _ in weights.index} == {*WEIGHTINGS} and weights["weight"].between(0, 1).all()
+    place = steps.root / "cue/worlds/paint/0"
+    bench = CueBench(more, place, steps.root / "cue/8/bases/paint-0.safetensors", 8, "paint", 0, 60000)
+    bench.weighted = steps.root / "cue/8/paint/0/weighted"
+    for guide in ("hierarchy", "random-weights"):
+        images = bench.images(guide)
+        for sample, name in zip(images.folder.samples, images.folder.names):
+            owner, of = name.split("/")[0], np.asarray(Image.open(place / "parts/paint/train" / name))
+            expected = np.zeros((64, 64), np.float32)
+            for k, part in enumerate(backdrop.CLASSES[owner], 1):
+                if part.concept:
+                    expected[of == k] = weights.loc[(guide, owner, part.name), "weight"]
+            assert np.abs(np.load(sample.mask) - expected).max() < 1e-4
+    assert {*read_settings("cue").cue.weighted_methods} == {
+        f"{base}.{kind}" for base in ("cft", "region-head") for kind in WEIGHTINGS}
+    assert read_settings("cue").cue.weighted == () and {*read_settings("cue").cue.weighted_methods} <= LABELS.keys()
 
 
 def test_guides_are_what_their_names_say(made):

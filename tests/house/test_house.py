@@ -74,7 +74,7 @@ def test_lint(tool):
 def test_the_house_is_small_and_stands_in_floors():
     """The limits that the redesign set; `benchmarks/graph.py` draws what it measures."""
     modules = graph.read_package(ROOT / "cft")
-    assert sum(module.lines for module in modules.values()) <= 21_500  # then photographs, cues, labs, any network
+    assert sum(module.lines for module in modules.values()) <= 22_000  # then photographs, cues, labs, weights
     assert [name for name, module in modules.items() if module.lines > 600] == []
     assert graph.cycles(modules) == []
     assert [remark for module in modules.values() for remark in module.remarks] == []  # private names, importlib

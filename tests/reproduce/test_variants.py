@@ -4,6 +4,7 @@ import pytest
 from cft.concepts.filters import ConceptSet, merge
 from cft.concepts.language import ClassName
 from cft.concepts.masks import CONTROLS
+from cft.evaluate.importance import WEIGHTINGS
 from cft.reproduce.paper import ARTEFACTS, DEMO, PAPER, artefact, in_our_form, needed
 from cft.reproduce.settings import OURS, read_settings
 from cft.reproduce.variants import VARIANTS, Shown, given_by, recipe_of, shown_to, varied
@@ -39,13 +40,13 @@ def test_a_variant_differs_in_one_thing(name):
     assert difference(base.as_dict(), recipe.as_dict()) == ([FIELDS[name]] if name in FIELDS else [])
     data = [variant.guide != "kept", not variant.augment]
     assert sum(data) == (name in OF_DATA)  # what is no field of the recipe is one of the data
-    assert set(VARIANTS) == {*FIELDS, *OF_DATA, *OF_HEADS, *OF_REGIONS, *CONTROLS, "constant", "table8"}
+    assert set(VARIANTS) == {*FIELDS, *OF_DATA, *OF_HEADS, *OF_REGIONS, *CONTROLS, *WEIGHTINGS, "constant", "table8"}
 
 
 OF_HEADS, OF_REGIONS = ("concepts", "after-head", "no-align-after-head"), ("down", "kept")
 
 
-@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize("name", (*CONTROLS, *WEIGHTINGS))
 def test_controls_are_other_masks_and_nothing_else(name):
     (base, _), (recipe, variant) = (recipe_of(f"cft-paper{end}", "demo", DEMO_SETTINGS, 1) for end in ("", f".{name}"))
     assert difference(base.as_dict(), recipe.as_dict()) == [] and variant.guide == name
