@@ -127,7 +127,7 @@ def relevance_panels(found: Found, shown: Mapping[str, Sequence[int]], methods: 
                 column[0].set_title(f"{name.replace('_', ' ')}:\n{names[first['label'][i]]}")
             for ax in lines[:, len(band):].flat:
                 ax.remove()
-        fig.colorbar(drawn[0], ax=axes, location="bottom", label="relevance", ticks=[-1, 0, 1], shrink=0.4,
+        fig.colorbar(drawn[0], ax=fig.axes, location="bottom", label="relevance", ticks=[-1, 0, 1], shrink=0.4,
                      fraction=0.02)
         _stamp(fig, found)
     return fig
