@@ -242,8 +242,8 @@ class Explanation:
         import matplotlib.pyplot as plt
 
         fig = plt.figure(figsize=(5.6, 4.8), layout="constrained")
-        places = fig.subplot_mosaic([["segments", "added"], ["parts", "parts"]], height_ratios=(3, 2))
-        axes = list(places.values())
+        above, below = fig.subfigures(2, 1, height_ratios=(3, 2))
+        axes = [*above.subplots(1, 2), below.subplots()]
         total, painted = self.parts.sum(1).numpy(), np.full(self.segments[0].mask.shape, np.nan)
         for k in sorted(range(len(total)), key=lambda k: -self.segments[k].mask.sum()):  # small ones on top
             painted[self.segments[k].mask] = total[k]
@@ -252,14 +252,14 @@ class Explanation:
         axes[1].imshow(self.picture.convert("L"), cmap="Greys_r", vmin=-128, vmax=383)
         most = float(np.abs(total).max()) or 1.0
         drawn = axes[1].imshow(painted, cmap="RdBu_r", vmin=-most, vmax=most, alpha=0.75, interpolation="nearest")
-        fig.colorbar(drawn, ax=axes[1], shrink=0.8)
+        above.colorbar(drawn, ax=axes[1], shrink=0.8)
         rows, short = self.table(top)[::-1], lambda text: text if len(text) <= 20 else text[:19] + "…"
         colours = np.where(rows["contribution"] > 0, "#B2182B", "#2166AC")
         axes[2].barh(range(len(rows)), rows["contribution"], color=colours)
         labels = rows["segment"].map(short) + " → " + rows["concept"].map(short)
         axes[2].set(yticks=range(len(rows)), yticklabels=labels)
         axes[2].tick_params(labelsize=8)
-        of_logit = f"{self.name}: logit {self.logit:+.2f}, bias {self.bias:+.2f}"
+        of_logit = f"{self.name}: logit {self.logit:+.2f},\nbias {self.bias:+.2f}"
         for ax, title in zip(axes, (of_logit, "what each segment adds", "segment → concept")):
             ax.set_title(title, fontsize=9)
         for ax in axes[:2]:

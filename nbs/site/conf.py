@@ -47,7 +47,7 @@ def with_contents(app: Sphinx, docname: str, source: list[str]) -> None:
 
 def with_folds(app: Sphinx, docname: str, source: list[str]) -> None:
     """What JupyterLab folds is folded here too; see fold.py."""
-    if app.project.doc2path(docname, absolute=False).endswith(".ipynb"):
+    if str(app.project.doc2path(docname, absolute=False)).endswith(".ipynb"):
         page = json.loads(source[0])
         for cell in page["cells"]:
             if cell["metadata"].get("jupyter", {}).get("source_hidden"):
