@@ -55,6 +55,13 @@ def with_folds(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = json.dumps(page)
 
 
+def with_style(app: Sphinx, page: str, template: str, context: dict, doctree: docutils.nodes.document | None) -> None:
+    """A wide table of an output scrolls by itself, and is dark on light on dark pages too, as its cells may be pale."""
+    style = (".output.text_html { overflow-x: auto } "
+             "body[data-theme] .output.text_html:has(style) { background: white; color: black }")
+    context["metatags"] = context.get("metatags", "") + f"<style>{style}</style>"
+
+
 def write_reference(app: Sphinx) -> None:
     """A page for every module but those of commands, which tell about themselves."""
     folder = ROOT / "build/reference"
@@ -91,4 +98,5 @@ def setup(app: Sphinx) -> None:
     app.connect("config-inited", lambda app, config: write_reference(app))
     app.connect("source-read", with_contents)
     app.connect("source-read", with_folds)
+    app.connect("html-page-context", with_style)
     app.connect("autodoc-process-docstring", plain_docstring)
