@@ -242,7 +242,8 @@ class Explanation:
         import matplotlib.pyplot as plt
 
         fig = plt.figure(figsize=(5.6, 4.8), layout="constrained")
-        above, below = fig.subfigures(2, 1, height_ratios=(3, 2))
+        halves: Any = fig.subfigures(2, 1, height_ratios=(3, 2))
+        above, below = halves
         axes = [*above.subplots(1, 2), below.subplots()]
         total, painted = self.parts.sum(1).numpy(), np.full(self.segments[0].mask.shape, np.nan)
         for k in sorted(range(len(total)), key=lambda k: -self.segments[k].mask.sum()):  # small ones on top

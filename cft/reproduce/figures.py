@@ -109,7 +109,7 @@ def relevance_panels(found: Found, shown: Mapping[str, Sequence[int]], methods: 
     model, names = found.profile.models["ViT-B"], names_of(found)
     columns = [(name, i) for name, chosen in shown.items() for i in chosen]
     maps = {(method, name): found.maps(model, method, seed, name) for method in methods for name in shown}
-    rows, bands = 1 + len(methods), [columns[k:k + ACROSS] for k in range(0, len(columns), ACROSS)]
+    drawn, rows, bands = [], 1 + len(methods), [columns[k:k + ACROSS] for k in range(0, len(columns), ACROSS)]
     with style():
         size = (1.1 * len(bands[0]) + 0.4, 1.3 * rows * len(bands) + 0.8)
         fig, axes = plt.subplots(rows * len(bands), len(bands[0]), figsize=size, squeeze=False, layout="constrained")
@@ -121,7 +121,7 @@ def relevance_panels(found: Found, shown: Mapping[str, Sequence[int]], methods: 
             for ax, title in zip(lines[:, 0], ("picture", *methods.values())):
                 ax.set_ylabel(title)
             for column, (name, i) in zip(lines.T, band):
-                drawn = [_relevance(ax, maps[method, name], i, names) for ax, method in zip(column[1:], methods)]
+                drawn += [_relevance(ax, maps[method, name], i, names) for ax, method in zip(column[1:], methods)]
                 first = maps[next(iter(methods)), name]
                 column[0].imshow(first["pictures"][i])
                 column[0].set_title(f"{name.replace('_', ' ')}:\n{names[first['label'][i]]}")
