@@ -112,7 +112,8 @@ def test_small_letters_are_an_error(warm, tmp_path):
     bad, page = tmp_path / "bad.ipynb", json.loads((ROOT / "nbs/index.ipynb").read_text())
     code = next(cell for cell in page["cells"] if cell["cell_type"] == "code")
     for width, expected in ((7, 0), (10, 1)):
-        code["source"] = f"import matplotlib.pyplot as plt\nplt.figure(figsize=({width}, 2)).text(0, 0, 'a', size=9)"
+        draw = f"plt.subplots(figsize=({width}, 2))[1].set_title('a', size=9)"
+        code["source"] = f"import matplotlib.pyplot as plt\n{draw}"
         bad.write_text(json.dumps(page | {"cells": [code]}))
         child = warm.Process(target=execute, args=(bad, tmp_path))
         child.start()
