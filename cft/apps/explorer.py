@@ -414,6 +414,16 @@ def save_version(concepts: ConceptSet, file: str | Path) -> Path:
 MOVES = ("picture", "occurrence", "coverage", "method", "normalize", "explain", "strength"
          )  # widgets, fields of a Choices
 
+# ipywidgets leaves a slider without a name; to screen readers it gets that of its label
+_NAMES = """
+const name = () => document.querySelectorAll(".cft-explorer .widget-slider").forEach(row => {
+    const words = row.querySelector("label")?.textContent
+    row.querySelectorAll("[role=slider], [contenteditable]").forEach(part => part.setAttribute("aria-label", words))
+})
+name()
+new MutationObserver(name).observe(document.body, {childList: true, subtree: true})
+"""
+
 class Explorer:
     """Sliders and lists over a `Material`, for JupyterLab. Raises ImportError that says what to install."""
     def __init__(self, material: Material, view: Choices | None = None, by: str = ""):
@@ -460,7 +470,9 @@ class Explorer:
         left = w.VBox([*choosing, *thresholds, *concepts], layout=w.Layout(width="28em", flex="0 0 auto"))
         right = w.VBox([self.panels, self.answers, *maps, *saving], layout=w.Layout(min_width="18em", flex="1 1 45em"))
         both = w.HBox([left, right], layout=w.Layout(flex_flow="row wrap", grid_gap="0 1em", width="100%"))
-        self.box = w.VBox([self.notes, both], layout=w.Layout(width="100%"))
+        script = {"output_type": "display_data", "data": {"application/javascript": _NAMES}, "metadata": {}}
+        names = w.Output(outputs=[script], layout=w.Layout(display="none"))
+        self.box = w.VBox([self.notes, both, names], layout=w.Layout(width="100%"))
         self.box.add_class("cft-explorer")
 
     def _listen(self) -> None:

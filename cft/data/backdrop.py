@@ -404,7 +404,8 @@ def montage(rows: Mapping[str, Array], columns: int = 12) -> "Figure":
     import matplotlib.pyplot as plt
 
     bare = {"xticks": [], "yticks": [], "frame_on": False}
-    size = (0.8 * columns + 1, 0.8 * len(rows))
+    side = min(0.8, 6 / columns)  # inches: with the titles no wider than a page
+    size = (side * columns + 1, side * len(rows))
     fig, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, subplot_kw=bare)
     for line, (title, pictures) in zip(axes, rows.items(), strict=True):
         for ax, picture in zip(line, pictures, strict=False):

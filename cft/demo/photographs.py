@@ -288,7 +288,7 @@ def shown_figure(maps: Mapping[str, np.ndarray], names: Mapping[str, str] = {}) 
             ax.imshow(shown)
             ax.set(xticks=[], yticks=[])
             said = maps[f"said_{when}"][column] if when else ""
-            ax.set_xlabel(f"{when}: {names.get(said, said)}" if when else maps["names"][column], fontsize=7)
+            ax.set_xlabel(f"{when}: {names.get(said, said)}" if when else maps["names"][column], fontsize=8)
     return figure
 
 # %% ../../nbs/related/06_photographs.ipynb #5a69da96
@@ -413,22 +413,24 @@ def curve_figure(rows: pd.DataFrame, methods: Sequence[str]) -> "Figure":
     through its rates, means over seeds; a star is the choice."""
     import matplotlib.pyplot as plt
 
+    from cft.reproduce.figures import style
+
     curves, chosen = photograph_curves(rows).query("kind == 'spurious'"), photograph_scores(rows)
     chosen = chosen.groupby(["method", "column"])["value"].mean().unstack()
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), sharex=True, layout="constrained")
     panels = {"away, fine-tuned": "classes that were shown", "away, other": "classes that were not"}
     start: Any = chosen.loc["original"]
-    for ax, (column, title) in zip(axes, panels.items()):
-        for number, name in enumerate(methods):
-            of, end = curves[curves["method"] == name].sort_values("rate"), chosen.loc[name]
-            how = {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--"}
-            ax.plot([start["home"], *of["home"]], [start[column], *of[column]], marker=".", lw=1, label=LABELS[name],
-                    **how)
-            ax.plot(end["home"], end[column], "*", ms=9, color=how["color"])
-        ax.plot(start["home"], start[column], "ko", ms=5)
-        ax.set(xlabel="right at home (%)", ylabel="right away from home (%)", title=title)
-        ax.grid(lw=0.3)
-    axes[1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    with style():
+        figure, axes = plt.subplots(1, 2, figsize=(7, 4), sharex=True, layout="constrained")
+        for ax, (column, title) in zip(axes, panels.items()):
+            for number, name in enumerate(methods):
+                of, end = curves[curves["method"] == name].sort_values("rate"), chosen.loc[name]
+                colour = plt.get_cmap("tab10")(number % 10)
+                ax.plot([start["home"], *of["home"]], [start[column], *of[column]], marker=".", lw=1, color=colour,
+                        label=LABELS[name], ls="-" if number < 10 else "--")
+                ax.plot(end["home"], end[column], "*", ms=9, color=colour)
+            ax.plot(start["home"], start[column], "ko", ms=5)
+            ax.set(xlabel="right at home (%)", ylabel="right away from home (%)", title=title)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 # %% ../../nbs/related/06_photographs.ipynb #e4e5551e

@@ -241,7 +241,10 @@ class Explanation:
         """A matplotlib figure: the picture with its segments, what each of them adds, and the largest contributions."""
         import matplotlib.pyplot as plt
 
-        fig, axes = plt.subplots(1, 3, figsize=(8.6, 2.4), width_ratios=(1, 1, 0.75), layout="constrained")
+        fig = plt.figure(figsize=(5.6, 4.8), layout="constrained")
+        halves: Any = fig.subfigures(2, 1, height_ratios=(3, 2))
+        above, below = halves
+        axes = [*above.subplots(1, 2), below.subplots()]
         total, painted = self.parts.sum(1).numpy(), np.full(self.segments[0].mask.shape, np.nan)
         for k in sorted(range(len(total)), key=lambda k: -self.segments[k].mask.sum()):  # small ones on top
             painted[self.segments[k].mask] = total[k]
@@ -249,16 +252,17 @@ class Explanation:
         axes[0].imshow(self.picture)
         axes[1].imshow(self.picture.convert("L"), cmap="Greys_r", vmin=-128, vmax=383)
         most = float(np.abs(total).max()) or 1.0
-        axes[1].imshow(painted, cmap="RdBu_r", vmin=-most, vmax=most, alpha=0.75, interpolation="nearest")
+        drawn = axes[1].imshow(painted, cmap="RdBu_r", vmin=-most, vmax=most, alpha=0.75, interpolation="nearest")
+        above.colorbar(drawn, ax=axes[1], shrink=0.8)
         rows, short = self.table(top)[::-1], lambda text: text if len(text) <= 20 else text[:19] + "…"
         colours = np.where(rows["contribution"] > 0, "#B2182B", "#2166AC")
         axes[2].barh(range(len(rows)), rows["contribution"], color=colours)
         labels = rows["segment"].map(short) + " → " + rows["concept"].map(short)
         axes[2].set(yticks=range(len(rows)), yticklabels=labels)
-        axes[2].tick_params(labelsize=6)
-        of_logit = f"{self.name}: logit {self.logit:+.2f}, bias {self.bias:+.2f}"
+        axes[2].tick_params(labelsize=8)
+        of_logit = f"{self.name}: logit {self.logit:+.2f},\nbias {self.bias:+.2f}"
         for ax, title in zip(axes, (of_logit, "what each segment adds", "segment → concept")):
-            ax.set_title(title, fontsize=8)
+            ax.set_title(title, fontsize=9)
         for ax in axes[:2]:
             ax.set(xticks=[], yticks=[])
         return fig

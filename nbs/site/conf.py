@@ -47,12 +47,19 @@ def with_contents(app: Sphinx, docname: str, source: list[str]) -> None:
 
 def with_folds(app: Sphinx, docname: str, source: list[str]) -> None:
     """What JupyterLab folds is folded here too; see fold.py."""
-    if app.project.doc2path(docname, absolute=False).endswith(".ipynb"):
+    if str(app.project.doc2path(docname, absolute=False)).endswith(".ipynb"):
         page = json.loads(source[0])
         for cell in page["cells"]:
             if cell["metadata"].get("jupyter", {}).get("source_hidden"):
                 cell["metadata"].setdefault("tags", []).append("hide-input")
         source[0] = json.dumps(page)
+
+
+def with_style(app: Sphinx, page: str, template: str, context: dict, doctree: docutils.nodes.document | None) -> None:
+    """A wide table of an output scrolls by itself, and is dark on light on dark pages too, as its cells may be pale."""
+    style = (".output.text_html { overflow-x: auto } "
+             "body[data-theme] .output.text_html:has(style) { background: white; color: black }")
+    context["metatags"] = context.get("metatags", "") + f"<style>{style}</style>"
 
 
 def write_reference(app: Sphinx) -> None:
@@ -91,4 +98,5 @@ def setup(app: Sphinx) -> None:
     app.connect("config-inited", lambda app, config: write_reference(app))
     app.connect("source-read", with_contents)
     app.connect("source-read", with_folds)
+    app.connect("html-page-context", with_style)
     app.connect("autodoc-process-docstring", plain_docstring)

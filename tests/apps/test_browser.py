@@ -116,6 +116,11 @@ def test_a_slider_moved_from_the_keyboard_changes_masks_maps_and_numbers(browser
     explorer = page.locator(".cft-explorer").first
     explorer.screenshot(path=tmp_path / "explorer_before.png")
 
+    # what a screen reader says of them
+    for words in ("occurrence ≥", "coverage ≥", "overlay"):
+        page.get_by_role("slider", name=words, exact=True).wait_for()
+    assert page.get_by_role("slider").count() == 3
+
     # Tab goes from class to picture to the buttons to the thresholds
     page.locator(".cft-explorer select").first.focus()
     for _ in range(4):

@@ -315,6 +315,14 @@ def test_edits_that_are_none(material, by, occurrence, words):
         edited(material, replace(first_view(material, "bird"), occurrence=occurrence), by)
 
 
+def test_neither_classes_nor_sets_that_are_not_there(made):
+    early = opened(made, concepts=None)
+    with pytest.raises(ValueError, match="no class 'cloud'"):
+        first_view(early, "cloud")
+    with pytest.raises(ValueError, match="no concept set to edit"):
+        edited(early, first_view(early), "Ada")
+
+
 # -- the widgets ------------------------------------------------------------------------------------------------------
 
 

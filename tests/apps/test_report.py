@@ -112,6 +112,9 @@ def test_change_interval_by_hand():
     half = 1.959963984540054 * spread / math.sqrt(6)
     assert change_interval(np.array(changes)) == pytest.approx((37.5, 100 * (mean - half), 100 * (mean + half)))
     assert change_interval(np.full(9, 2.0))[2] <= 200 and change_interval(np.zeros(500))[2] < 1
+    for none in ([3.0], []):
+        with pytest.raises(ValueError, match="changes between -2 and 2, at least one"):
+            change_interval(np.array(none))
 
 
 def test_change_interval_covers_as_it_says():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md,figures/README.md,nbs/index.ipynb,nbs/14_losses.ipynb,"
+PAGES = ("README.md,figures/README.md,nbs/index.ipynb,nbs/14_losses.ipynb,nbs/paper/table1.ipynb,"
          "build/reference/cft.evaluate.intervals.rst")
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,7 @@ def test_in_a_browser(address, browser, scheme, width):
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
     shades = set()
-    for name in ("README", "nbs/14_losses", "figures/README"):
+    for name in ("README", "nbs/14_losses", "nbs/paper/table1", "figures/README"):
         page.goto(f"{address}/{name}.html")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         shades.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))

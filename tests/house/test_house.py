@@ -12,6 +12,7 @@ from pathlib import Path
 import graph
 import pytest
 import yaml
+from matplotlib import colormaps
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -221,6 +222,33 @@ def test_what_the_chapters_cite_stands_in_the_citation():
 @pytest.mark.parametrize("notebook", [*PATH, *APPENDIX, *RELATED], ids=lambda n: n.stem)
 def test_a_chapter_has_a_picture(notebook):
     assert '"image/' in notebook.read_text(encoding="utf-8")
+
+
+def test_letters_in_figures_have_eight_points():
+    """As they are drawn; test_notebooks.py measures them as they are shown."""
+    set_in_style = r'"(?:font\.size|size|\w+\.(?:label|title|font)size)"\]?(?: =|:) ([\d.]+)'
+    size = re.compile(rf"(?:font|label|title)_?size=([\d.]+)|{set_in_style}")
+    drawn = {page: [float("".join(found)) for found in size.findall(code_of(page))] for page in NOTEBOOKS}
+    assert sum(map(len, drawn.values())) > 40 and {p.name: min(s) for p, s in drawn.items() if s and min(s) < 8} == {}
+
+
+def test_relevance_is_shown_in_one_colour_language():
+    """Red for, blue against, white for nothing, with a bar; masks are grey, shares blue."""
+    shown = 0
+    for page in NOTEBOOKS:
+        for code in (source(cell) for cell in cells(page) if cell["cell_type"] == "code"):
+            if "imshow(" not in code:
+                continue
+            tree = [*ast.walk(ast.parse(code))]
+            texts = {node.value for node in tree if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+            assert texts & {*colormaps} <= {"RdBu_r", "Greys", "Greys_r", "Blues", "tab10"}, page
+            assert "RdBu_r" not in texts or ".colorbar(" in code, page
+            for call in (node for node in tree if isinstance(node, ast.Call)):
+                how = {word.arg: ast.unparse(word.value) for word in call.keywords}
+                if how.get("cmap") == "'RdBu_r'":
+                    assert how["vmin"] == f"-{how['vmax']}", page
+                    shown += 1
+    assert shown > 10
 
 
 def test_every_link_leads_somewhere():

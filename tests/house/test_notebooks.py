@@ -1,7 +1,8 @@
 """Every notebook runs from a foreign folder, cell by cell, and what is saved of it is what it says now.
 
 The tutorial is run by its own tests, and all pages of the paper, by papermill, by the smoke run of the engine; two of
-them run here on the published results. A notebook is run in a fork of a process that has imported what they all need.
+them run here on the published results. Letters in figures are large enough to be read on a page. A notebook is run in a
+fork of a process that has imported what they all need.
 """
 import json
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import papermill
 import pytest
+from letters import SMALLEST, letters
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted(n for n in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in n.parts
@@ -25,12 +27,21 @@ def execute(notebook: Path, folder: Path) -> None:
     """Run the cells of a notebook, to the first error, and save it in `folder`; in a child."""
     import pandas
     from execnb.shell import CaptureShell
+    from matplotlib.backend_bases import FigureCanvasBase
 
+    small, shown = [], FigureCanvasBase.print_figure
+
+    def measured(canvas, *args, **options):
+        small.extend(pair for pair in letters(canvas.figure).items() if pair[1] < SMALLEST)
+        return shown(canvas, *args, **options)
+
+    FigureCanvasBase.print_figure = measured
     os.chdir(folder)
     multiprocessing.set_start_method("fork", force=True)
     shell = CaptureShell(path=folder, mpl_format="png")
     pandas.set_option("display.max_columns", 20)  # as in Jupyter; here it would be the width of a terminal
     shell.execute(notebook, folder / "executed.ipynb", exc_stop=True)
+    assert not small, f"letters too small for a page: {small}"
 
 
 def said(notebook: Path) -> list[tuple[str, str]]:
@@ -101,3 +112,17 @@ def test_papermill_is_told_of_a_parameter_that_a_chapter_does_not_have(tmp_path)
     with pytest.raises(papermill.PapermillExecutionError, match="this notebook has no parameter colour; it has none"):
         papermill.execute_notebook(ROOT / "nbs/17_intervals.ipynb", tmp_path / "out.ipynb", {"colour": "red"},
                                    cwd=tmp_path, kernel_name="python3", progress_bar=False, execution_timeout=300)
+
+
+@pytest.mark.slow
+def test_small_letters_are_an_error(warm, tmp_path):
+    bad, page = tmp_path / "bad.ipynb", json.loads((ROOT / "nbs/index.ipynb").read_text())
+    code = next(cell for cell in page["cells"] if cell["cell_type"] == "code")
+    for width, expected in ((7, 0), (10, 1)):
+        draw = f"plt.subplots(figsize=({width}, 2))[1].set_title('a', size=9)"
+        code["source"] = f"import matplotlib.pyplot as plt\n{draw}"
+        bad.write_text(json.dumps(page | {"cells": [code]}))
+        child = warm.Process(target=execute, args=(bad, tmp_path))
+        child.start()
+        child.join(300)
+        assert child.exitcode == expected

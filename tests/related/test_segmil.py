@@ -335,7 +335,7 @@ def test_an_explanation_adds_up(bags, tools):
         assert found.parts.abs().max().item() == pytest.approx(abs(row["contribution"]))
         assert f"{found.logit:+.2f}" in repr(found) and "<table" in found._repr_html_()
     figure = found.figure()
-    assert len(figure.axes) == 3
+    assert len(figure.axes) == 4  # a colour bar, too
     matplotlib.pyplot.close(figure)
     with pytest.raises(ValueError, match="expected names of .* concepts and 12 classes, got 1 and 12"):
         explain(model, bags, 3, ["one"], NAMES)

@@ -5,6 +5,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from letters import SMALLEST, letters
 
 from cft.data.backdrop import CLASSES
 from cft.reproduce.figures import (
@@ -65,7 +66,7 @@ def test_style_leaves_nothing_behind():
 def test_gains_have_a_panel_a_view(small):
     figure = gain_figure(open_results(small, "table1"), "table1")
     titles = [ax.get_title() for ax in figure.axes]
-    assert titles == ["paper, ViT-B (arXiv 2603.08309)", "demo, the paper's form", "demo, our form"]
+    assert titles == ["paper, ViT-B\n(arXiv 2603.08309)", "demo, the paper's form", "demo, our form"]
     assert [tick.get_text() for tick in figure.axes[1].get_yticklabels()][:3] == ["val", "v2", "adversarial"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["GradMask", "RRR", "RRDA", "CFT"]
     assert len(gain_figure(open_results(), "table7").axes) == 2  # Table 7 prints no original
@@ -94,7 +95,7 @@ def test_panels_show_what_was_asked_for(small, concepts):
     write_maps(small, concepts)
     found, names = open_results(small, "fig2"), list(CLASSES)
     figure = relevance_panels(found, {"object": [3, 1]}, {"original": "before", "cft": "after"})
-    axes = np.array(figure.axes).reshape(3, 2)
+    axes = np.array(figure.axes[:-1]).reshape(3, 2)  # the last is the colour bar
     assert [ax.images[0].get_array().max() for ax in axes[0]] == [3, 1]
     assert [ax.get_title() for ax in axes[0]] == [f"object:\n{names[k]}" for k in (3, 9)]
     assert [ax.get_ylabel() for ax in axes[:, 0]] == ["picture", "before", "after"]
@@ -106,6 +107,21 @@ def test_panels_show_what_was_asked_for(small, concepts):
     assert np.allclose(shown, signed / (abs(signed) + 0.5 * abs(signed).mean())) and abs(shown).max() < 1
     with pytest.raises(ValueError, match="no relevance maps at demo.plain.0.object.npz"):
         relevance_panels(found, {"object": [0]}, {"plain": "plain"})
+
+
+def test_many_pictures_stand_in_bands_that_fit_a_page(small):
+    write_maps(small)
+    figure = relevance_panels(open_results(small, "fig2"), {"object": [0, 1, 2, 3, 0, 1, 2]}, {"cft": "after"})
+    *axes, bar = figure.axes
+    assert len(axes) == 2 * 6 + 2 and bar.get_xlabel() == "relevance" and min(letters(figure).values()) >= SMALLEST
+    assert [ax.images[0].get_array().max() for ax in axes if ax.get_title()] == [0, 1, 2, 3, 0, 1, 2]
+
+
+@pytest.mark.parametrize("key", ["table1", "table5", "controls"])
+def test_letters_of_gains_and_results_can_be_read(key):
+    found = open_results()
+    assert min(letters(gain_figure(found, key)).values()) >= SMALLEST
+    assert min(letters(results_figure(found)).values()) >= SMALLEST
 
 
 def test_positions_are_drawn_once_and_for_all(small):
