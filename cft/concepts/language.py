@@ -336,6 +336,7 @@ class _Session:
         self.works, self.replies = False, list[Reply]()  # whether any answer came; the last reply to each question
         self.limit, self._running, self._waves, self._calm = chat.workers, 0, 0, 0
         self._free, self._last, self._stopped = threading.Condition(), -math.inf, threading.Event()
+        self.why: BaseException | None = None  # … the run was stopped: what went wrong first
 
     def clean(self, text: str) -> str:
         """`text` without anything that is, or looks like, a key."""
@@ -452,7 +453,8 @@ class _Session:
             self.replies.append(reply)
             if len(self.replies) >= 8 and all(one.status != "ok" for one in self.replies):
                 raise nothing_of_use(self.replies)
-        except BaseException:
+        except BaseException as error:
+            self.why = self.why or error
             self.stop()
             raise
         if reply.status != "ok" and any(one.status == "ok" for one in self.replies):  # or else one sentence at the end
@@ -475,7 +477,8 @@ class _Session:
                         self.settle(todo.pop(0))
                         bar.update()
                     for future in as_completed([pool.submit(self.settle, q) for q in todo]):
-                        future.result()
+                        if error := future.exception():
+                            raise self.why or error
                         bar.update()
                 return
             except LLMError as error:

@@ -330,7 +330,7 @@ def controls(widget):
     """What takes the focus, in the order of the page."""
     if isinstance(widget, ipywidgets.Box):
         return [found for child in widget.children for found in controls(child)]
-    return [] if isinstance(widget, ipywidgets.HTML) else [widget]
+    return [] if isinstance(widget, (ipywidgets.HTML, ipywidgets.Output)) else [widget]
 
 
 def test_every_control_is_labelled_and_in_order(material):
