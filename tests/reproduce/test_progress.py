@@ -1,6 +1,7 @@
 """How far a reproduction is: the bar, what it says of failures, and what is seen from outside."""
 import json
 import os
+import sys
 import time
 
 import pytest
@@ -25,7 +26,8 @@ def test_progress_counts_steps_as_soon_as_their_files_are_new(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
-def test_progress_moves_while_the_work_goes_on(tmp_path, capsys):
+def test_progress_moves_while_the_work_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # a log gets a line every 30 seconds only
     steps = [Step("cook", (str(k),), (f"{k}.txt",), print) for k in range(2)]
     with progress_of(tmp_path, steps, True):
         (tmp_path / "0.txt").touch()

@@ -1,4 +1,5 @@
 """Jobs on a real Slurm of one node: munged, slurmctld and slurmd on loopback, in a folder of their own, no accounts."""
+import asyncio
 import contextlib
 import os
 import re
@@ -121,6 +122,8 @@ def cluster(tmp_path_factory):
         outer.setenv("SLURM_CONF", str(root / "slurm.conf"))
         outer.setenv("PATH", PLACES)
         outer.setenv("CFT_RUNNER", "")
+        looks = "snakemake_interface_executor_plugins.executors.remote.RemoteExecutor.sleep"
+        outer.setattr(looks, lambda _: asyncio.sleep(0.5))  # and not every ten seconds, and then less often
         found = Cluster(root)
         try:
             for name in DAEMONS:
