@@ -57,7 +57,8 @@ def gain_figure(found: Found, key: str, metric: str = "R@1", splits: Sequence[st
     look = {m: (COLOURS[i % len(COLOURS)], "osD^vPX*<>hdp"[i % 13]) for i, m in enumerate(methods)}
     lines = max(len(table[["dataset", "split"]].drop_duplicates()) for _, table in panels)
     down, across = -(-len(panels) // 3), min(len(panels), 3)
-    size = (min(2.4 * across + 1.4, 7), down * (0.12 * lines * max(len(methods), 2) + 1.2))
+    high = max(0.12 * lines * max(len(methods), 2), 0.4) + 1.1  # of a panel with its title and label, in inches
+    size = (min(2.4 * across + 1.4, 7), down * high + 0.3 + 0.2 * -(-len(methods) // 4))  # with stamp and legend
     with style():
         fig, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
         for ax in axes.flat[len(panels):]:
