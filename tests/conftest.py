@@ -14,3 +14,10 @@ def pytest_collection_modifyitems(items):
 def _one_thread():
     """Commands set the number of threads, and sums are rounded by it."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_proxy(monkeypatch):
+    """Nothing between a client and a server on this machine, and no other server in its place."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)

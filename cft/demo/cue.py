@@ -9,7 +9,7 @@ __all__ = ['STEMS', 'FEW', 'BESIDE', 'broad_base', 'spurious_base', 'draw_guides
 
 # %% ../../nbs/related/07_cue.ipynb #ed3611fa
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -228,15 +228,15 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     trained = s.model_dump(mode="json", include={"broad", "spurious", "objects"})
     shown = {"per_class": s.per_class, "pixels": first}
     how = s.model_dump(mode="json", include={"tested", "epochs", "rates", "strengths"})
-    groups = [(8, cue, ("original", *s.methods)) for cue in s.cues]
-    groups += [(4, cue, ("original", *s.fine_methods)) for cue in s.fine]
-    methods_of = {(str(patch), cue): methods for patch, cue, methods in groups}
-    more_of = {("8", cue): s.weighted_methods for cue in s.weighted}  # chosen by themselves
+    groups = [(8, cue, "", ("original", *s.methods)) for cue in s.cues]
+    groups += [(4, cue, "", ("original", *s.fine_methods)) for cue in s.fine]
+    groups += [(8, cue, "weighted", s.weighted_methods) for cue in s.weighted]  # chosen by themselves
+    methods_of = {(str(patch), cue, which): methods for patch, cue, which, methods in groups}
+    which_of = lambda method: "weighted" if method in s.weighted_methods else ""
     weights = lambda patch, what, seed: f"{home}/{patch}/bases/{what}-{seed}.safetensors"
     rows = lambda patch, cue, seed, method: f"{home}/{patch}/{cue}/{seed}/{method}.csv"
     soft = lambda patch, cue, seed: f"{home}/{patch}/{cue}/{seed}/weighted"
-    kind = lambda method: "-weighted" if varied(method)[1].guide in WEIGHTINGS else ""
-    chosen_in = lambda patch, cue, method: f"{home}/{patch}/{cue}{kind(method)}.csv"
+    chosen_in = lambda patch, cue, which: f"{home}/{patch}/{'-'.join(filter(None, (cue, which)))}.csv"
 
     def broad(patch: str, seed: str) -> None:
         made = broad_base(s, int(patch), int(seed), device)
@@ -264,25 +264,24 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
         write_csv(root / rows(patch, cue, seed, method), found, digits=4)
 
     def choice(patch: str, cue: str, which: str = "") -> None:
-        of = ("original", *more_of[patch, cue]) if which else methods_of[patch, cue]
-        files = [root / rows(patch, cue, seed, method) for seed in s.tuning for method in of]
+        tried = {"original", *methods_of[patch, cue, which]}
+        files = [root / rows(patch, cue, seed, method) for seed in s.tuning for method in sorted(tried)]
         found = choose_cue(pd.concat(map(pd.read_csv, files), ignore_index=True), s.allowed_loss)
-        write_csv(root / chosen_in(patch, cue, of[-1]), found)
+        write_csv(root / chosen_in(patch, cue, which), found)
 
     def test(patch: str, cue: str, seed: str, method: str) -> None:
         at, found = bench(patch, cue, seed), None
         if method == "original":
             found = base_rows(at)
         else:
-            chosen: Any = pd.read_csv(root / chosen_in(patch, cue, method)).set_index("method").loc[method]
+            chosen: Any = pd.read_csv(root / chosen_in(patch, cue, which_of(method))).set_index("method").loc[method]
             rate, share = float(chosen["rate"]), float(chosen["share"])
             found = cue_rows(at, at.part(at.run(method, rate), share) if rate else at.model)
             found = pd.concat([found, _told(set_name(cue, "choice", int(patch)), {"rate": rate, "share": share}, 1)])
         write_csv(root / rows(patch, cue, seed, method), found.assign(method=method)[["method", *COLUMNS]], digits=4)
 
     def together(seed: str) -> None:
-        every = [*groups, *((*key, methods) for key, methods in more_of.items())]
-        files = [root / rows(patch, cue, seed, method) for patch, cue, methods in every for method in methods]
+        files = [root / rows(patch, cue, seed, method) for patch, cue, _, methods in groups for method in methods]
         found = pd.concat(map(pd.read_csv, files), ignore_index=True).assign(seed=int(seed))
         write_csv(root / f"related/cue/{seed}.csv", found[["method", "seed", *COLUMNS]], digits=4)
 
@@ -299,33 +298,27 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
                      folder=f"{home}/worlds/{cue}/{seed}", job=f"cue-world-{cue}-{seed}")
         return two, drawn
 
-    def each(kind: str, patch: int, cue: str, seed: int, make: Any, more: Mapping[str, Any], *needs: Step,
-             methods: Sequence[str] = ()) -> tuple[Step, ...]:
+    def masks_of(patch: int, cue: str, seed: int) -> Step:
+        place = soft(patch, cue, seed)
+        return made("cue-weights", (patch, cue, seed), f"{place}/weights.csv", weigh, needs=start_of(patch, cue, seed),
+                    folder=place, job=f"cue-weights-{patch}-{cue}-{seed}", gpu=steps.gpu)
+
+    def each(kind: str, patch: int, cue: str, seed: int, methods: Iterable[str], make: Any, *needs: Step) -> list[Step]:
         start = start_of(patch, cue, seed)
-        masks = made("cue-weights", (patch, cue, seed), f"{soft(patch, cue, seed)}/weights.csv", weigh, needs=start,
-                     folder=soft(patch, cue, seed), job=f"cue-weights-{patch}-{cue}-{seed}", gpu=steps.gpu)
-        return tuple(
-            made(kind, (patch, cue, seed, method), rows(patch, cue, seed, method), make, depends=dict(more), needs=(
-                *start, *([masks] if methods else []),
-                *needs), job=f"{kind}-{patch}-{cue}-{seed}", part=method, gpu=steps.gpu)
-            for method in methods or methods_of[str(patch), cue])
+        start_with = lambda method: (*start, masks_of(patch, cue, seed)) if which_of(method) else start
+        return [
+            made(kind, (patch, cue, seed, method), rows(patch, cue, seed, method), make, depends=dict(how), needs=(
+                *start_with(method), *needs), job=f"{kind}-{patch}-{cue}-{seed}", part=method, gpu=steps.gpu)
+            for method in methods]
 
     of_seed: dict[int, list[Step]] = {seed: [] for seed in seeds}
-    for patch, cue, methods in groups:
-        tried = [step for seed in s.tuning for step in each("cue-trials", patch, cue, seed, trial, how)]
-        chosen = made("cue-choice", (patch, cue), f"{home}/{patch}/{cue}.csv", choice, needs=tuple(tried),
-                      depends={"methods": list(methods), "allowed_loss": s.allowed_loss}, job="cue-choices")
+    for patch, cue, which, methods in groups:
+        named, every = (patch, cue, *filter(None, [which])), dict.fromkeys(("original", *methods))
+        tried = [step for seed in s.tuning for step in each("cue-trials", patch, cue, seed, every, trial)]
+        chosen = made("cue-choice", named, chosen_in(patch, cue, which), choice, needs=tuple(tried), job="cue-choices",
+                      depends={"methods": list(methods), "allowed_loss": s.allowed_loss})
         for seed in seeds:
-            of_seed[seed] += each("cue-rows", patch, cue, seed, test, how, chosen)
-        if more := more_of.get((str(patch), cue)):
-            tried = [step for step in tried if step.item[-1] == "original"]
-            tried += [
-                step for seed in s.tuning for step in each("cue-trials", patch, cue, seed, trial, how, methods=more)]
-            chosen = made("cue-choice", (patch, cue, "weighted"), f"{home}/{patch}/{cue}-weighted.csv", choice,
-                          needs=tuple(tried), depends={"methods": list(more),
-                                                       "allowed_loss": s.allowed_loss}, job="cue-choices")
-            for seed in seeds:
-                of_seed[seed] += each("cue-rows", patch, cue, seed, test, how, chosen, methods=more)
+            of_seed[seed] += each("cue-rows", patch, cue, seed, methods, test, chosen)
     return [
         made("cue", (seed,), f"related/cue/{seed}.csv", together, needs=tuple(needs), job="cue-together")
         for seed, needs in of_seed.items()]

@@ -100,8 +100,8 @@ def jobs_of(steps: Sequence[Step], together: int) -> dict[str, Job]:
     part_of = {step.name: step.part for step in steps if step.part}
     while pair := _link(jobs, lambda names: len({part_of[name] for name in names if name in part_of}) <= together):
         first, last = pair
-        both, gone = (jobs[first], jobs[last]), jobs.pop(first)
-        jobs[last] = Job(both[0].steps + both[1].steps, both[0].after + both[1].after, gone.gpu)
+        gone, kept = jobs.pop(first), jobs[last]
+        jobs[last] = Job(gone.steps + kept.steps, gone.after + kept.after, kept.gpu)
         now = {name: {last if need == first else need for need in job.after} - {name} for name, job in jobs.items()}
         jobs = {name: replace(job, after=tuple(sorted(now[name]))) for name, job in jobs.items()}
     return jobs

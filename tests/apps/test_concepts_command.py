@@ -14,11 +14,9 @@ KEY = "sk-test-0123456789"
 GOOD = '{"items": ["six legs"]}'
 
 @pytest.fixture
-def ask(tmp_path, monkeypatch, capsys):
+def ask(tmp_path, monkeypatch, no_proxy, capsys):
     """Runs the command on drawn folders and a server of its own: the exit code, what is said, the requests, the set."""
     monkeypatch.setattr(Similarity, "best", lambda many=False: Similarity())
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     seen, servers = [], []
 

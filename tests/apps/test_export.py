@@ -325,10 +325,8 @@ class SmallHub(BaseHTTPRequestHandler):
     do_GET = do_POST = answer
 
 
-def test_the_real_client_uploads_the_files_as_they_are(tmp_path, monkeypatch):
+def test_the_real_client_uploads_the_files_as_they_are(tmp_path, monkeypatch, no_proxy):
     out = ways.save_for_timm(base_model(0), tmp_path / "out")
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with ThreadingHTTPServer(("127.0.0.1", 0), SmallHub) as server:
         kept = vars(server).setdefault("kept", {"tokens": set()})

@@ -81,7 +81,7 @@ def test_step_by_step(place):
 
 
 @pytest.fixture
-def language_model(monkeypatch):
+def language_model(monkeypatch, no_proxy):
     """A server on this machine that says the same of every class, its places too; what it was asked is in `seen`."""
     class Handler(BaseHTTPRequestHandler):
         seen = []
@@ -99,8 +99,6 @@ def language_model(monkeypatch):
             self.end_headers()
             self.wfile.write(data)
 
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-0123456789")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.02, ), daemon=True).start()

@@ -118,10 +118,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def serve(monkeypatch):
+def serve(monkeypatch, no_proxy):
     """Start servers; no proxy, and a key in the environment that must never be seen again."""
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     started = []
 
