@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from cft.train.objectives import Recipe
 
 # %% ../../nbs/appendix/15_batch.ipynb #2a149644
-QUICK = ("original", "plain", "rrda", "dfr-like", "cft-paper", "cft", "cft+", "cft+.no-align")  # what `cft demo` runs
+QUICK = ("original", "plain", "rrda", "dfr-like", "cft-paper", "cft", "cft+", "cft+.no-align", "swap-steady",
+         "relevance-head")  # what `cft demo` runs
 
 batch_app = typer.Typer()
 
@@ -63,8 +64,9 @@ def demo(out: Path = Path("runs/demo"), seeds: int = 5, cores: int = 0, full: bo
     say(*(claims or "One seed gives no interval, so no claim is judged.").split("\n"), "", answer=True)
     say(f"The page: {out / 'pages/demo.ipynb'}; tables and figures: {out / 'artefacts/demo'}")
 
-@command(batch_app, profile="demo, smoke, paper, or a YAML file with settings of your own.",
-         only="Artefacts, with commas: fig1, table1, …; also demo, segmil, deal and comparison. Default: the paper's.",
+@command(batch_app, profile="demo, smoke, paper, closed, cue, photographs, or a YAML file with settings of your own.",
+         only="Artefacts, with commas: fig1, table1, …; also demo, closed, cue, photographs, segmil, deal, comparison. "
+         "Default: the paper's.",
          set="Fields of the profile, as NAME=VALUE with commas: photographs.folder=DIR,epochs=4.",
          models="Networks, by the paper's names, with commas; default: all.",
          methods="Methods, by the paper's names, with commas; default: all.",

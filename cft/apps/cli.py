@@ -433,7 +433,7 @@ def training_folder(data: Path, masks: Path | None, objects: Path | None, needs:
     from cft.data.folders import coco_masks, list_folder
 
     if masks is None and "mask" in needs:
-        raise ValueError("this method needs mask masks: give --masks FOLDER with FOLDER/<class>/<picture>.png, "
+        raise ValueError("this method needs concept masks: give --masks FOLDER with FOLDER/<class>/<picture>.png, "
                          "or a mask store and --concepts FILE")
     if masks is None or not (masks / "store.json").is_file():
         if objects is None and "object" in needs:

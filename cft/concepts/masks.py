@@ -251,7 +251,7 @@ def ground_pictures(work: Sequence[Search], images: str | Path, segment: Segment
     Goes on where an earlier call stopped or was killed, and shares the work with other processes that make the same
     call. `made_by` says what makes the masks in plain JSON values, "grounder" and "settings" at least; `shards` is the
     number of parts (None: one for 64 pictures) and `shard` the only one to build here; `patience` is the number of
-    pictures set aside in a row that stops the build.
+    pictures in a row on which the grounder fails that stops the build.
 
     Returns the store, with `shard` perhaps a partial one; with `progress` its numbers are printed. Raises ValueError
     for no work, two items for one picture, a folder that holds something else and a store begun differently;

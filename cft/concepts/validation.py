@@ -156,7 +156,7 @@ class Validation:
             "classes without concepts": bare}
 
     def feedback(self) -> Feedback:
-        """What `language.refine` wants to know. Pairs and classes that could not be measured are left out."""
+        """What `filters.refine` wants to know. Pairs and classes that could not be measured are left out."""
         pairs, classes = self.concepts.dropna(subset="occurrence"), self.classes.dropna(subset="coverage")
         return Feedback(dict(zip(zip(pairs["class_id"], pairs["concept"]), pairs["occurrence"])),
                         dict(zip(classes["class_id"], classes["coverage"])))

@@ -181,7 +181,7 @@ MISTAKES = {
     "NaN image": (_nan_image, "NaN or infinite pixels; expected 8- or 16-bit"),
     "corrupt checkpoint": (_changed(lambda a: (a / "start.safetensors").write_bytes(b"junk" * 99)), "does not read as"),
     "truncated checkpoint": (_changed(lambda a: _tear(a / "start.safetensors")), "does not read as"),
-    "no masks": (_with(masks=None), "needs mask masks: give --masks"),
+    "no masks": (_with(masks=None), "needs concept masks: give --masks"),
     "no object masks": (_with(method="rrda"), "needs object masks: give --objects"),
     "no weights": (_with(weights=None), "give either --weights FILE or --pretrained"),
     "unknown method": (_with(method="magic"), "method must be one of plain"),
