@@ -34,7 +34,7 @@ from .filters import ConceptSet
 from .grounding import Grounder, Grounding
 from .store import AREA, FORMAT, SCHEMA, SHARD, Mask, MaskStore, encode_mask, status_of, write_shard
 from ..data.folders import Folder, open_image, read_mask
-from ..files import VERSION, locked, read_json, sha256, wait, write_json, written
+from ..files import VERSION, locked, read_json, sha256, wait, write_json, write_png
 
 # %% ../../nbs/08_masks.ipynb #12c6fc06
 def ranked_pictures(folder: Folder, per_class: int | None = None, seed: int = 0) -> list[tuple[str, str, int]]:
@@ -456,5 +456,4 @@ def write_controls(kind: str, concepts: Path, objects: Path, out: Path, pictures
     following = dict(zip(order, order[1:] + order[:1]))  # the picture whose concepts are taken
     for i, name in enumerate(names):
         mask = control_mask(kind, read(concepts, name), read(objects, name), read(concepts, names[following[i]]), rng)
-        with written(out / name, flush=False) as png:
-            Image.fromarray(mask).save(png, format="png")
+        write_png(out / name, mask)

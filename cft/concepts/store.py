@@ -22,11 +22,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 from pycocotools import mask as coco
 
 from .filters import ConceptSet
-from ..files import html_template, read_json, sha256, written
+from ..files import html_template, read_json, sha256, write_png, written
 
 # %% ../../nbs/07_store.ipynb #902ba3cd
 Mask = np.ndarray
@@ -320,8 +319,7 @@ def write_pngs(store: MaskStore, concepts: ConceptSet | None, out: str | Path,
             mask = store.class_mask(picture)
         else:
             mask = store.union(picture, concepts.of(next(iter(store.records(picture).values())).class_id))
-        with written(out / file, flush=False) as png:
-            Image.fromarray(mask * np.uint8(255)).save(png, format="png")
+        write_png(out / file, mask * np.uint8(255))
     return out
 
 # %% ../../nbs/07_store.ipynb #8ee51caa

@@ -31,7 +31,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from tqdm.auto import tqdm
 
-from ..files import html_template, need, read_json, written
+from ..files import html_template, need, read_json, write_png
 
 # %% ../../nbs/01_folders.ipynb #ac3478d6
 class UnreadableImage(ValueError):
@@ -335,8 +335,7 @@ def coco_masks(folder: Folder, file: str | Path, out: str | Path | None, sizes: 
         raise ValueError(f"{file} is a file; expected a folder `out` to write its masks to")
     done = folder.with_masks(object=out)
     for sample, mask in zip(done.samples, masks, strict=True):
-        with written(sample.object or "", flush=False) as png:
-            Image.fromarray(coco.decode(mask) * np.uint8(255)).save(png, format="png")
+        write_png(sample.object or "", coco.decode(mask) * np.uint8(255))
     return replace(done, masks_read=(*done.masks_read, f"{Path(file).name}, {line}"))
 
 # %% ../../nbs/01_folders.ipynb #767abf66

@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from ..concepts.cuts import SelfCut
 from ..data.folders import MaskedImages, Preprocess, find_pictures, list_folder, open_image, read_mask
 from ..data.models import load_model
-from ..files import written
+from ..files import write_png
 from ..reproduce.settings import Photographs
 
 # %% ../../nbs/related/05_scenes.ipynb #2951c807
@@ -77,8 +77,7 @@ def make_masks(s: Photographs, out: Path) -> dict[str, Any]:
                 aside.append(f"{split}/{name}")
                 continue
             used += 1
-            with written((out / split / name).with_suffix(".png"), flush=False) as png:
-                Image.fromarray(mask).save(png, format="png")
+            write_png((out / split / name).with_suffix(".png"), mask)
     if not used:
         raise ValueError(f"no usable mask in {known}; expected <split>/<class>/<picture>.png, 255 on the object")
     return {"masks": cut.name if cut else known.name, "used": used, "set_aside": aside}
@@ -189,5 +188,4 @@ def _write(place: Path, name: str, of: str, picture: Tensor, mask: Tensor) -> No
     """A picture (3, height, width) in [0, 1] and its object, as PNG."""
     pixels = (255 * picture.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
     for kind, values in ("images", pixels), ("objects", 255 * mask.byte().numpy()):
-        with written((place / kind / name / of).with_suffix(".png"), flush=False) as png:
-            Image.fromarray(values).save(png, format="png")
+        write_png((place / kind / name / of).with_suffix(".png"), values)

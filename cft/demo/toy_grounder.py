@@ -28,7 +28,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from ..concepts.grounding import Grounding, clean_phrases
-from ..data.backdrop import BACKGROUNDS, CLASSES, SIZE, Array, Pictures
+from ..data.backdrop import BACKGROUNDS, CLASSES, SIZE, Array
 from ..data.models import read_weights
 from ..files import ASSETS, read_json, sha256
 
