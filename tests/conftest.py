@@ -1,6 +1,10 @@
 """Long files come first; with `--dist loadfile` the tests of a file share what is costly to make. One thread each."""
-import pytest
-import torch
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of children too: threads that wait for each other's core wait actively
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 LONG = ("test_runner", "test_notebooks", "test_browser", "test_tutorial", "test_cli", "test_house", "test_readme",
         "test_torture", "test_loop")
