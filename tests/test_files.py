@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from cft import files
 from cft.files import (
@@ -30,6 +32,7 @@ from cft.files import (
     sha256,
     write_csv,
     write_json,
+    write_png,
     write_text,
     written,
     written_folder,
@@ -199,6 +202,16 @@ def test_names_of_files(tmp_path, name):
     write_text(tmp_path / "deep/er" / name, "text")
     assert names(tmp_path / "deep/er") == [name] and (tmp_path / "deep/er" / name).read_text() == "text"
     assert draft_of(tmp_path / "deep/er" / name).name != draft_of(tmp_path / "deep/er/other").name
+
+
+def test_pictures_and_masks_come_back_as_they_were(tmp_path):
+    drawn = np.random.default_rng(0).integers(256, size=(5, 7, 3), dtype=np.uint8)
+    for k, values in enumerate((drawn, drawn[..., 0], drawn[..., 1] > 99)):
+        write_png(tmp_path / f"new/{k}.png", values)
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"new/{k}.png")), values)
+    with pytest.raises(TypeError):
+        write_png(tmp_path / "new/0.png", np.zeros((2, 2, 5)))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "new/0.png")), drawn), "an error leaves what was there"
 
 
 def test_without_locks(tmp_path, monkeypatch):

@@ -76,11 +76,14 @@ def _bank(s: Cues, seed: int, view: backdrop.View) -> Layers:
 # %% ../../nbs/related/07_cue.ipynb #5ea07f63
 FEW = 4  # pictures of a class whose relevance is looked at
 
+def _tuned(s: Cues, seed: int) -> list[int]:
+    return tuned_classes(seed) if s.half else [*range(len(backdrop.CLASSES))]
+
 def draw_guides(s: Cues, place: Path, cue: str, seed: int, pixels: int) -> None:
     """Write the pictures to fine-tune on to `place`, and CONTROLS of the classes that are tuned; pixels: their seed."""
     name = f"{cue}/train"
     backdrop.write(place, {name: s.per_class}, seed=pixels)
-    names = list_folder(place / "images" / name, list(backdrop.CLASSES)).only(tuned_classes(seed)).names
+    names = list_folder(place / "images" / name, list(backdrop.CLASSES)).only(_tuned(s, seed)).names
     for kind in CONTROLS:
         write_controls(kind, place / "masks" / name, place / "objects" / name, place / "controls" / kind, names, seed)
 
@@ -95,7 +98,7 @@ class CueBench:
                  device: str = "cpu"):
         self.settings, self.place, self.patch, self.cue, self.seed, self.pixels = s, place, patch, cue, seed, pixels
         self.model: Any = load_model(STEMS[patch], base)[0].to(device)
-        self.tuned, self.device = tuned_classes(seed), device
+        self.tuned, self.device = _tuned(s, seed), device
         self.weighted = place / "weighted"  # soft masks, a folder a kind
 
     def folder(self, guide: str) -> Folder:
@@ -226,7 +229,7 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
     if both := {*seeds} & {*s.tuning}:
         raise ValueError(f"seeds {sorted(both)} are both tuned and tested on; expected others in cue.tuning")
     trained = s.model_dump(mode="json", include={"broad", "spurious", "objects"})
-    shown = {"per_class": s.per_class, "pixels": first}
+    shown = {"per_class": s.per_class, "pixels": first, "half": s.half}
     how = s.model_dump(mode="json", include={"tested", "epochs", "rates", "strengths"})
     groups = [(8, cue, "", ("original", *s.methods)) for cue in s.cues]
     groups += [(4, cue, "", ("original", *s.fine_methods)) for cue in s.fine]

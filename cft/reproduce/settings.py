@@ -59,12 +59,13 @@ class Cues(BaseModel):
     fine: tuple[str, ...] = ()  # of these also with patches of 4 pixels, on bases of their own …
     fine_methods: tuple[str, ...] = ("cft.object", "cft", "cft.random", "three-regions", "relevance-head", "region-head"
                                      )  # … and these methods
+    half: bool = False  # show six classes, one of each pair, and see what the others forget
     per_class: int = Field(20, ge=2)  # pictures of a class to fine-tune on
     tested: int = Field(40, ge=1)  # pictures of a class in each test set
     broad: int = Field(900, ge=1)  # steps of a base's first stage, which all cues share …
     spurious: int = Field(120, ge=1)  # … and of its second
     objects: int = Field(400, ge=25)  # of a class in the bank that bases are trained on
-    epochs: int = Field(16, ge=1)
+    epochs: int = Field(8, ge=1)
     rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)  # tried for methods that take steps …
     strengths: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)  # … and for heads that are solved for: as many
     tuning: tuple[int, ...] = (100, 101)  # seeds that rates are chosen on

@@ -1,6 +1,7 @@
 """Concepts or objects, cue by cue: all steps in small, and what is read off made-up rows."""
 import itertools
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ from cft.demo.cue import (
     cue_sentence,
     cue_steps,
     cue_table,
+    draw_guides,
     set_name,
     spurious_base,
 )
@@ -39,7 +41,7 @@ from cft.reproduce.worlds import tuned_classes
 from cft.train.closed import Head
 from cft.train.objectives import ThreeRegions
 
-SMALL = Cues(cues=("paint",), per_class=2, tested=2, broad=1, spurious=1, objects=25, epochs=1,
+SMALL = Cues(cues=("paint",), half=True, per_class=2, tested=2, broad=1, spurious=1, objects=25, epochs=1,
              rates=(1e-4,), strengths=(0.1,), tuning=(100,), allowed_loss=100,
              methods=("three-regions.random", "region-head.kept", "repaint+"))
 
@@ -171,7 +173,7 @@ def test_guides_are_what_their_names_say(made):
 
 def test_recipes_have_equal_steps_and_trials():
     s = read_settings("cue").cue
-    assert len(s.rates) == len(s.strengths) and s.epochs * -(-6 * s.per_class // 8) == 240
+    assert len(s.rates) == len(s.strengths) and not s.half and s.epochs * 12 * s.per_class == 240 * 8
     assert {*s.methods} <= LABELS.keys() and {m for c in claims("cue") for m in (c.method, c.against)} <= {
         "original", *s.methods}
     assert {*s.fine_methods} <= {*s.methods} and s.fine == ("paint", "both")
@@ -216,6 +218,20 @@ def test_a_choice_loses_little_and_gains_most():
         columns=["method", "seed", "rate", "share", "set", "split", "value"])
     found = choose_cue(trials, 3.0).set_index("method")
     assert found.loc["a"].tolist() == [2.0, 1.0] and found.loc["b"].tolist() == [0.0, 0.0]
+    shown = choose_cue(trials[trials["split"] == "all"], 3.0).set_index("method")
+    assert shown.loc["a"].tolist() == [2.0, 1.0], "where all classes are shown, no others can lose"
+    assert choose_cue(trials[trials["split"] == "all"], 4.0).set_index("method").loc["a"].tolist() == [1.0, 1.0]
+
+
+def test_all_classes_are_shown_unless_half_of_them(tmp_path):
+    for half, shown in ((False, [*range(12)]), (True, tuned_classes(3))):
+        settings, place = SMALL.model_copy(update={"half": half}), tmp_path / str(half)
+        draw_guides(settings, place, "paint", 3, 0)
+        bench = CueBench(settings, place, ASSETS / "base_0.safetensors", 8, "paint", 3, 0)
+        for guide in ("kept", "random"):
+            folder = bench.folder(guide)
+            assert {sample.label for sample in folder.samples} == {*shown} and len(folder.samples) == 2 * len(shown)
+            assert all(Path(sample.mask).is_file() for sample in folder.samples)
 
 
 def made_up(differences):
