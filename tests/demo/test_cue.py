@@ -182,7 +182,7 @@ def test_recipes_have_equal_steps_and_trials():
     assert {m for c in fine for m in (c.method, c.against)} <= {*s.fine_methods}
     for method in s.methods:
         recipe, guide = cue_recipe(method, s, 3, 0.01)
-        assert (recipe.rate, recipe.epochs, recipe.batch, recipe.average, recipe.seed) == (0.01, 16, 8, 1.0, 7003)
+        assert (recipe.rate, recipe.epochs, recipe.batch, recipe.average, recipe.seed) == (0.01, 8, 8, 1.0, 7003)
         assert guide in ("kept", "random", "body", "shuffled", "ellipse")
     kept = cue_recipe("three-regions.kept", s, 0, 1.0)[0].objective
     assert isinstance(kept, ThreeRegions) and kept.rest == "kept"
