@@ -264,7 +264,7 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
 
     def trial(patch: str, cue: str, seed: str, method: str) -> None:
         found = cue_trials(bench(patch, cue, seed), method).assign(method=method, seed=int(seed))
-        write_csv(root / rows(patch, cue, seed, method), found, digits=4)
+        write_csv(root / rows(patch, cue, seed, method), found.astype({"rate": str}), digits=4)
 
     def choice(patch: str, cue: str, which: str = "") -> None:
         tried = {"original", *methods_of[patch, cue, which]}
@@ -280,7 +280,8 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
             chosen: Any = pd.read_csv(root / chosen_in(patch, cue, which_of(method))).set_index("method").loc[method]
             rate, share = float(chosen["rate"]), float(chosen["share"])
             found = cue_rows(at, at.part(at.run(method, rate), share) if rate else at.model)
-            found = pd.concat([found, _told(set_name(cue, "choice", int(patch)), {"rate": rate, "share": share}, 1)])
+            how = {"rate, 1e-6": 1e6 * rate, "share": share}
+            found = pd.concat([found, _told(set_name(cue, "choice", int(patch)), how, 1)])
         write_csv(root / rows(patch, cue, seed, method), found.assign(method=method)[["method", *COLUMNS]], digits=4)
 
     def together(seed: str) -> None:
