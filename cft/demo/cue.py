@@ -280,8 +280,8 @@ def cue_steps(steps: PaperSteps, seeds: Sequence[int]) -> list[Step]:
             chosen: Any = pd.read_csv(root / chosen_in(patch, cue, which_of(method))).set_index("method").loc[method]
             rate, share = float(chosen["rate"]), float(chosen["share"])
             found = cue_rows(at, at.part(at.run(method, rate), share) if rate else at.model)
-            how = {"rate, 1e-6": 1e6 * rate, "share": share}
-            found = pd.concat([found, _told(set_name(cue, "choice", int(patch)), how, 1)])
+            taken = {"rate, 1e-6": 1e6 * rate, "share": share}
+            found = pd.concat([found, _told(set_name(cue, "choice", int(patch)), taken, 1)])
         write_csv(root / rows(patch, cue, seed, method), found.assign(method=method)[["method", *COLUMNS]], digits=4)
 
     def together(seed: str) -> None:
