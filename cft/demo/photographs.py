@@ -202,13 +202,11 @@ def _whole(model: nn.Module, small: Any) -> nn.Module:
 def choose_trial(trials: Mapping[tuple[float, float], pd.DataFrame], start: pd.DataFrame,
                  allowed: float) -> tuple[float, float] | None:
     """The rate and share that `cft repair` would take, by the rows held home and held away; None if all lose too much.
-
-    Where all classes are shown, there are no others that could lose.
     """
     def value(rows: pd.DataFrame, name: str, split: str) -> float:
         return float(rows.loc[(rows["set"] == name) & (rows["split"] == split), "value"].iloc[0])
 
-    others = [("held away", "other")] if (start["split"] == "other").any() else []
+    others = [("held away", "other")] if (start["split"] == "other").any() else []  # or all classes are shown
     lost = lambda rows: max(value(start, *of) - value(rows, *of) for of in (("held home", "all"), *others))
     able = {how: rows for how, rows in trials.items() if lost(rows) <= allowed + 1e-9}
     return max(able, key=lambda how: round(value(able[how], "held away", "all"), 1)) if able else None

@@ -146,6 +146,6 @@ def test_results_show_every_seed(small):
     figure = results_figure(open_results(small, "demo"), ("val", "OOD-7"))
     assert [ax.get_title() for ax in figure.axes] == ["val", "OOD-7"]
     for ax in figure.axes:
-        assert len(ax.lines) == 3 and [len(line.get_xdata()) for line in ax.lines] == [15, 15, 15]
+        assert len(ax.lines) == 3 and [len(line.get_xdata()) for line in ax.lines] == [18, 18, 18]
         np.testing.assert_allclose(ax.lines[2].get_xdata(), (ax.lines[0].get_xdata() + ax.lines[1].get_xdata()) / 2)
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()][:2] == ["Original", "plain fine-tuning"]

@@ -314,7 +314,7 @@ def test_labels_and_claims_name_the_demos_methods():
     ours = [name for key in OURS for name in artefact(key).methods]
     cue = read_settings("cue").cue
     assert set(LABELS) == {*ours, *cue.methods, *cue.weighted_methods}
-    assert tuple(LABELS)[:15] == artefact("demo").methods
+    assert tuple(LABELS)[:15] == artefact("demo").methods[:15]  # heads have a page of their own, too
     assert {m for c in claims("closed") for m in (c.method, c.against)} <= set(artefact("closed").methods)
     assert len(claims("closed")) == 17 and {c for x in claims("closed") for c in x.columns} <= set(CLOSED_COLUMNS)
     assert {m for c in claims("demo") for m in (c.method, c.against)} <= set(LABELS) and len(claims("demo")) == 22
