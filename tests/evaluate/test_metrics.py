@@ -401,6 +401,12 @@ def test_power_is_how_often_simulated_seeds_exclude_zero(difference, deviation, 
     assert power_of(difference, deviation, n) == pytest.approx(hits / trials, abs=0.035)
 
 
+def test_power_is_known_however_small_the_deviation_is():
+    for n in (12, 20):
+        found = [power_of(2, deviation, n) for deviation in np.linspace(0.02, 3, 300)]
+        assert found == sorted(found, reverse=True) and found[0] == 1
+
+
 def test_the_fewest_pairs():
     for deviation in (0.5, 2.5, 4.0):
         n = pairs_needed(2, deviation)
