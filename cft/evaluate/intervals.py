@@ -106,8 +106,7 @@ def power_of(difference: float, deviation: float, n: int) -> float:
     if not deviation > 0 or n < 2:
         raise ValueError(f"expected a deviation above 0 and at least two pairs, got {deviation} and {n}")
     edge, apart = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1), abs(difference) * np.sqrt(n) / deviation
-    power = stats.nct.sf(edge, n - 1, apart) + stats.nct.cdf(-edge, n - 1, apart)
-    return float(np.nan_to_num(power, nan=1.0))  # so far from 0 that SciPy gives up
+    return float(np.nan_to_num(stats.nct.sf(edge, n - 1, apart) + stats.nct.cdf(-edge, n - 1, apart), nan=1.0))  # far
 
 def pairs_needed(difference: float, deviation: float, power: float = 0.9) -> int:
     """The fewest pairs that tell a `difference` from 0 with this power.
