@@ -101,12 +101,12 @@ def table_of_means(scores: pd.DataFrame, columns: Sequence[str], digits: Mapping
 def power_of(difference: float, deviation: float, n: int) -> float:
     """How often the interval of `n` pairs excludes 0 if their true mean is `difference`: in [0, 1].
 
-    deviation: of the paired differences, in the same unit. Raises ValueError unless it is above 0 and n is 2 or more.
+    deviation: of the paired differences; so small that SciPy gives NaN, it is 1. Raises ValueError unless > 0 and n > 1.
     """
     if not deviation > 0 or n < 2:
         raise ValueError(f"expected a deviation above 0 and at least two pairs, got {deviation} and {n}")
     edge, apart = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1), abs(difference) * np.sqrt(n) / deviation
-    return float(np.nan_to_num(stats.nct.sf(edge, n - 1, apart) + stats.nct.cdf(-edge, n - 1, apart), nan=1.0))  # far
+    return float(np.nan_to_num(stats.nct.sf(edge, n - 1, apart) + stats.nct.cdf(-edge, n - 1, apart), nan=1.0))
 
 def pairs_needed(difference: float, deviation: float, power: float = 0.9) -> int:
     """The fewest pairs that tell a `difference` from 0 with this power.

@@ -99,7 +99,7 @@ def test_spoilers_spoil():
 @pytest.mark.slow
 def test_a_sample_is_answered_well(tmp_path):
     """In a process of its own: it forks, and children of a process with threads would fail by themselves."""
-    words = ["--only", SAMPLE, "--sample", "8", "--workers", "1", "--out", tmp_path / "table.csv",
+    words = ["--only", SAMPLE, "--sample", "12", "--workers", "1", "--out", tmp_path / "table.csv",
              "--list-bad", tmp_path / "bad.txt"]
     subprocess.run([sys.executable, torture.__file__, *words], check=True, stdout=subprocess.DEVNULL)
     total = pd.read_csv(tmp_path / "table.csv").set_index("kind").loc["all"]
