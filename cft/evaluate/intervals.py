@@ -101,7 +101,7 @@ def table_of_means(scores: pd.DataFrame, columns: Sequence[str], digits: Mapping
 def power_of(difference: float, deviation: float, n: int) -> float:
     """How often the interval of `n` pairs excludes 0 if their true mean is `difference`: in [0, 1].
 
-    deviation: of the paired differences; so small that SciPy gives NaN, it is 1. Raises ValueError unless > 0 and n > 1.
+    deviation: of the differences; so small that SciPy gives NaN, it is 1. Raises ValueError unless > 0 and n > 1.
     """
     if not deviation > 0 or n < 2:
         raise ValueError(f"expected a deviation above 0 and at least two pairs, got {deviation} and {n}")
